@@ -1,0 +1,187 @@
+"""BERT, the text tower: embeddings, self-attention, encoder layer.
+
+Architecture: arXiv 1810.04805; relative positions: arXiv 1803.02155 (relative_key) and
+arXiv 2009.13658, method 4 (relative_key_query), as Hugging Face's transformers 4 has them.
+"""
+
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from align_tf.activation import get_activation
+from align_tf.configuration import AlignTextConfig
+
+# The lowest float32: a row whose every key is masked attends evenly instead of to NaN.
+MASKED = -3.4028235e38
+
+
+def dense(config: AlignTextConfig, units: int, **options: Any) -> layers.Layer:
+    """Returns a dense layer with the tower's initializer."""
+    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
+    return layers.Dense(units, kernel_initializer=initializer, **options)
+
+
+def embedding(config: AlignTextConfig, rows: int, width: int, **options: Any) -> layers.Layer:
+    """Returns an embedding with the tower's initializer."""
+    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
+    return layers.Embedding(rows, width, embeddings_initializer=initializer, **options)
+
+
+class TextEmbeddings(layers.Layer):
+    """Sum of the word, position and token type embeddings, normalised."""
+
+    def __init__(self, config: AlignTextConfig, *, name: str = "embeddings", dtype: Any = None):
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        width, options = config.hidden_size, {"dtype": self.dtype_policy}
+        self.word_embeddings = embedding(
+            config, config.vocab_size, width, name="word_embeddings", **options
+        )
+        self.position_embeddings = embedding(
+            config, config.max_position_embeddings, width, name="position_embeddings", **options
+        )
+        self.token_type_embeddings = embedding(
+            config, config.type_vocab_size, width, name="token_type_embeddings", **options
+        )
+        self.layer_norm = layers.LayerNormalization(
+            epsilon=config.layer_norm_eps, name="layer_norm", **options
+        )
+        self.dropout = layers.Dropout(config.hidden_dropout_prob, name="dropout", **options)
+
+    def build(self, input_shape: Any = None) -> None:
+        for layer in (self.word_embeddings, self.position_embeddings, self.token_type_embeddings):
+            layer.build((None, None))
+        self.layer_norm.build((None, None, self.config.hidden_size))
+
+    def call(
+        self,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        training: bool = False,
+    ) -> Any:
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length = ops.shape(x)[1]
+        if token_type_ids is None:
+            token_type_ids = ops.zeros((1, length), dtype="int32")
+        x = x + self.token_type_embeddings(token_type_ids)
+        if self.config.position_embedding_type == "absolute":
+            if position_ids is None:
+                position_ids = ops.arange(length, dtype="int32")[None]
+            x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.layer_norm(x), training=training)
+
+
+class SelfAttention(layers.Layer):
+    """Multi-head self-attention and its output projection.
+
+    Args:
+        config: the text tower's configuration.
+        num_heads: heads that are left in this layer.
+    """
+
+    def __init__(
+        self,
+        config: AlignTextConfig,
+        num_heads: int,
+        *,
+        name: str = "attention",
+        dtype: Any = None,
+    ):
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        self.num_heads = num_heads
+        width, options = num_heads * config.head_size, {"dtype": self.dtype_policy}
+        self.query = dense(config, width, name="query", **options)
+        self.key = dense(config, width, name="key", **options)
+        self.value = dense(config, width, name="value", **options)
+        self.output_dense = dense(config, config.hidden_size, name="output", **options)
+        self.dropout = layers.Dropout(
+            config.attention_probs_dropout_prob, name="dropout", **options
+        )
+        if config.position_embedding_type != "absolute":
+            self.distance_embedding = embedding(
+                config,
+                2 * config.max_position_embeddings - 1,
+                config.head_size,
+                name="distance_embedding",
+                **options,
+            )
+
+    def build(self, input_shape: Any = None) -> None:
+        inputs = (None, None, self.config.hidden_size)
+        for layer in (self.query, self.key, self.value):
+            layer.build(inputs)
+        self.output_dense.build((None, None, self.num_heads * self.config.head_size))
+        if self.config.position_embedding_type != "absolute":
+            self.distance_embedding.build((None, None))
+
+    def call(self, inputs: Any, attention_mask: Any, training: bool = False) -> tuple[Any, Any]:
+        length = ops.shape(inputs)[1]
+        heads = (-1, length, self.num_heads, self.config.head_size)
+        query = ops.transpose(ops.reshape(self.query(inputs), heads), (0, 2, 1, 3))
+        key = ops.transpose(ops.reshape(self.key(inputs), heads), (0, 2, 1, 3))
+        value = ops.transpose(ops.reshape(self.value(inputs), heads), (0, 2, 1, 3))
+
+        scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t, t)
+        if self.config.position_embedding_type != "absolute":
+            scores = scores + self._relative_scores(query, key, length)
+        # The softmax runs in float32 whatever the policy, as in the reference.
+        scores = ops.cast(scores, "float32") * self.config.head_size**-0.5
+        scores = ops.where(attention_mask, scores, MASKED)
+        probs = ops.cast(ops.softmax(scores, axis=-1), inputs.dtype)
+        x = ops.matmul(self.dropout(probs, training=training), value)
+
+        x = ops.transpose(x, (0, 2, 1, 3))
+        x = ops.reshape(x, (-1, length, self.num_heads * self.config.head_size))
+        return self.output_dense(x), probs
+
+    def _relative_scores(self, query: Any, key: Any, length: Any) -> Any:
+        positions = ops.arange(length, dtype="int32")
+        distance = positions[:, None] - positions[None, :] + self.config.max_position_embeddings - 1
+        embeds = self.distance_embedding(distance)  # (t, t, head_size)
+        scores = ops.einsum("nhld,lrd->nhlr", query, embeds)
+        if self.config.position_embedding_type == "relative_key_query":
+            scores = scores + ops.einsum("nhrd,lrd->nhlr", key, embeds)
+        return scores
+
+
+class EncoderLayer(layers.Layer):
+    """Self-attention and feed-forward, each with a residual and a LayerNorm after it."""
+
+    def __init__(
+        self, config: AlignTextConfig, num_heads: int, *, name: str, dtype: Any = None
+    ):
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        options = {"dtype": self.dtype_policy}
+        norm = {"epsilon": config.layer_norm_eps, **options}
+        self.attention = SelfAttention(config, num_heads, **options)
+        self.attention_norm = layers.LayerNormalization(name="attention_norm", **norm)
+        self.intermediate = dense(
+            config,
+            config.intermediate_size,
+            activation=get_activation(config.hidden_act),
+            name="intermediate",
+            **options,
+        )
+        self.output_dense = dense(config, config.hidden_size, name="output", **options)
+        self.output_norm = layers.LayerNormalization(name="output_norm", **norm)
+        self.dropout = layers.Dropout(config.hidden_dropout_prob, name="dropout", **options)
+
+    def build(self, input_shape: Any = None) -> None:
+        hidden = (None, None, self.config.hidden_size)
+        self.attention.build(hidden)
+        self.attention_norm.build(hidden)
+        self.intermediate.build(hidden)
+        self.output_dense.build((None, None, self.config.intermediate_size))
+        self.output_norm.build(hidden)
+
+    def call(self, inputs: Any, attention_mask: Any, training: bool = False) -> tuple[Any, Any]:
+        attended, probs = self.attention(inputs, attention_mask, training=training)
+        x = self.attention_norm(inputs + self.dropout(attended, training=training))
+        forwarded = self.output_dense(self.intermediate(x))
+        x = self.output_norm(x + self.dropout(forwarded, training=training))
+        return x, probs

@@ -1,0 +1,164 @@
+"""EfficientNet, the image tower: stage table, compound scaling, MBConv block.
+
+Architecture: arXiv 1905.11946. Details that differ between implementations follow
+Hugging Face's modeling_align.py.
+"""
+
+import dataclasses
+from typing import Any
+
+import keras
+from keras import layers
+
+from align_tf.activation import get_activation
+from align_tf.configuration import AlignVisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """One MBConv block after scaling by width and depth."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+    residual: bool
+    drop_rate: float
+    square_padding: bool
+
+
+def block_table(config: AlignVisionConfig) -> list[BlockSpec]:
+    """Scales the stages of a configuration and lays them out block by block.
+
+    Args:
+        config: the image tower's configuration.
+
+    Returns:
+        One row for each block, in order. Its index is the one in layer names and in
+        `depthwise_padding`.
+    """
+    blocks = []
+    stages = zip(
+        config.in_channels,
+        config.out_channels,
+        config.kernel_sizes,
+        config.strides,
+        config.num_block_repeats,
+        config.expand_ratios,
+        strict=True,
+    )
+    for in_channels, out_channels, kernel_size, stride, repeats, expand_ratio in stages:
+        for repeat in range(config.round_repeats(repeats)):
+            first = repeat == 0
+            blocks.append(
+                BlockSpec(
+                    in_channels=config.round_filters(in_channels if first else out_channels),
+                    out_channels=config.round_filters(out_channels),
+                    kernel_size=kernel_size,
+                    stride=stride if first else 1,
+                    expand_ratio=expand_ratio,
+                    residual=not first,
+                    drop_rate=config.drop_connect_rate * len(blocks) / config.num_hidden_layers,
+                    square_padding=len(blocks) in config.depthwise_padding,
+                )
+            )
+    return blocks
+
+
+def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: Any) -> layers.Layer:
+    """Returns a convolution with the tower's initializer."""
+    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
+    return layers.Conv2D(filters, kernel_size, kernel_initializer=initializer, **options)
+
+
+def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
+    """Returns a BatchNorm with the tower's momentum and epsilon."""
+    return layers.BatchNormalization(
+        momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options
+    )
+
+
+class MBConvBlock(layers.Layer):
+    """Inverted bottleneck: expand, depthwise convolution, squeeze-and-excite, project.
+
+    Args:
+        config: the image tower's configuration.
+        spec: this block's row of `block_table`.
+    """
+
+    def __init__(self, config: AlignVisionConfig, spec: BlockSpec, *, name: str, dtype: Any = None):
+        super().__init__(name=name, dtype=dtype)
+        self.spec = spec
+        options = {"dtype": self.dtype_policy}
+        self.activation = get_activation(config.hidden_act)
+        self.expanded = spec.in_channels * spec.expand_ratio
+        squeezed = max(1, int(spec.in_channels * config.squeeze_expansion_ratio))
+
+        if spec.expand_ratio != 1:
+            self.expand_conv = conv(
+                config, self.expanded, 1, use_bias=False, name="expand_conv", **options
+            )
+            self.expand_bn = batch_norm(config, name="expand_bn", **options)
+        if spec.stride == 2:
+            # Hugging Face pads (k//2 - 1, k//2) whatever the input's size, where "same" would
+            # look at it; blocks in depthwise_padding have k//2 on both sides.
+            after = spec.kernel_size // 2
+            before = after if spec.square_padding else after - 1
+            self.depthwise_pad = layers.ZeroPadding2D(
+                ((before, after), (before, after)), name="depthwise_pad", **options
+            )
+        self.depthwise_conv = layers.DepthwiseConv2D(
+            spec.kernel_size,
+            strides=spec.stride,
+            padding="valid" if spec.stride == 2 else "same",
+            use_bias=False,
+            depthwise_initializer=keras.initializers.RandomNormal(stddev=config.initializer_range),
+            name="depthwise_conv",
+            **options,
+        )
+        self.depthwise_bn = batch_norm(config, name="depthwise_bn", **options)
+        self.se_squeeze = layers.GlobalAveragePooling2D(
+            keepdims=True, name="se_squeeze", **options
+        )
+        self.se_reduce = conv(
+            config, squeezed, 1, activation=self.activation, name="se_reduce", **options
+        )
+        self.se_expand = conv(
+            config, self.expanded, 1, activation="sigmoid", name="se_expand", **options
+        )
+        self.project_conv = conv(
+            config, spec.out_channels, 1, use_bias=False, name="project_conv", **options
+        )
+        self.project_bn = batch_norm(config, name="project_bn", **options)
+        if spec.residual:
+            # Drop-connect: a whole sample's branch is dropped (arXiv 1603.09382).
+            self.drop_connect = layers.Dropout(
+                spec.drop_rate, noise_shape=(None, 1, 1, 1), name="drop_connect", **options
+            )
+
+    def build(self, input_shape: Any = None) -> None:
+        narrow = (None, None, None, self.spec.in_channels)
+        wide = (None, None, None, self.expanded)
+        if self.spec.expand_ratio != 1:
+            self.expand_conv.build(narrow)
+            self.expand_bn.build(wide)
+        self.depthwise_conv.build(wide)
+        self.depthwise_bn.build(wide)
+        self.se_reduce.build((None, 1, 1, self.expanded))
+        self.se_expand.build((None, 1, 1, self.se_reduce.filters))
+        self.project_conv.build(wide)
+        self.project_bn.build((None, None, None, self.spec.out_channels))
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        x = inputs
+        if self.spec.expand_ratio != 1:
+            x = self.activation(self.expand_bn(self.expand_conv(x), training=training))
+        if self.spec.stride == 2:
+            x = self.depthwise_pad(x)
+        x = self.activation(self.depthwise_bn(self.depthwise_conv(x), training=training))
+        x = x * self.se_expand(self.se_reduce(self.se_squeeze(x)))
+        x = self.project_bn(self.project_conv(x), training=training)
+        if self.spec.residual:
+            x = inputs + self.drop_connect(x, training=training)
+        return x

@@ -1,0 +1,653 @@
+"""The ALIGN models: the text tower, the image tower, and both under one temperature."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from align_tf import checkpoint
+from align_tf.activation import get_activation
+from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
+from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
+from align_tf.loss import align_loss, gather_across_replicas, num_replicas
+from align_tf.outputs import ModelOutput
+
+logger = logging.getLogger(__name__)
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
+class _Checkpoint:
+    """Reading and writing of weights, shared by the three models."""
+
+    config_class: type
+    table: tuple  # this model's rows of the name table
+    prefix = ""  # what a larger checkpoint puts before this model's names
+    unused: tuple[str, ...] = ()  # what a larger checkpoint holds beside this model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        dtype: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "keras.Model":
+        """Builds the model of a checkpoint and fills every weight from it.
+
+        Args:
+            name_or_path: a folder with `config.json` and `model.safetensors` (whole or in
+                shards) or `pytorch_model.bin`; `align-tiny`; or a Hugging Face id such as
+                `kakaobrain/align-base`. A tower also loads from a joint checkpoint.
+            dtype: a dtype or policy of the model, such as `mixed_bfloat16`.
+            revision: branch, tag or commit on the hub.
+            token: access token of the hub.
+            cache_dir: the hub's cache folder.
+            local_files_only: never ask the hub, use its cache.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint, or a file of it is missing.
+            align_tf.checkpoint.CheckpointError: a file is broken, a weight is missing, a tensor
+                is left over or a shape differs; the message names each.
+        """
+        folder = checkpoint.resolve_folder(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=True,
+        )
+        checkpoint.weight_files(folder)  # a missing file is told before a large model is built
+        model = cls(cls.config_class.from_pretrained(folder), dtype=dtype)
+        model._load(folder, prefix=cls.prefix, unused=cls.unused)
+        return model
+
+    def _relative_weights(self) -> dict[str, Any]:
+        return {weight.path.removeprefix(f"{self.path}/"): weight for weight in self.weights}
+
+    def _load(
+        self,
+        folder: pathlib.Path,
+        *,
+        prefix: str = "",
+        unused: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+    ) -> None:
+        """Fills the weights from a checkpoint folder: all of them, or none and an error."""
+        weights = self._relative_weights()
+        plan, leftover, kept = checkpoint.plan_import(
+            {path: tuple(weight.shape) for path, weight in weights.items()},
+            checkpoint.weight_files(folder),
+            self.table,
+            prefix=prefix,
+            unused=unused,
+            optional=optional,
+        )
+        for file, rows in plan.items():
+            for name, array in checkpoint.read_tensors(file, rows):
+                path, transform = rows[name]
+                array = checkpoint.permute(array, transform, to_keras=True)
+                weights[path].assign(array.astype(weights[path].dtype))
+        if leftover and unused:
+            logger.info("%s: left out of %s: %s", self.name, folder, ", ".join(leftover))
+        if kept:
+            logger.warning("%s: %s has no %s: new", self.name, folder, ", ".join(kept))
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` as transformers reads them.
+
+        Args:
+            folder: made if it is not there.
+            dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
+        """
+        weights = self._relative_weights()
+        names = checkpoint.to_hugging_face(weights, self.table)
+        tensors = {
+            hf: checkpoint.permute(ops.convert_to_numpy(weights[path]), transform, to_keras=False)
+            for path, (hf, transform) in names.items()
+        }
+        extra = {"architectures": [type(self).__name__], "dtype": dtype or self.variable_dtype}
+        config = dataclasses.replace(self.config, extra={**self.config.extra, **extra})
+        folder = pathlib.Path(folder)
+        checkpoint.write_tensors(folder, tensors, dtype)
+        config.save_pretrained(folder)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
+        trainable = config.pop("trainable", True)
+        model = cls(cls.config_class.from_dict(config.pop("config")), **config)
+        if not trainable:
+            model.trainable = False
+        return model
+
+
+class _Tower:
+    """Freezing by block, shared by the two towers."""
+
+    def freeze(self, blocks: Iterable[int] | None = None) -> None:
+        """Stops the tower from training.
+
+        Args:
+            blocks: indices of the blocks to freeze; None freezes the whole tower.
+
+        Raises:
+            ValueError: there is no block of that index.
+        """
+        self._set_trainable(blocks, False)
+
+    def unfreeze(self, blocks: Iterable[int] | None = None) -> None:
+        """Lets the tower train; takes what `freeze` takes."""
+        self._set_trainable(blocks, True)
+
+    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
+        # The tower itself stays trainable: Keras asks the parent before the child.
+        chosen = self.layers if blocks is None else [self._block(index) for index in blocks]
+        for layer in chosen:
+            layer.trainable = value
+
+    def _block(self, index: int) -> layers.Layer:
+        count = len(self.blocks)
+        if not -count <= index < count:
+            raise ValueError(f"block {index}: {self.name} has blocks 0 to {count - 1}")
+        return self.blocks[index]
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AlignTextModel(_Checkpoint, _Tower, keras.Model):
+    """The text tower: a BERT encoder.
+
+    Args:
+        config: its configuration.
+        name: the name of the model, and the first part of its weights' paths.
+        dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
+    """
+
+    config_class = AlignTextConfig
+    table = checkpoint.TEXT_TABLE
+    prefix = "text_model."
+    unused = checkpoint.UNUSED_BY_TEXT_TOWER
+
+    def __init__(
+        self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        options = {"dtype": self.dtype_policy}
+        self.embeddings = TextEmbeddings(config, **options)
+        self.blocks = [
+            EncoderLayer(
+                config,
+                config.num_attention_heads - len(config.pruned_heads.get(index, ())),
+                name=f"layer_{index}",
+                **options,
+            )
+            for index in range(config.num_hidden_layers)
+        ]
+        self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.embeddings.build()
+        for block in self.blocks:
+            block.build()
+        self.pooler.build((None, self.config.hidden_size))
+
+    def call(
+        self,
+        inputs: Any,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool = False,
+    ) -> ModelOutput:
+        """Encodes tokens.
+
+        Args:
+            inputs: `input_ids` int (m, t), or a dict of `input_ids` or `inputs_embeds`
+                float (m, t, hidden_size), and if wanted `attention_mask` (m, t), 1 for a token
+                and 0 for padding, `token_type_ids` (m, t) and `position_ids` (m, t).
+            output_hidden_states: also return `hidden_states`, those after the embeddings and
+                after each layer, each (m, t, hidden_size).
+            output_attentions: also return `attentions`, one (m, heads, t, t) for each layer.
+            training: apply dropout.
+
+        Returns:
+            `last_hidden_state` (m, t, hidden_size) and `pooler_output` (m, hidden_size).
+
+        Raises:
+            ValueError: both or neither of ids and embeddings are given, or the text is longer
+                than max_position_embeddings.
+        """
+        inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+        given = {key: inputs[key] for key in TEXT_INPUTS if inputs.get(key) is not None}
+        attention_mask = given.pop("attention_mask", None)
+        if ("input_ids" in given) == ("inputs_embeds" in given):
+            raise ValueError("expected input_ids or inputs_embeds, not both and not neither")
+        length = ops.shape(given.get("input_ids", given.get("inputs_embeds")))[1]
+        if isinstance(length, int) and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a text of {length} tokens: expected at most max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+        if attention_mask is None:
+            attention_mask = ops.ones((1, length), dtype="bool")
+        attention_mask = ops.cast(attention_mask, "bool")[:, None, None, :]  # (m, 1, 1, t)
+
+        x = self.embeddings(**given, training=training)
+        hidden_states, attentions = [x], []
+        for block in self.blocks:
+            x, probs = block(x, attention_mask, training=training)
+            hidden_states.append(x)
+            attentions.append(probs)
+
+        output = ModelOutput(last_hidden_state=x, pooler_output=self.pooler(x[:, 0]))
+        if output_hidden_states:
+            output["hidden_states"] = tuple(hidden_states)
+        if output_attentions:
+            output["attentions"] = tuple(attentions)
+        return output
+
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Cuts the word embeddings, or adds rows drawn as new ones are; compile again after it.
+
+        Args:
+            vocab_size: rows to have.
+        """
+        config = dataclasses.replace(self.config, vocab_size=vocab_size)  # checks the value
+        layer = self.embeddings.word_embeddings
+        new = embedding(
+            config,
+            vocab_size,
+            config.hidden_size,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+        kept = ops.convert_to_numpy(layer.embeddings)[:vocab_size]
+        added = new.embeddings_initializer((vocab_size - len(kept), config.hidden_size))
+        rows = np.concatenate([kept, ops.convert_to_numpy(added).astype(kept.dtype)])
+        _replace_layer(self.embeddings, "word_embeddings", new, [rows])
+        self.config.vocab_size = vocab_size
+
+    def prune_heads(self, heads: dict[int, Iterable[int]]) -> None:
+        """Takes attention heads out; compile again after it.
+
+        Args:
+            heads: layer's index -> heads to take out, numbered as in the unpruned model.
+
+        Raises:
+            ValueError: there is no such layer or head, or none would be left.
+        """
+        before = self.config.pruned_heads
+        after = {**before, **{i: sorted({*before.get(i, ()), *h}) for i, h in heads.items()}}
+        dataclasses.replace(self.config, pruned_heads=after)  # checks the values
+        for index in heads:
+            attention = self.blocks[index].attention
+            left = [h for h in range(self.config.num_attention_heads) if h not in before.get(index, ())]
+            kept = np.array([head not in after[index] for head in left])
+            columns = np.repeat(kept, self.config.head_size)
+            attention.num_heads = int(kept.sum())
+            for attribute in ("query", "key", "value"):
+                kernel, bias = getattr(attention, attribute).get_weights()
+                self._replace_dense(attention, attribute, kernel[:, columns], bias[columns])
+            kernel, bias = attention.output_dense.get_weights()
+            self._replace_dense(attention, "output_dense", kernel[columns], bias)
+        self.config.pruned_heads = after
+
+    def _replace_dense(self, parent: layers.Layer, attribute: str, kernel: Any, bias: Any) -> None:
+        old = getattr(parent, attribute)
+        new = dense(self.config, kernel.shape[1], name=old.name, dtype=old.dtype_policy)
+        _replace_layer(parent, attribute, new, [kernel, bias])
+
+
+def _replace_layer(parent: layers.Layer, attribute: str, new: layers.Layer, values: list) -> None:
+    """Puts a layer of another size in the place of a built one, under the same weight paths."""
+    old = getattr(parent, attribute)
+    with contextlib.ExitStack() as scopes:
+        for part in parent.path.split("/"):
+            scopes.enter_context(keras.name_scope(part))
+        new.build((None, None, values[0].shape[0]))
+    new.set_weights(values)
+    new.trainable = old.trainable
+    # Keras closes a built layer to new sublayers; its own LoRA and quantization open it so.
+    parent._tracker.unlock()
+    parent._tracker.untrack(old)
+    setattr(parent, attribute, new)
+    parent._tracker.lock()
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
+    """The image tower: an EfficientNet without top convolution.
+
+    Args:
+        config: its configuration.
+        name: the name of the model, and the first part of its weights' paths.
+        dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
+    """
+
+    config_class = AlignVisionConfig
+    table = checkpoint.VISION_TABLE
+    prefix = "vision_model."
+    unused = checkpoint.UNUSED_BY_VISION_TOWER
+
+    def __init__(
+        self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        options = {"dtype": self.dtype_policy}
+        self.activation = get_activation(config.hidden_act)
+        self.stem_pad = layers.ZeroPadding2D(((0, 1), (0, 1)), name="stem_pad", **options)
+        self.stem_conv = conv(
+            config, config.stem_channels, 3, strides=2, use_bias=False, name="stem_conv", **options
+        )
+        self.stem_bn = batch_norm(config, name="stem_bn", **options)
+        self.blocks = [
+            MBConvBlock(config, spec, name=f"block_{index}", **options)
+            for index, spec in enumerate(block_table(config))
+        ]
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.stem_conv.build((None, None, None, self.config.num_channels))
+        self.stem_bn.build((None, None, None, self.config.stem_channels))
+        for block in self.blocks:
+            block.build()
+
+    def call(
+        self, inputs: Any, output_hidden_states: bool = False, training: bool = False
+    ) -> ModelOutput:
+        """Encodes images of any size.
+
+        Args:
+            inputs: `pixel_values` float (n, h, w, 3), or a dict that holds it.
+            output_hidden_states: also return `hidden_states`, those after the stem and after
+                each block, each (n, h', w', c).
+            training: apply drop-connect, and BatchNorm by the batch's statistics.
+
+        Returns:
+            `last_hidden_state` (n, h', w', embed_dim) and `pooler_output` (n, embed_dim),
+            float32.
+        """
+        x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
+        x = self.activation(self.stem_bn(self.stem_conv(self.stem_pad(x)), training=training))
+        hidden_states = [x]
+        for block in self.blocks:
+            x = block(x, training=training)
+            hidden_states.append(x)
+
+        pool = ops.mean if self.config.pooling_type == "mean" else ops.max
+        pooled = pool(ops.cast(x, "float32"), axis=(1, 2))
+        output = ModelOutput(last_hidden_state=x, pooler_output=pooled)
+        if output_hidden_states:
+            output["hidden_states"] = tuple(hidden_states)
+        return output
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AlignModel(_Checkpoint, keras.Model):
+    """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
+
+    Args:
+        config: its configuration.
+        name: the name of the model.
+        dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
+            Embeddings, logits and loss are float32 whatever it is.
+
+    Attributes:
+        label_smoothing: of the loss that `fit` minimises; 0.1 as in the paper.
+    """
+
+    config_class = AlignConfig
+    table = checkpoint.JOINT_TABLE
+
+    def __init__(self, config: AlignConfig, *, name: str = "align", dtype: Any = None) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config
+        self.label_smoothing = 0.1
+        self.text_model = AlignTextModel(config.text_config, dtype=self.dtype_policy)
+        self.text_model.pooler.trainable = False  # no part of the embedding, so of no gradient
+        self.vision_model = AlignVisionModel(config.vision_config, dtype=self.dtype_policy)
+        self.text_projection = layers.Dense(
+            config.projection_dim, name="text_projection", dtype="float32"
+        )
+        if config.image_projection:
+            self.image_projection = layers.Dense(
+                config.projection_dim, name="image_projection", dtype="float32"
+            )
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.text_projection.build((None, self.config.text_config.hidden_size))
+        if self.config.image_projection:
+            self.image_projection.build((None, self.config.vision_config.embed_dim))
+        self.temperature = self.add_weight(
+            name="temperature",
+            shape=(),
+            initializer=keras.initializers.Constant(self.config.temperature_init_value),
+            dtype="float32",
+            autocast=False,
+        )
+
+    def call(
+        self,
+        inputs: dict[str, Any],
+        return_loss: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool = False,
+    ) -> ModelOutput:
+        """Embeds images and texts and compares all of them.
+
+        Args:
+            inputs: `pixel_values` (n, h, w, 3) and what `AlignTextModel` takes, (m, t).
+            return_loss: also return `loss`, the contrastive loss of n = m pairs.
+            output_hidden_states: ask both towers for theirs.
+            output_attentions: ask the text tower for its attentions.
+            training: apply dropout and drop-connect, and BatchNorm by the batch's statistics.
+
+        Returns:
+            `logits_per_image` (n, m) and `logits_per_text` (m, n), cosines divided by the
+            temperature; `image_embeds` (n, projection_dim) and `text_embeds`
+            (m, projection_dim) of unit length; `text_model_output` and `vision_model_output`.
+
+        Raises:
+            ValueError: `pixel_values` or the texts are missing.
+        """
+        if "pixel_values" not in inputs:
+            raise ValueError("expected pixel_values; for texts alone call get_text_features")
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+            raise ValueError("expected input_ids; for images alone call get_image_features")
+        vision_output = self.vision_model(
+            inputs["pixel_values"], output_hidden_states=output_hidden_states, training=training
+        )
+        text_output = self.text_model(
+            {key: inputs[key] for key in TEXT_INPUTS if key in inputs},
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+        image_embeds = _unit(self._project_image(vision_output))
+        text_embeds = _unit(self._project_text(text_output))
+        logits_per_text = self._logits_per_text(image_embeds, text_embeds)
+        output = ModelOutput(
+            logits_per_image=ops.transpose(logits_per_text),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
+        if return_loss:
+            output["loss"] = align_loss(logits_per_text, self.label_smoothing)
+        return output
+
+    def get_text_features(self, inputs: Any, training: bool = False) -> Any:
+        """Embeds texts.
+
+        Args:
+            inputs: what `AlignTextModel` takes.
+            training: apply dropout.
+
+        Returns:
+            (m, projection_dim), float32, before normalisation.
+        """
+        return self._project_text(self.text_model(inputs, training=training))
+
+    def get_image_features(self, inputs: Any, training: bool = False) -> Any:
+        """Embeds images.
+
+        Args:
+            inputs: what `AlignVisionModel` takes.
+            training: apply drop-connect, and BatchNorm by the batch's statistics.
+
+        Returns:
+            (n, projection_dim), float32, before normalisation.
+        """
+        return self._project_image(self.vision_model(inputs, training=training))
+
+    def _project_text(self, output: ModelOutput) -> Any:
+        # The first token's state, not BERT's pooler.
+        return self.text_projection(output.last_hidden_state[:, 0])
+
+    def _project_image(self, output: ModelOutput) -> Any:
+        pooled = output.pooler_output
+        return self.image_projection(pooled) if self.config.image_projection else pooled
+
+    def _logits_per_text(self, image_embeds: Any, text_embeds: Any) -> Any:
+        return ops.matmul(text_embeds, ops.transpose(image_embeds)) / self.temperature
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Contrastive loss of a batch of pairs, against the negatives of all replicas.
+
+        Each replica takes the whole loss of the global batch and its share of it, so that the
+        gradients that a distribution strategy sums are those of one device.
+        """
+        logits = self._logits_per_text(
+            gather_across_replicas(y_pred["image_embeds"]),
+            gather_across_replicas(y_pred["text_embeds"]),
+        )
+        return (align_loss(logits, self.label_smoothing) + sum(self.losses)) / num_replicas()
+
+    def freeze(self, tower: str | None = None, blocks: Iterable[int] | None = None) -> None:
+        """Stops a tower, or some of its blocks, from training; compile again after it.
+
+        Args:
+            tower: `text` or `vision`; None means both.
+            blocks: indices of the blocks to freeze; None freezes the whole tower.
+        """
+        for model in self._towers(tower):
+            model.freeze(blocks)
+
+    def unfreeze(self, tower: str | None = None, blocks: Iterable[int] | None = None) -> None:
+        """Lets a tower, or some of its blocks, train; takes what `freeze` takes."""
+        for model in self._towers(tower):
+            model.unfreeze(blocks)
+        self.text_model.pooler.trainable = False
+
+    def _towers(self, tower: str | None) -> list:
+        towers = {"text": self.text_model, "vision": self.vision_model}
+        if tower is not None and tower not in towers:
+            raise ValueError(f"tower={tower!r}: expected one of {', '.join(towers)}, or None")
+        return list(towers.values()) if tower is None else [towers[tower]]
+
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Resizes the text tower's word embeddings; see `AlignTextModel`."""
+        self.text_model.resize_token_embeddings(vocab_size)
+
+    def prune_heads(self, heads: dict[int, Iterable[int]]) -> None:
+        """Takes attention heads out of the text tower; see `AlignTextModel`."""
+        self.text_model.prune_heads(heads)
+
+    @classmethod
+    def from_towers(
+        cls,
+        text: str | os.PathLike,
+        vision: str | os.PathLike,
+        *,
+        projection_dim: int | None = None,
+        temperature_init_value: float = 1.0,
+        dtype: Any = None,
+    ) -> "AlignModel":
+        """Builds a model to train from a BERT and an EfficientNet that were trained apart.
+
+        Args:
+            text: folder or id of a Hugging Face BERT checkpoint, with or without the `bert.`
+                prefix; its task heads are left out.
+            vision: folder or id of a Hugging Face EfficientNet checkpoint; its top convolution
+                and classifier are left out.
+            projection_dim: width of the joint space; None takes the image tower's own, another
+                value puts an image projection behind it.
+            temperature_init_value: where the temperature starts.
+            dtype: a dtype or policy of the model.
+
+        Returns:
+            The model, its projection new and its towers filled.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            align_tf.checkpoint.CheckpointError: a checkpoint does not fit.
+        """
+        text_folder = checkpoint.resolve_folder(text, weights=True)
+        vision_folder = checkpoint.resolve_folder(vision, weights=True)
+        text_config = _tower_config(AlignTextConfig, text_folder, "bert")
+        vision_config = _tower_config(AlignVisionConfig, vision_folder, "efficientnet")
+        projection_dim = projection_dim or vision_config.embed_dim
+        config = AlignConfig(
+            text_config=text_config,
+            vision_config=vision_config,
+            projection_dim=projection_dim,
+            temperature_init_value=temperature_init_value,
+            image_projection=projection_dim != vision_config.embed_dim,
+        )
+        model = cls(config, dtype=dtype)
+        model.text_model._load(
+            text_folder,
+            prefix="bert.",
+            unused=checkpoint.UNUSED_OF_BERT,
+            optional=(r"^pooler/",),
+        )
+        model.vision_model._load(
+            vision_folder, prefix="efficientnet.", unused=checkpoint.UNUSED_OF_EFFICIENTNET
+        )
+        return model
+
+
+def _tower_config(config_class: type, folder: pathlib.Path, model_type: str) -> Any:
+    """Takes the keys that a tower knows out of the config.json of another model."""
+    values = checkpoint.read_json(folder / CONFIG_NAME)
+    if values.get("model_type") != model_type:
+        raise ValueError(
+            f"{folder}: model_type={values.get('model_type')!r}: expected {model_type!r}"
+        )
+    known = {field.name for field in dataclasses.fields(config_class)} - {"extra"}
+    return config_class(**{key: value for key, value in values.items() if key in known})
+
+
+def _unit(x: Any) -> Any:
+    """Scales vectors to unit length; zero stays zero, with a finite gradient."""
+    return x * ops.rsqrt(ops.maximum(ops.sum(ops.square(x), axis=-1, keepdims=True), 1e-24))
