@@ -1,0 +1,276 @@
+"""The command `align-tf`."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+# Nothing heavy is imported here: `align-tf --help` answers at once.
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# Offered beside the names of the bundled pictures.
+QUICKSTART_DISTRACTORS = ("dog", "cup of coffee", "airplane", "house", "clock")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's own.
+
+    Returns:
+        Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print("align-tf: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+        sys.stdout = None
+        return 0
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"align-tf: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="align-tf", description="ALIGN for TensorFlow and Keras: classify, export and serve."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.set_defaults(run=lambda arguments: _print_version_or_help(parser, arguments))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    quickstart = command(
+        "quickstart", _quickstart, "the main job, end to end, on the bundled checkpoint"
+    )
+    quickstart.add_argument(
+        "--output", metavar="DIR", help="where the SavedModel goes (a temporary folder)"
+    )
+    quickstart.add_argument(
+        "--keep-serving", action="store_true", help="leave the server up until Ctrl-C"
+    )
+    quickstart.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    classify = command("classify", _classify, "zero-shot classification of image files")
+    classify.add_argument("images", nargs="+", metavar="IMAGE")
+    classify.add_argument("--labels", nargs="+", required=True, metavar="LABEL")
+    classify.add_argument(
+        "--template", default="{}", help='wraps each label, such as "a photo of a {}"'
+    )
+    _add_model(classify)
+    classify.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    export = command("export", _export, "write a SavedModel for TensorFlow Serving")
+    _add_model(export)
+    export.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
+
+    serve = command("serve", _serve, "serve SavedModels over gRPC and REST, on one machine")
+    serve.add_argument("directory", nargs="?", metavar="DIR", help="a SavedModel folder")
+    serve.add_argument("--model-name", default="align")
+    serve.add_argument("--model-config-file", metavar="FILE", help="a model_config_list")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--grpc-port", type=int, default=8500)
+    serve.add_argument("--rest-port", type=int, default=8501)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="align-tiny",
+        metavar="DIR_OR_ID",
+        help="a checkpoint folder, a Hugging Face id such as kakaobrain/align-base, or align-tiny",
+    )
+
+
+def _print_version_or_help(parser: argparse.ArgumentParser, arguments: Any) -> int:
+    if arguments.version:
+        from align_tf import __version__
+
+        print(__version__)
+        return 0
+    parser.print_help(sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    _say(f"Loading {name} ...")
+    from align_tf import AlignModel, AlignProcessor
+
+    return AlignModel.from_pretrained(name), AlignProcessor.from_pretrained(name)
+
+
+def _probabilities(model: Any, processor: Any, images: list, labels: list[str]) -> Any:
+    """Returns (images, labels), the softmax of each image's logits."""
+    import keras
+
+    output = model(processor(images=images, text=labels, padding="longest"))
+    return keras.ops.convert_to_numpy(keras.ops.softmax(output.logits_per_image, axis=-1))
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    rich.console.Console().print(table)
+
+
+# --- classify ------------------------------------------------------------------------------
+
+
+def _classify(arguments: Any) -> int:
+    if "{}" not in arguments.template:
+        raise ValueError(f"--template {arguments.template!r}: expected a {{}} for the label")
+    missing = [path for path in arguments.images if not pathlib.Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file")
+    model, processor = _load(arguments.model)
+    prompts = [arguments.template.format(label) for label in arguments.labels]
+    results, broken = [], []
+    for path in arguments.images:
+        try:
+            probs = _probabilities(model, processor, [path], prompts)[0]
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        results.append({"image": path, "probs": dict(zip(arguments.labels, map(float, probs)))})
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+    elif results:
+        _print_probabilities(results)
+    for message in broken:
+        _say(f"align-tf: error: {message}")
+    return EXIT_USER_ERROR if broken else 0
+
+
+def _print_probabilities(results: list[dict]) -> None:
+    rows = []
+    for result in results:
+        ranked = sorted(result["probs"].items(), key=lambda item: -item[1])
+        lines = "\n".join(f"{prob:6.1%}  {label}" for label, prob in ranked[:5])
+        rows.append([result["image"], lines])
+    _table("Zero-shot classification", ["image", "probability and label"], rows)
+
+
+# --- export and serve ----------------------------------------------------------------------
+
+
+def _export(arguments: Any) -> int:
+    model, processor = _load(arguments.model)
+    from align_tf import export_saved_model
+
+    _say("Exporting ...")
+    print(export_saved_model(model, processor, arguments.output))
+    return 0
+
+
+def _serve(arguments: Any) -> int:
+    if (arguments.directory is None) == (arguments.model_config_file is None):
+        raise ValueError("expected a SavedModel folder or --model-config-file, one of them")
+    from align_tf import server
+
+    server.serve(
+        arguments.directory,
+        model_name=arguments.model_name,
+        model_config_file=arguments.model_config_file,
+        host=arguments.host,
+        grpc_port=arguments.grpc_port,
+        rest_port=arguments.rest_port,
+    )
+    return 0
+
+
+# --- quickstart ----------------------------------------------------------------------------
+
+
+def _quickstart(arguments: Any) -> int:
+    from align_tf import export_saved_model, server  # first, so that a missing extra is told
+    from align_tf.checkpoint import BUNDLED
+
+    pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+    names = [picture.stem.replace("_", " ") for picture in pictures]
+    labels = [*names, *QUICKSTART_DISTRACTORS]
+    model, processor = _load("align-tiny")
+    _say(f"Classifying {len(pictures)} pictures in Keras ...")
+    local = _probabilities(model, processor, pictures, labels)
+    output = pathlib.Path(arguments.output or tempfile.mkdtemp(prefix="align-tiny-"))
+    _say("Exporting the SavedModel ...")
+    version = export_saved_model(model, processor, output)
+    _say("Starting the embedded server ...")
+    with server.ModelServer(output, model_name="align") as running:
+        served = {}
+        for protocol, port in (("gRPC", running.grpc_port), ("REST", running.rest_port)):
+            _say(f"Asking it over {protocol} ...")
+            served[protocol] = _ask(protocol, port, pictures, labels)
+        results = [
+            {
+                "image": picture.name,
+                "label": labels[int(local[i].argmax())],
+                "keras": float(local[i].max()),
+                "grpc": float(served["gRPC"][i][local[i].argmax()]),
+                "rest": float(served["REST"][i][local[i].argmax()]),
+            }
+            for i, picture in enumerate(pictures)
+        ]
+        _print_quickstart(results, version, arguments.json)
+        if arguments.keep_serving:
+            _print_curl(running, pictures[0], labels[:3])
+            running.wait()
+    return 0
+
+
+def _ask(protocol: str, port: int, pictures: list, labels: list[str]) -> Any:
+    from align_tf.client import AlignClient
+
+    with AlignClient(f"127.0.0.1:{port}", protocol=protocol.lower()) as client:
+        return client.classify(pictures, labels).probs
+
+
+def _print_quickstart(results: list[dict], version: pathlib.Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"saved_model": str(version), "results": results}, indent=2))
+        return
+    _table(
+        "align-tiny: the best label of each picture, by three ways to ask",
+        ["picture", "label", "Keras", "gRPC", "REST"],
+        [
+            [row["image"], row["label"], *(f"{row[way]:.1%}" for way in ("keras", "grpc", "rest"))]
+            for row in results
+        ],
+    )
+    print(f"SavedModel: {version}")
+
+
+def _print_curl(running: Any, picture: pathlib.Path, labels: list[str]) -> None:
+    print(
+        f"""Serving gRPC on port {running.grpc_port}, REST on port {running.rest_port}; Ctrl-C stops it. Try:
+
+  curl http://127.0.0.1:{running.rest_port}/v1/models/align:predict -d @- <<END
+  {{"instances": [{{"image_bytes": {{"b64": "$(base64 -w0 {picture})"}}, "labels": {json.dumps(labels)}}}]}}
+  END
+""",
+        flush=True,
+    )

@@ -1,0 +1,199 @@
+"""Export of a model and its processor as a SavedModel that takes raw bytes and strings."""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import align_tf
+from align_tf.model import AlignModel
+from align_tf.processor import AlignProcessor
+
+WARMUP_NAME = "tf_serving_warmup_requests"
+METADATA_NAME = "align_tf.json"
+
+# What an empty label, or one that pads a short list, gets for a logit: the lowest float32, so
+# that a softmax over the row agrees with `probs`, and JSON can hold it.
+EMPTY_LABEL_LOGIT = tf.float32.min
+
+
+def export_saved_model(
+    model: AlignModel,
+    processor: AlignProcessor,
+    directory: str | os.PathLike,
+    *,
+    version: int | None = None,
+) -> pathlib.Path:
+    """Writes a SavedModel for TensorFlow Serving, warmup requests included.
+
+    Its signatures, each with the batch as the first dimension and no row depending on another:
+
+        serving_default  image_bytes (n), labels (n, m)    -> logits (n, m), probs (n, m)
+        embed_image      image_bytes (n)                   -> image_embeds (n, d)
+        embed_text       texts (n)                         -> text_embeds (n, d)
+        embed_pixels     pixel_values (n, h, w, 3)         -> image_embeds (n, d)
+        embed_tokens     input_ids, attention_mask,
+                         token_type_ids int32 (n, t)       -> text_embeds (n, d)
+
+    Args:
+        model: the model; its outputs are float32 whatever it was trained in.
+        processor: the processor; its image and text settings go into the graph.
+        directory: the model's folder, which holds one numbered folder for each version.
+        version: the version to write; None takes the next free number.
+
+    Returns:
+        The version's folder.
+
+    Raises:
+        RuntimeError: Keras runs on another backend than TensorFlow.
+        FileExistsError: that version is there already.
+        ValueError: version is not a positive number.
+    """
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"export runs on the TensorFlow backend, Keras runs on {keras.backend.backend()}: "
+            "save the model, set KERAS_BACKEND=tensorflow and load it in a new process"
+        )
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    version = _next_version(directory) if version is None else version
+    if version < 1:
+        raise ValueError(f"version={version}: expected a positive number")
+    target = directory / str(version)
+    if target.exists():
+        raise FileExistsError(f"{target}: this version is there already")
+
+    signatures = _signatures(model, processor)
+    module = tf.Module()
+    module.weights = [weight.value for weight in model.weights]
+    # A server scans for numbered folders, so it sees the version only when it is whole.
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{version}.", dir=directory))
+    try:
+        tf.saved_model.save(module, os.fspath(temporary), signatures=signatures)
+        _write_extras(temporary / "assets.extra", model, processor)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _next_version(directory: pathlib.Path) -> int:
+    return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=0) + 1
+
+
+def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
+    images, tokenizer = processor.image_processor, processor.tokenizer
+    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+
+    def embed_pixels(pixel_values):
+        return tf.math.l2_normalize(model.get_image_features(pixel_values), axis=-1)
+
+    def embed_tokens(tokens):
+        return tf.math.l2_normalize(model.get_text_features(tokens), axis=-1)
+
+    def embed_image(image_bytes):
+        return embed_pixels(images.pixel_values(image_bytes))
+
+    def embed_text(texts):
+        return embed_tokens(tokenizer.encode(texts, padding="longest", max_length=max_length))
+
+    def classify(image_bytes, labels):
+        image_embeds = embed_image(image_bytes)  # (n, d)
+        # A label that occurs in several rows is encoded once.
+        unique, index = tf.unique(tf.reshape(labels, [-1]))
+        cosines = tf.matmul(image_embeds, embed_text(unique), transpose_b=True)  # (n, unique)
+        own = tf.reshape(index, tf.shape(labels))
+        logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
+        empty = tf.equal(labels, "")
+        logits = tf.where(empty, EMPTY_LABEL_LOGIT, logits)
+        probs = tf.where(empty, 0.0, tf.nn.softmax(logits))
+        return {"logits": logits, "probs": probs}
+
+    def spec(name, shape, dtype=tf.string):
+        return tf.TensorSpec(shape, dtype, name)
+
+    token_names = ("input_ids", "attention_mask", "token_type_ids")
+    # signature: (function, inputs)
+    table = {
+        "serving_default": (
+            classify,
+            (spec("image_bytes", [None]), spec("labels", [None, None])),
+        ),
+        "embed_image": (
+            lambda image_bytes: {"image_embeds": embed_image(image_bytes)},
+            (spec("image_bytes", [None]),),
+        ),
+        "embed_text": (
+            lambda texts: {"text_embeds": embed_text(texts)},
+            (spec("texts", [None]),),
+        ),
+        "embed_pixels": (
+            lambda pixel_values: {"image_embeds": embed_pixels(pixel_values)},
+            (spec("pixel_values", [None, None, None, 3], tf.float32),),
+        ),
+        "embed_tokens": (
+            lambda *tokens: {
+                "text_embeds": embed_tokens(dict(zip(token_names, tokens, strict=True)))
+            },
+            tuple(spec(name, [None, None], tf.int32) for name in token_names),
+        ),
+    }
+    return {
+        name: tf.function(function, input_signature=inputs).get_concrete_function()
+        for name, (function, inputs) in table.items()
+    }
+
+
+def _write_extras(folder: pathlib.Path, model: AlignModel, processor: AlignProcessor) -> None:
+    folder.mkdir()
+    metadata = {
+        "align_tf_version": align_tf.__version__,
+        "image_mode": processor.image_processor.mode,
+        "projection_dim": model.config.projection_dim,
+    }
+    (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n")
+    image = tf.io.encode_jpeg(tf.zeros([64, 64, 3], tf.uint8)).numpy()
+    size = model.config.vision_config.image_size
+    tokens = tf.ones([1, 8], tf.int32)
+    # signature: inputs
+    requests = {
+        "serving_default": {"image_bytes": [image], "labels": [["a cat", "a dog"]]},
+        "embed_image": {"image_bytes": [image]},
+        "embed_text": {"texts": ["a cat"]},
+        "embed_pixels": {"pixel_values": tf.zeros([1, size, size, 3])},
+        "embed_tokens": {
+            "input_ids": tokens,
+            "attention_mask": tokens,
+            "token_type_ids": tokens * 0,
+        },
+    }
+    with tf.io.TFRecordWriter(os.fspath(folder / WARMUP_NAME)) as writer:
+        for signature, inputs in requests.items():
+            writer.write(_prediction_log(signature, inputs))
+
+
+def _prediction_log(signature: str, inputs: dict[str, Any]) -> bytes:
+    """Encodes a PredictionLog of TensorFlow Serving, which the core install has no classes for.
+
+    Numbers of the fields: tensorflow_serving/apis/{prediction_log,predict,model}.proto.
+    """
+    request = _field(1, _field(3, signature.encode()))  # model_spec.signature_name
+    for name, value in inputs.items():
+        tensor = tf.make_tensor_proto(value).SerializeToString()
+        request += _field(2, _field(1, name.encode()) + _field(2, tensor))  # map entry of inputs
+    return _field(6, _field(1, request))  # predict_log.request
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """Encodes one length-delimited protobuf field."""
+    length, size = len(payload), b""
+    while length > 127:
+        size += bytes([length & 127 | 128])
+        length >>= 7
+    return bytes([number << 3 | 2]) + size + bytes([length]) + payload
