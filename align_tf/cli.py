@@ -274,3 +274,7 @@ def _print_curl(running: Any, picture: pathlib.Path, labels: list[str]) -> None:
 """,
         flush=True,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
