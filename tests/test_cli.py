@@ -141,3 +141,17 @@ def test_classify_accepts_any_picture_file(capsys, tmp_path):
     code, out, _ = run(capsys, "classify", path, "--json", "--labels", "", "a gray square")
     assert code == 0
     assert len(json.loads(out)[0]["probs"]) == 2
+
+
+@pytest.mark.parametrize("command", [["serve", "models"], ["quickstart"]])
+def test_an_absent_extra_names_the_pip_command(command):
+    script = (
+        "import sys\n"
+        "sys.modules['tensorflow_serving'] = None\n"
+        "from align_tf import cli\n"
+        f"sys.exit(cli.main({command!r}))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 2
+    last = shown.stderr.strip().splitlines()[-1]
+    assert last.startswith("align-tf: error:") and 'pip install "align-tf[serve]"' in last
