@@ -1,0 +1,298 @@
+"""JSON as TensorFlow Serving reads and writes it: rapidjson's grammar, errors and layout.
+
+A value is made of dict, list, str, int, float, bool and None. Bytes that are not UTF-8 are kept in
+a str as surrogate escapes, in both directions.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from align_tf.status_codes import RequestError, invalid_argument
+
+INDENT = "    "
+FLOAT_MAX = float(np.finfo(np.float32).max)
+
+
+# --- reading -------------------------------------------------------------------------------
+
+# What Python's reader takes and rapidjson may refuse: unpaired surrogates, numbers out of range.
+_SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|[eE]\+?\d{3}|\d{300}")
+_SPACE = re.compile(rb"[ \t\n\r]*")
+_PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
+_HEX4 = re.compile(rb"[0-9a-fA-F]{4}")
+_DIGITS = re.compile(rb"\d*")
+_ESCAPES = dict(zip(b'"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True))
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read(body: bytes) -> dict[str, Any]:
+    """Reads the JSON object that a body begins with; text after it is ignored.
+
+    Raises:
+        RequestError: the body begins with no JSON object.
+    """
+    if not body:
+        raise invalid_argument("JSON Parse error: The document is empty")
+    try:
+        document = _read_fast(body)
+    except RecursionError:
+        raise invalid_argument("JSON Parse error: The document is nested too deeply.") from None
+    if not isinstance(document, dict):
+        raise invalid_argument(f"JSON Value: {stringify(document)} Is not object")
+    return document
+
+
+def _read_fast(body: bytes) -> Any:
+    if not _SUSPECT.search(body):
+        text = body.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
+        try:
+            return _DECODER.raw_decode(text.lstrip(" \t\n\r"))[0]
+        except ValueError:
+            pass
+    return _ExactReader(body).document()
+
+
+def _first_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else dict(reversed(pairs))
+
+
+# The first member of a name counts, as in rapidjson.
+_DECODER = json.JSONDecoder(object_pairs_hook=_first_wins)
+
+
+class _ExactReader:
+    """rapidjson's grammar (with NaN and Inf), its errors and their offsets."""
+
+    def __init__(self, body: bytes):
+        self.data = body + b"\0"  # rapidjson reads the end as a NUL
+        self.at = len(_BYTE_ORDER_MARK) if body.startswith(_BYTE_ORDER_MARK) else 0
+
+    def fail(self, message: str, at: int | None = None) -> RequestError:
+        at = self.at if at is None else at
+        return invalid_argument(f"JSON Parse error: {message} at offset: {at}")
+
+    def take(self, pattern: re.Pattern) -> bytes:
+        match = pattern.match(self.data, self.at)
+        self.at = match.end() if match else self.at
+        return match.group() if match else b""
+
+    def consume(self, word: bytes) -> bool:
+        """Takes as much of a word as is there; true if that is all of it."""
+        for byte in word:
+            if self.data[self.at] != byte:
+                return False
+            self.at += 1
+        return True
+
+    def document(self) -> Any:
+        self.take(_SPACE)
+        if self.data[self.at] == 0:
+            raise self.fail("The document is empty.")
+        return self.value()
+
+    def value(self) -> Any:
+        match chr(self.data[self.at]):
+            case "{":
+                return self.object()
+            case "[":
+                return self.array()
+            case '"':
+                return self.string()
+            case "n":
+                return self.constant(b"null", None)
+            case "t":
+                return self.constant(b"true", True)
+            case "f":
+                return self.constant(b"false", False)
+        return self.number()
+
+    def constant(self, word: bytes, value: Any) -> Any:
+        if not self.consume(word):
+            raise self.fail("Invalid value.")
+        return value
+
+    def object(self) -> dict[str, Any]:
+        self.at += 1
+        self.take(_SPACE)
+        members: dict[str, Any] = {}
+        if self.consume(b"}"):
+            return members
+        while True:
+            if self.data[self.at] != ord('"'):
+                raise self.fail("Missing a name for object member.")
+            name = self.string()
+            self.take(_SPACE)
+            if not self.consume(b":"):
+                raise self.fail("Missing a colon after a name of object member.")
+            self.take(_SPACE)
+            members.setdefault(name, self.value())
+            self.take(_SPACE)
+            if self.consume(b"}"):
+                return members
+            if not self.consume(b","):
+                raise self.fail("Missing a comma or } after an object member.")
+            self.take(_SPACE)
+
+    def array(self) -> list[Any]:
+        self.at += 1
+        self.take(_SPACE)
+        items: list[Any] = []
+        if self.consume(b"]"):
+            return items
+        while True:
+            items.append(self.value())
+            self.take(_SPACE)
+            if self.consume(b"]"):
+                return items
+            if not self.consume(b","):
+                raise self.fail("Missing a comma or ] after an array element.")
+            self.take(_SPACE)
+
+    def string(self) -> str:
+        self.at += 1
+        parts = []
+        while True:
+            parts.append(self.take(_PLAIN))
+            byte = self.data[self.at]
+            if byte == ord('"'):
+                self.at += 1
+                return b"".join(parts).decode("utf-8", "surrogateescape")
+            if byte == 0:
+                raise self.fail("Missing a closing quotation mark in string.")
+            if byte != ord("\\"):
+                raise self.fail("Invalid encoding in string.")
+            parts.append(self.escape())
+
+    def escape(self) -> bytes:
+        start = self.at
+        self.at += 2
+        letter = self.data[start + 1]
+        if letter in _ESCAPES:
+            return bytes([_ESCAPES[letter]])
+        if letter != ord("u"):
+            raise self.fail("Invalid escape character in string.", start)
+        code = self.hex4(start)
+        if 0xD800 <= code <= 0xDFFF:
+            low = 0
+            if code <= 0xDBFF and self.consume(b"\\u"):
+                low = self.hex4(start)
+            if not 0xDC00 <= low <= 0xDFFF:
+                raise self.fail("The surrogate pair in string is invalid.", start)
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00)
+        return chr(code).encode()
+
+    def hex4(self, start: int) -> int:
+        digits = self.take(_HEX4)
+        if not digits:
+            raise self.fail("Incorrect hex digit after \\u escape in string.", start)
+        return int(digits, 16)
+
+    def number(self) -> int | float:
+        start = self.at
+        sign = -1.0 if self.consume(b"-") else 1.0
+        letter = self.data[self.at]
+        if letter == ord("N"):
+            return self.constant(b"NaN", math.nan)
+        if letter == ord("I"):
+            infinity = self.constant(b"Inf", sign * math.inf)
+            return self.constant(b"inity", infinity) if self.data[self.at] == ord("i") else infinity
+        if not self.consume(b"0") and not self.take(_DIGITS):
+            raise self.fail("Invalid value.")
+        whole = True
+        if self.consume(b"."):
+            whole = False
+            if not self.take(_DIGITS):
+                raise self.fail("Miss fraction part in number.")
+        if self.data[self.at] in b"eE":
+            whole = False
+            self.at += 2 if self.data[self.at + 1] in b"+-" else 1
+            if not self.take(_DIGITS):
+                raise self.fail("Miss exponent in number.")
+        text = self.data[start : self.at].decode()
+        if math.isinf(float(text)):
+            raise self.fail("Number too big to be stored in double.", start)
+        return int(text) if whole and len(text) <= 20 else float(text)
+
+
+# --- writing ------------------------------------------------------------------------------
+
+
+def encode(text: str) -> bytes:
+    """Encodes as UTF-8, surrogate escapes as the bytes they stand for."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def quote(text: str) -> str:
+    """Writes a string's token."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def decimals(values: np.ndarray) -> list[str]:
+    """Writes float32 or float64 numbers: six digits where that reads back as the number.
+
+    Args:
+        values: (n); float32 falls back to nine digits, float64 to seventeen.
+
+    Returns:
+        n tokens; whole numbers end in ".0", and NaN and Infinity stand bare.
+    """
+    numbers = values.tolist()
+    short = [f"{number:.6g}" for number in numbers]
+    with np.errstate(over="ignore"):
+        equal = np.array(short, np.float64).astype(values.dtype) == values
+    digits = 9 if values.dtype == np.float32 else 17
+    tokens = []
+    for number, text, exact in zip(numbers, short, equal.tolist(), strict=True):
+        if not exact:
+            text = f"{number:.{digits}g}"
+        if not math.isfinite(number):
+            text = "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
+        elif "." not in text and "e" not in text:
+            text += ".0"
+        tokens.append(text)
+    return tokens
+
+
+def render(tree: Any, depth: int = 0, one_line: bool = False) -> str:
+    """Lays a tree out as rapidjson's PrettyWriter does.
+
+    Args:
+        tree: dicts and lists of tokens.
+        depth: how deep it lies in what surrounds it.
+        one_line: an array's items share a line.
+    """
+    if isinstance(tree, str):
+        return tree
+    if not tree:
+        return "{}" if isinstance(tree, dict) else "[]"
+    newline, inner = "\n" + INDENT * depth, "\n" + INDENT * (depth + 1)
+    if isinstance(tree, dict):
+        members = [f"{quote(k)}: {render(v, depth + 1, one_line)}" for k, v in tree.items()]
+        return f"{{{inner}{(',' + inner).join(members)}{newline}}}"
+    items = [render(item, depth + 1, one_line) for item in tree]
+    if one_line:
+        return f"[{', '.join(items)}]"
+    return f"[{inner}{(',' + inner).join(items)}{newline}]"
+
+
+def stringify(value: Any) -> str:
+    """Writes a value as error messages quote it."""
+    if isinstance(value, float):
+        narrow = np.float32 if abs(value) <= FLOAT_MAX else np.float64
+        return decimals(np.array([value], narrow))[0]
+    return render(_value_tree(value), one_line=True)
+
+
+def _value_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _value_tree(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_value_tree(item) for item in value]
+    if isinstance(value, str):
+        return quote(value)
+    return json.dumps(value)  # numbers, true, false, null, NaN and Infinity

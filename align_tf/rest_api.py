@@ -1,0 +1,190 @@
+"""The embedded server's REST half: TensorFlow Serving's routes as an ASGI application."""
+
+import re
+import traceback
+import urllib.parse
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from google.protobuf import json_format
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
+
+from align_tf import rapidjson, rest_json
+from align_tf.servables import DEFAULT_SIGNATURE, Servable, Servables
+from align_tf.status_codes import RequestError, invalid_argument
+
+MAX_REQUEST_BYTES = 256 * 2**20  # of a body, also after decompression
+
+_VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
+_POST_PATH = re.compile(
+    rf"/v1/models/(?P<name>[^/:]+){_VERSION}:(?P<method>classify|regress|predict)", re.I | re.A
+)
+_GET_PATH = re.compile(
+    rf"/v1/models(?:/(?P<name>[^/:]+))?{_VERSION}(?P<metadata>/metadata)?", re.I | re.A
+)
+_NOT_FOUND_PAGE = (
+    b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>\n</HEAD><BODY>\n<H1>Not Found</H1>\n"
+    b"</BODY></HTML>\n"
+)
+
+
+class RestApp:
+    """The ASGI application. Its routes know no case and keep the query string as part of them."""
+
+    def __init__(self, servables: Servables):
+        self.servables = servables
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        request = Request(scope, receive)
+        target = scope["raw_path"]
+        if scope["query_string"]:
+            target += b"?" + scope["query_string"]
+        path = target.decode("utf-8", "replace")
+        if not path.lower().startswith("/v1/"):
+            response = Response(_NOT_FOUND_PAGE, 404, media_type=None)
+            response.headers["content-type"] = "text/html"
+        elif request.method == "OPTIONS":
+            response = Response(status_code=400)
+            response.headers["content-type"] = "text/html; charset=ISO-8859-1"
+        else:
+            try:
+                response = await self._json_response(request, path)
+            except ClientDisconnect:
+                return
+        await response(scope, receive, send)
+
+    async def _json_response(self, request: Request, path: str) -> Response:
+        body = await _read_body(request)
+        if body is None:
+            message = f"Request body is larger than {MAX_REQUEST_BYTES} bytes"
+            return Response(
+                rest_json.error_body(message), 413, {"connection": "close"}, "application/json"
+            )
+        encoding = request.headers.get("content-encoding", "")
+        status, content = await run_in_threadpool(self.answer, request.method, path, body, encoding)
+        return Response(content, status, media_type="application/json")
+
+    def answer(self, method: str, path: str, body: bytes, encoding: str) -> tuple[int, bytes]:
+        """Returns the HTTP status and the body that answer a request."""
+        try:
+            if encoding.lower() == "gzip":
+                body = _gunzip(body)
+            if method == "POST" and (match := _POST_PATH.fullmatch(path)):
+                call = self._predict if match["method"].lower() == "predict" else self._classify
+                return 200, call(match, body)
+            if method == "GET" and (match := _GET_PATH.fullmatch(path)):
+                return 200, self._describe(match)
+            raise invalid_argument(f"Malformed request: {method} {path}")
+        except RequestError as error:
+            return error.http_status, rest_json.error_body(error.message)
+        except RecursionError:
+            return 400, rest_json.error_body("JSON Value is nested too deeply")
+        except MemoryError:
+            return 429, rest_json.error_body("Out of memory")
+        except Exception as error:
+            traceback.print_exc()
+            return 500, rest_json.error_body(f"{type(error).__name__}: {error}")
+
+    def _predict(self, match: re.Match, body: bytes) -> bytes:
+        spec = _model_spec(match)
+        document = rapidjson.read(body)
+        name = rest_json.signature_name(document)
+        servable = self.servables.find(spec)
+        infos = _signature(servable, name).inputs
+        if not infos:
+            raise invalid_argument(f"Failed to get input map for signature: {name or 'DEFAULT'}")
+        dtypes = {key: tf.as_dtype(info.dtype) for key, info in infos.items()}
+        inputs, row_form = rest_json.predict_inputs(document, dtypes)
+        return rest_json.predict_body(servable.predict(name, inputs), row_form)
+
+    def _classify(self, match: re.Match, body: bytes) -> bytes:
+        """Refuses as a server does whose models have no signature over tf.Example."""
+        spec = _model_spec(match)
+        document = rapidjson.read(body)
+        rest_json.check_examples(document)
+        signature = _signature(self.servables.find(spec), rest_json.signature_name(document))
+        kind = "classification" if match["method"].lower() == "classify" else "regression"
+        if "inputs" not in signature.inputs:
+            raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
+        raise RequestError(
+            "UNIMPLEMENTED", "This server does not run signatures over tf.Example: use :predict"
+        )
+
+    def _describe(self, match: re.Match) -> bytes:
+        if not match["name"]:
+            raise invalid_argument("Missing model name in request.")
+        spec = _model_spec(match)
+        if not match["metadata"]:
+            return (_proto_json(self.servables.status(spec)) + "\n").encode()
+        response = self.servables.find(spec).metadata()
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata["signature_def"].Unpack(signatures)
+        return (
+            f'{{\n"model_spec":{_proto_json(response.model_spec)}\n,\n'
+            f'"metadata": {{"signature_def": {_proto_json(signatures)}\n}}\n}}\n'
+        ).encode()
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """Returns the body, or None if it is too large.
+
+    The rest of one that is too large is read and dropped, within reason, so that a client that
+    sends first and listens then gets to see the refusal.
+    """
+    body, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= MAX_REQUEST_BYTES:
+            body += chunk
+        elif size > 4 * MAX_REQUEST_BYTES:
+            break
+        else:
+            body.clear()
+    return bytes(body) if size <= MAX_REQUEST_BYTES else None
+
+
+def _gunzip(body: bytes) -> bytes:
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        plain = decompressor.decompress(body, MAX_REQUEST_BYTES)
+    except zlib.error as error:
+        raise invalid_argument(f"Failed to decompress the gzip body: {error}") from None
+    if decompressor.unconsumed_tail:
+        raise RequestError(
+            "RESOURCE_EXHAUSTED", f"Request body is larger than {MAX_REQUEST_BYTES} bytes"
+        )
+    if not decompressor.eof:
+        raise invalid_argument("Failed to decompress the gzip body: it is cut off")
+    return plain
+
+
+def _model_spec(match: re.Match) -> model_pb2.ModelSpec:
+    spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"]))
+    if match["version"]:
+        if int(match["version"]) >= 2**63:
+            raise invalid_argument(f"Failed to convert version: {match['version']} to numeric.")
+        spec.version.value = int(match["version"])
+    if match["label"]:
+        spec.version_label = urllib.parse.unquote(match["label"])
+    return spec
+
+
+def _signature(servable: Servable, name: str) -> Any:
+    name = name or DEFAULT_SIGNATURE
+    if name not in servable.signatures:
+        raise invalid_argument(f'Serving signature name: "{name}" not found in signature def')
+    return servable.signatures[name]
+
+
+def _proto_json(message: Any) -> str:
+    return json_format.MessageToJson(
+        message,
+        indent=1,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+    )

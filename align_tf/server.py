@@ -1,0 +1,369 @@
+"""The embedded server: TensorFlow Serving's gRPC and REST, for any SavedModel, on one machine."""
+
+import contextlib
+import functools
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+try:
+    import grpc
+    import starlette  # noqa: F401
+    import uvicorn
+    from tensorflow_serving.apis import (
+        get_model_metadata_pb2,
+        get_model_status_pb2,
+        model_service_pb2_grpc,
+        predict_pb2,
+        prediction_service_pb2_grpc,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'The server needs extra packages: pip install "align-tf[serve]"', name=error.name
+    ) from error
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2
+
+from align_tf.rest_api import MAX_REQUEST_BYTES, RestApp
+from align_tf.servables import (
+    DEFAULT_SIGNATURE,
+    ModelConfig,
+    Servables,
+    read_model_config_file,
+)
+from align_tf.status_codes import RequestError, invalid_argument
+
+GRPC_THREADS = 16
+MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
+GRACE_SECONDS = 5.0  # that requests in flight have when the server stops
+
+# The field of TensorProto that holds a dtype's values, as TensorFlow Serving fills it.
+_PROTO_FIELDS = {
+    tf.float32: "float_val",
+    tf.float64: "double_val",
+    tf.int8: "int_val",
+    tf.uint8: "int_val",
+    tf.int16: "int_val",
+    tf.uint16: "int_val",
+    tf.int32: "int_val",
+    tf.int64: "int64_val",
+    tf.uint32: "uint32_val",
+    tf.uint64: "uint64_val",
+    tf.bool: "bool_val",
+    tf.string: "string_val",
+}
+
+
+# --- gRPC ----------------------------------------------------------------------------------
+
+
+def _aborting(method: Callable) -> Callable:
+    """Turns a method's errors into the call's status."""
+
+    @functools.wraps(method)
+    def wrapped(self, request, context):
+        try:
+            return method(self, request)
+        except RequestError as error:
+            context.abort(grpc.StatusCode[error.code], _shortened(error.message))
+        except MemoryError:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Out of memory")
+        except Exception as error:
+            traceback.print_exc()
+            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+    return wrapped
+
+
+def _shortened(message: str) -> str:
+    """Keeps a message within what fits into a call's trailers, as TensorFlow Serving does."""
+    if len(message) <= MAX_MESSAGE_LENGTH:
+        return message
+    return message[:MAX_MESSAGE_LENGTH] + "...TRUNCATED"
+
+
+class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+    def __init__(self, servables: Servables):
+        self.servables = servables
+
+    @_aborting
+    def Predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+        _require_model_spec(request)
+        servable = self.servables.find(request.model_spec)
+        outputs = servable.predict(
+            request.model_spec.signature_name,
+            {name: _from_proto(name, tensor) for name, tensor in request.inputs.items()},
+            request.output_filter,
+        )
+        response = predict_pb2.PredictResponse(
+            outputs={name: _to_proto(array) for name, array in outputs.items()}
+        )
+        response.model_spec.name = servable.name
+        response.model_spec.version.value = servable.version
+        response.model_spec.signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        return response
+
+    @_aborting
+    def GetModelMetadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+    ) -> get_model_metadata_pb2.GetModelMetadataResponse:
+        _require_model_spec(request)
+        if not request.metadata_field:
+            raise invalid_argument(
+                "GetModelMetadataRequest must specify at least one metadata_field"
+            )
+        for field in request.metadata_field:
+            if field != "signature_def":
+                raise invalid_argument(f"Metadata field {field} is not supported")
+        return self.servables.find(request.model_spec).metadata()
+
+
+class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
+    def __init__(self, servables: Servables):
+        self.servables = servables
+
+    @_aborting
+    def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest
+    ) -> get_model_status_pb2.GetModelStatusResponse:
+        _require_model_spec(request)
+        return self.servables.status(request.model_spec)
+
+
+def _require_model_spec(request: Any) -> None:
+    if not request.HasField("model_spec"):
+        raise invalid_argument("Missing ModelSpec")
+
+
+def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
+    try:
+        return tf.make_ndarray(tensor)
+    except (TypeError, ValueError, OverflowError):
+        raise invalid_argument(f"tensor parsing error: {name}") from None
+
+
+def _to_proto(array: np.ndarray) -> tensor_pb2.TensorProto:
+    dtype = tf.string if array.dtype == object else tf.as_dtype(array.dtype)
+    if dtype not in _PROTO_FIELDS:
+        return tf.make_tensor_proto(array)
+    proto = tensor_pb2.TensorProto(dtype=dtype.as_datatype_enum)
+    proto.tensor_shape.CopyFrom(tf.TensorShape(array.shape).as_proto())
+    getattr(proto, _PROTO_FIELDS[dtype]).extend(array.ravel().tolist())
+    return proto
+
+
+# --- the server ----------------------------------------------------------------------------
+
+
+class ModelServer:
+    """Serves SavedModels over gRPC and REST from threads of this process.
+
+    As a context manager it starts on entry and stops on exit.
+
+    Attributes:
+        host, grpc_port, rest_port: where it listens; the ports are the bound ones once started.
+        model_names: the names of the models.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike | None,
+        *,
+        model_name: str = "align",
+        grpc_port: int = 0,
+        rest_port: int = 0,
+        host: str = "127.0.0.1",
+        model_config_file: str | os.PathLike | None = None,
+    ):
+        """Makes a server that does not listen yet.
+
+        Args:
+            model_dir: a folder with numbered versions of a SavedModel, or one version.
+            model_name: the name under which model_dir is served.
+            grpc_port: 0 takes a free one.
+            rest_port: 0 takes a free one.
+            host: the address to listen on; the default is reached from this machine alone.
+            model_config_file: TensorFlow Serving's model_config_list, in place of model_dir.
+
+        Raises:
+            ValueError: not exactly one of model_dir and model_config_file is given, or the file
+                is not a model_config_list.
+            FileNotFoundError: there is no such folder or file.
+        """
+        if (model_dir is None) == (model_config_file is None):
+            raise ValueError("expected model_dir or model_config_file, one of them")
+        if model_config_file is not None:
+            configs = read_model_config_file(model_config_file)
+        elif not os.path.isdir(model_dir):
+            raise FileNotFoundError(f"{os.fspath(model_dir)}: no such folder")
+        else:
+            configs = [ModelConfig(model_name, pathlib.Path(model_dir).absolute())]
+        self.host, self.grpc_port, self.rest_port = host, grpc_port, rest_port
+        self.model_names = [config.name for config in configs]
+        self._servables = Servables(configs)
+        self._stack = contextlib.ExitStack()
+
+    def start(self) -> None:
+        """Loads the models and listens.
+
+        Raises:
+            OSError: a port is in use.
+            FileNotFoundError: a folder has no version to serve.
+            ValueError: a version cannot be loaded, or a label points at one that is not served.
+        """
+        with contextlib.ExitStack() as stack:
+            rest_socket = stack.enter_context(_bind(self.host, self.rest_port))
+            with _bind(self.host, self.grpc_port):
+                pass  # gRPC's own refusal does not say why
+            stack.callback(self._servables.stop)
+            self._servables.start()
+            self.grpc_port = self._start_grpc(stack)
+            self.rest_port = rest_socket.getsockname()[1]
+            self._start_rest(stack, rest_socket)
+            self._stack = stack.pop_all()
+
+    def stop(self) -> None:
+        """Stops listening, gives requests in flight GRACE_SECONDS, and drops the models."""
+        self._stack.close()
+
+    def wait(self) -> None:
+        """Blocks until SIGINT or SIGTERM; for the main thread."""
+        with _stop_signals() as received:
+            _wait_for(received)
+
+    def __enter__(self) -> "ModelServer":
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    @property
+    def summary(self) -> str:
+        """Where gRPC and REST listen and what is served, in one line."""
+        models = []
+        for name in self.model_names:
+            versions = self._servables.versions(name)
+            plural = "s" if len(versions) > 1 else ""
+            models.append(f"{name} (version{plural} {', '.join(map(str, versions))})")
+        name = self.model_names[0] if len(self.model_names) == 1 else "NAME"
+        host = _in_url(self.host)
+        return (
+            f"Serving {', '.join(models)}: gRPC at {host}:{self.grpc_port}, "
+            f"REST at http://{host}:{self.rest_port}/v1/models/{name}"
+        )
+
+    def _start_grpc(self, stack: contextlib.ExitStack) -> int:
+        options = [
+            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),
+        ]
+        server = grpc.server(futures.ThreadPoolExecutor(GRPC_THREADS), options=options)
+        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+            _PredictionService(self._servables), server
+        )
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
+            _ModelService(self._servables), server
+        )
+        address = f"{_in_url(self.host)}:{self.grpc_port}"
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"{address}: cannot listen: {error}") from None
+        server.start()
+        stack.callback(lambda: server.stop(GRACE_SECONDS).wait())
+        return port
+
+    def _start_rest(self, stack: contextlib.ExitStack, rest_socket: socket.socket) -> None:
+        config = uvicorn.Config(
+            RestApp(self._servables),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=60,
+            timeout_graceful_shutdown=int(GRACE_SECONDS),
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [rest_socket]}, name="rest", daemon=True
+        )
+        thread.start()
+
+        def stop():
+            server.should_exit = True
+            thread.join()
+
+        stack.callback(stop)
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        if not server.started:
+            raise OSError(f"{self.host}:{self.rest_port}: the REST server did not start")
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"{host}:{port}: cannot listen: {error}") from None
+
+
+def serve(
+    model_dir: str | os.PathLike | None,
+    *,
+    model_name: str = "align",
+    grpc_port: int = 8500,
+    rest_port: int = 8501,
+    host: str = "127.0.0.1",
+    model_config_file: str | os.PathLike | None = None,
+) -> None:
+    """Serves until SIGINT or SIGTERM; says on stderr when it is ready.
+
+    Args and Raises: those of ModelServer and its start().
+    """
+    server = ModelServer(
+        model_dir,
+        model_name=model_name,
+        grpc_port=grpc_port,
+        rest_port=rest_port,
+        host=host,
+        model_config_file=model_config_file,
+    )
+    with server, _stop_signals() as received:
+        print(server.summary, file=sys.stderr, flush=True)
+        _wait_for(received)
+        print("Stopping ...", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, in place of what they did before."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _wait_for(received: list[int]) -> None:
+    while not received:  # a lock that the handler takes too could be held when it runs
+        time.sleep(0.1)
