@@ -151,9 +151,7 @@ class SelfAttention(layers.Layer):
 class EncoderLayer(layers.Layer):
     """Self-attention and feed-forward, each with a residual and a LayerNorm after it."""
 
-    def __init__(
-        self, config: AlignTextConfig, num_heads: int, *, name: str, dtype: Any = None
-    ):
+    def __init__(self, config: AlignTextConfig, num_heads: int, *, name: str, dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
         self.config = config
         options = {"dtype": self.dtype_policy}

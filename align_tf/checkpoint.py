@@ -6,7 +6,8 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,12 @@ UNUSED_OF_EFFICIENTNET = (r"^encoder\.top_(conv|bn)\.", r"^classifier\.")
 # old suffix, today's suffix
 OLD_SUFFIXES = ((".gamma", ".weight"), (".beta", ".bias"))
 
+# As a safetensors header and as PyTorch names them.
+FLOAT_DTYPES = (
+    *("F64", "F32", "F16", "BF16"),
+    *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+)
+
 # Tensors read between two openings of a file: what was read through a memory map counts as
 # the process's memory until the map is closed.
 TENSORS_PER_OPENING = 48
@@ -177,6 +184,7 @@ def resolve_folder(
 
     Raises:
         FileNotFoundError: there is no such folder and no such id.
+        CheckpointError: the hub's index of shards is broken.
     """
     folder = pathlib.Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -202,8 +210,10 @@ def resolve_folder(
         folder = huggingface_hub.snapshot_download(allow_patterns=["*.json", "*.txt"], **options)
         if weights:
             _download_weights(pathlib.Path(folder), options)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub, its HTTP client and the system raise kinds of their own
+        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{name!r}: no such folder, and the Hugging Face hub gave nothing: {reason}"
         ) from error
@@ -226,11 +236,12 @@ def _download_weights(folder: pathlib.Path, options: dict[str, Any]) -> None:
 
 def _shard_names(index: pathlib.Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a 'weight_map' object")
+    valid = isinstance(weight_map, dict) and weight_map
+    if not valid or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: expected a 'weight_map' from tensors to file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if pathlib.PurePath(name).name != name:
+        if not re.fullmatch(r"\w[\w.-]*", name):
             raise CheckpointError(f"{index}: shard {name!r} is not a plain file name")
     return names
 
@@ -258,16 +269,19 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 # --- tensors -------------------------------------------------------------------------------
 
 
-def read_shapes(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Reads the names and shapes of the tensors in one weight file.
+def read_header(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Reads the names, dtypes and shapes of the tensors in one weight file.
 
     Raises:
         CheckpointError: the file is truncated or is no weight file.
     """
     if file.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _torch_tensors(file).items()}
+        tensors = _torch_tensors(file)
+        return {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
     with _open_safetensors(file) as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        names = tensors.keys()
+        slices = {name: tensors.get_slice(name) for name in names}
+        return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
 
 
 def read_tensors(file: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -278,21 +292,27 @@ def read_tensors(file: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str
         names: which to read.
 
     Yields:
-        Name and array; bfloat16 comes as float32.
+        Name and array, for use until the next one; bfloat16 comes as ml_dtypes' bfloat16 or as
+        float32.
 
     Raises:
         CheckpointError: the file is truncated or is no weight file.
     """
     names = list(names)
-    if file.suffix != ".safetensors":
-        tensors = _torch_tensors(file)
-        for name in names:
-            yield name, tensors[name].float().numpy()
-        return
     for start in range(0, len(names), TENSORS_PER_OPENING):
-        with _open_safetensors(file) as tensors:
+        with _open(file) as get:
             for name in names[start : start + TENSORS_PER_OPENING]:
-                yield name, tensors.get_tensor(name)
+                yield name, get(name)
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path) -> Iterator[Callable[[str], np.ndarray]]:
+    if file.suffix == ".safetensors":
+        with _open_safetensors(file) as tensors:
+            yield tensors.get_tensor
+    else:
+        tensors = _torch_tensors(file)
+        yield lambda name: tensors[name].float().numpy()
 
 
 @contextlib.contextmanager
@@ -315,7 +335,9 @@ def _torch_tensors(file: pathlib.Path) -> dict[str, Any]:
             f'{file.name} needs PyTorch to be read: pip install "align-tf[torch]"'
         ) from error
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # PyTorch's first format, which is no zip file, cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken or hostile file
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{file}: not a PyTorch weight file: {reason}") from error
@@ -391,8 +413,8 @@ def plan_import(
         optional: patterns of Keras paths that may stay as they are.
 
     Returns:
-        For each file, name in the file -> (Keras path, transform); the names left unused;
-        the Keras paths left as they are.
+        For each file, name in the file -> (Keras path, transform); the parts of the checkpoint
+        that `unused` left out, such as `encoder.top_conv`; the Keras paths left as they are.
 
     Raises:
         CheckpointError: a weight is missing, a tensor is left over, or a shape differs.
@@ -400,14 +422,16 @@ def plan_import(
     wanted = {
         hf: (path, transform) for path, (hf, transform) in to_hugging_face(shapes, table).items()
     }
-    problems, leftover, plan = [], [], {}
+    problems, left_out, plan = [], set(), {}
     for file in files:
         plan[file] = {}
-        for name, shape in read_shapes(file).items():
+        for name, (dtype, shape) in read_header(file).items():
             hf = _todays_name(name.removeprefix(prefix))
             if hf not in wanted:
-                leftover.append(name)
-                if not any(re.search(p, hf) or re.search(p, name) for p in UNUSED + unused):
+                matches = list(filter(None, (re.search(pattern, hf) for pattern in unused)))
+                if matches:
+                    left_out.add(matches[0].group().strip("."))
+                elif not any(re.search(pattern, hf) for pattern in UNUSED):
                     problems.append(f"unexpected tensor {name} {shape}")
                 continue
             path, transform = wanted.pop(hf)
@@ -415,6 +439,8 @@ def plan_import(
             turned = shape if axes is None else tuple(shape[a] for a in axes if a < len(shape))
             if turned != shapes[path]:
                 problems.append(f"{name} {shape} does not fit {path} {shapes[path]}")
+            if dtype not in FLOAT_DTYPES:
+                problems.append(f"{name} is of {dtype}, expected floating-point numbers")
             plan[file][name] = (path, transform)
     kept = []
     for hf, (path, _) in wanted.items():
@@ -427,7 +453,7 @@ def plan_import(
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         where = files[0].parent if len(files) > 1 else files[0]
         raise CheckpointError(f"{where}: the checkpoint does not fit the model\n  {shown}{more}")
-    return plan, leftover, kept
+    return plan, sorted(left_out), kept
 
 
 def _todays_name(name: str) -> str:

@@ -39,11 +39,21 @@ def _require_activation(value: Any, known: tuple[str, ...]) -> None:
     _require(valid, "hidden_act", value, f"one of {', '.join(known)}, or a callable")
 
 
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _require_positive_integers(config: Any, keys: tuple[str, ...]) -> None:
     for key in keys:
         value = getattr(config, key)
-        valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        _require(valid, key, value, "a positive integer")
+        _require(_is_positive_integer(value), key, value, "a positive integer")
+
+
+def _require_positive_numbers(config: Any, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        valid = isinstance(value, (int, float)) and value > 0
+        _require(valid, key, value, "a positive number")
 
 
 def _require_rates(config: Any, keys: tuple[str, ...]) -> None:
@@ -176,7 +186,7 @@ class AlignTextConfig(_ConfigFile):
 
     def __post_init__(self) -> None:
         # JSON has no integer keys.
-        self.pruned_heads = {int(k): sorted(v) for k, v in (self.pruned_heads or {}).items()}
+        self.pruned_heads = {int(k): sorted(set(v)) for k, v in (self.pruned_heads or {}).items()}
         _require_positive_integers(
             self,
             (
@@ -277,8 +287,9 @@ class AlignVisionConfig(_ConfigFile):
             self.pooling_type,
             f"one of {', '.join(POOLING_TYPES)}",
         )
-        for key in ("width_coefficient", "depth_coefficient", "squeeze_expansion_ratio"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+        _require_positive_numbers(
+            self, ("width_coefficient", "depth_coefficient", "squeeze_expansion_ratio")
+        )
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -286,8 +297,10 @@ class AlignVisionConfig(_ConfigFile):
         for key in STAGE_LISTS:
             values = getattr(self, key)
             _require(len(values) == stages, key, values, f"{stages} values, one for each stage")
-            _require(all(v > 0 for v in values), key, values, "positive integers")
+            _require(all(map(_is_positive_integer, values)), key, values, "positive integers")
         _require(stages > 0, "in_channels", self.in_channels, "at least one stage")
+        # The reference pads before a stride of 2 and cannot take a longer one.
+        _require(set(self.strides) <= {1, 2}, "strides", self.strides, "1 or 2 for each stage")
         previous = ("the stem's output", self.stem_channels)
         for stage in range(stages):
             _require(
@@ -318,7 +331,7 @@ class AlignVisionConfig(_ConfigFile):
 
     def round_repeats(self, repeats: int) -> int:
         """Scales the number of blocks of a stage by the depth."""
-        return int(math.ceil(self.depth_coefficient * repeats))
+        return math.ceil(self.depth_coefficient * repeats)
 
     @property
     def stem_channels(self) -> int:
@@ -375,12 +388,7 @@ class AlignConfig(_ConfigFile):
         if not isinstance(self.vision_config, AlignVisionConfig):
             self.vision_config = AlignVisionConfig.from_dict(self.vision_config or {})
         _require_positive_integers(self, ("projection_dim",))
-        _require(
-            self.temperature_init_value > 0,
-            "temperature_init_value",
-            self.temperature_init_value,
-            "a positive number",
-        )
+        _require_positive_numbers(self, ("temperature_init_value",))
         _require(
             self.image_projection or self.projection_dim == self.vision_config.embed_dim,
             "projection_dim",

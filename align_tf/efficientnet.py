@@ -118,9 +118,7 @@ class MBConvBlock(layers.Layer):
             **options,
         )
         self.depthwise_bn = batch_norm(config, name="depthwise_bn", **options)
-        self.se_squeeze = layers.GlobalAveragePooling2D(
-            keepdims=True, name="se_squeeze", **options
-        )
+        self.se_squeeze = layers.GlobalAveragePooling2D(keepdims=True, name="se_squeeze", **options)
         self.se_reduce = conv(
             config, squeezed, 1, activation=self.activation, name="se_reduce", **options
         )

@@ -3,35 +3,37 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-BLOCK = 1024  # queries compared at a time
+# Similarities held at once: 64 MiB of float32.
+BLOCK = 2**24
 
 
 def retrieval_recall(
-    image_embeds: np.ndarray,
-    text_embeds: np.ndarray,
-    image_ids: Sequence[int] | None = None,
-    text_ids: Sequence[int] | None = None,
+    image_embeds: ArrayLike,
+    text_embeds: ArrayLike,
+    image_ids: ArrayLike | None = None,
+    text_ids: ArrayLike | None = None,
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict[int, float]]:
-    """Recall at k of retrieval among all images and all texts, both ways.
+    """Measures how often a query's own pair is among the k nearest, in both directions.
 
-    A query counts as found at k if any candidate of its id is among the k nearest (Karpathy and
-    Fei-Fei, arXiv 1412.2306). A wrong candidate as near as the right one ranks before it, so
-    embeddings that have collapsed to one point find nothing.
+    A query with several right answers counts as found when one of them is (the Karpathy
+    protocol of image-caption retrieval, arXiv 1412.2306). A wrong answer as near as the right
+    one ranks before it, so embeddings that are all alike score 0, not 1.
 
     Args:
-        image_embeds: float (n, d), of unit length.
-        text_embeds: float (m, d), of unit length.
-        image_ids: (n,), what each image shows; None numbers the rows.
-        text_ids: (m,), what each text describes; None numbers the rows.
-        ks: how many candidates are looked at.
+        image_embeds: (n, d), compared by dot product, so of unit length for cosines.
+        text_embeds: (m, d).
+        image_ids: (n,), an image and a text of one id belong together; None numbers them.
+        text_ids: (m,); None numbers them.
+        ks: numbers of nearest neighbors to look at.
 
     Returns:
-        `text_to_image` and `image_to_text`, each k -> share of the queries from 0 to 1.
+        `{"text_to_image": {1: ..., 5: ..., 10: ...}, "image_to_text": {...}}`, shares in 0..1.
 
     Raises:
-        ValueError: the arrays do not fit together, or a query has no candidate of its id.
+        ValueError: the shapes do not fit, or an image or a text has no partner.
     """
     images, texts = np.asarray(image_embeds), np.asarray(text_embeds)
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
@@ -40,36 +42,33 @@ def retrieval_recall(
         )
     image_ids = _ids("image_ids", image_ids, len(images))
     text_ids = _ids("text_ids", text_ids, len(texts))
-    lonely = np.setxor1d(image_ids, text_ids)
-    if len(lonely):
-        raise ValueError(f"id {lonely[0]}: expected both an image and a text of each id")
-    return {
-        "text_to_image": _recall(texts, text_ids, images, image_ids, ks),
-        "image_to_text": _recall(images, image_ids, texts, text_ids, ks),
+    alone = np.setxor1d(image_ids, text_ids)
+    if alone.size:
+        raise ValueError(f"id {alone[0]}: expected both an image and a text of each id")
+    ranks = {
+        "text_to_image": _ranks(texts, images, text_ids, image_ids),
+        "image_to_text": _ranks(images, texts, image_ids, text_ids),
     }
+    return {way: {k: float(np.mean(rank < k)) for k in ks} for way, rank in ranks.items()}
 
 
-def _ids(name: str, ids: Sequence[int] | None, count: int) -> np.ndarray:
+def _ids(name: str, ids: ArrayLike | None, count: int) -> np.ndarray:
     ids = np.arange(count) if ids is None else np.asarray(ids)
     if ids.shape != (count,):
-        raise ValueError(f"{name} of shape {ids.shape}: expected ({count},), one for each row")
+        raise ValueError(f"{name} of shape {ids.shape}: expected ({count},)")
     return ids
 
 
-def _recall(
-    queries: np.ndarray,
-    query_ids: np.ndarray,
-    candidates: np.ndarray,
-    candidate_ids: np.ndarray,
-    ks: Sequence[int],
-) -> dict[int, float]:
-    found = {k: 0 for k in ks}
-    for start in range(0, len(queries), BLOCK):
-        rows = slice(start, start + BLOCK)
-        scores = queries[rows] @ candidates.T  # (rows, candidates)
-        right = query_ids[rows, None] == candidate_ids[None, :]
-        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
-        rank = np.sum(~right & (scores >= best), axis=1)  # wrong candidates before the right one
-        for k in ks:
-            found[k] += int(np.sum(rank < k))
-    return {k: count / len(queries) for k, count in found.items()}
+def _ranks(
+    queries: np.ndarray, gallery: np.ndarray, query_ids: np.ndarray, gallery_ids: np.ndarray
+) -> np.ndarray:
+    """Counts, for each query, the wrong answers that are at least as near as its best right one."""
+    ranks = np.empty(len(queries), int)
+    step = max(1, BLOCK // len(gallery))
+    for start in range(0, len(queries), step):
+        rows = slice(start, start + step)
+        scores = queries[rows] @ gallery.T  # (rows, gallery)
+        right = query_ids[rows, None] == gallery_ids
+        best = np.max(scores, axis=1, where=right, initial=-np.inf, keepdims=True)
+        ranks[rows] = np.sum((scores >= best) & ~right, axis=1)
+    return ranks

@@ -1,6 +1,7 @@
 """The ALIGN models: the text tower, the image tower, and both under one temperature."""
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import os
@@ -87,10 +88,14 @@ class _Checkpoint:
         prefix: str = "",
         unused: tuple[str, ...] = (),
         optional: tuple[str, ...] = (),
-    ) -> None:
-        """Fills the weights from a checkpoint folder: all of them, or none and an error."""
+    ) -> list[str]:
+        """Fills the weights from a checkpoint folder: all of them, or none and an error.
+
+        Returns:
+            The parts of the checkpoint that `unused` left out.
+        """
         weights = self._relative_weights()
-        plan, leftover, kept = checkpoint.plan_import(
+        plan, left_out, kept = checkpoint.plan_import(
             {path: tuple(weight.shape) for path, weight in weights.items()},
             checkpoint.weight_files(folder),
             self.table,
@@ -103,10 +108,9 @@ class _Checkpoint:
                 path, transform = rows[name]
                 array = checkpoint.permute(array, transform, to_keras=True)
                 weights[path].assign(array.astype(weights[path].dtype))
-        if leftover and unused:
-            logger.info("%s: left out of %s: %s", self.name, folder, ", ".join(leftover))
         if kept:
             logger.warning("%s: %s has no %s: new", self.name, folder, ", ".join(kept))
+        return left_out
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes `config.json` and `model.safetensors` as transformers reads them.
@@ -128,12 +132,18 @@ class _Checkpoint:
         config.save_pretrained(folder)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "config": self.config.to_dict()}
+        layers = self._flatten_layers(include_self=False)
+        frozen = [layer.path for layer in layers if layer.weights and not layer.trainable]
+        return {**super().get_config(), "config": self.config.to_dict(), "frozen": frozen}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
-        trainable = config.pop("trainable", True)
+        config = dict(config)
+        frozen, trainable = config.pop("frozen"), config.pop("trainable")
         model = cls(cls.config_class.from_dict(config.pop("config")), **config)
+        for layer in model._flatten_layers(include_self=False):
+            if layer.path in frozen:
+                layer.trainable = False
         if not trainable:
             model.trainable = False
         return model
@@ -189,7 +199,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.config = config
+        self.config = config = copy.deepcopy(config)
         options = {"dtype": self.dtype_policy}
         self.embeddings = TextEmbeddings(config, **options)
         self.blocks = [
@@ -299,7 +309,9 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         dataclasses.replace(self.config, pruned_heads=after)  # checks the values
         for index in heads:
             attention = self.blocks[index].attention
-            left = [h for h in range(self.config.num_attention_heads) if h not in before.get(index, ())]
+            left = [
+                h for h in range(self.config.num_attention_heads) if h not in before.get(index, ())
+            ]
             kept = np.array([head not in after[index] for head in left])
             columns = np.repeat(kept, self.config.head_size)
             attention.num_heads = int(kept.sum())
@@ -351,7 +363,7 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
         self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
     ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.config = config
+        self.config = config = copy.deepcopy(config)
         options = {"dtype": self.dtype_policy}
         self.activation = get_activation(config.hidden_act)
         self.stem_pad = layers.ZeroPadding2D(((0, 1), (0, 1)), name="stem_pad", **options)
@@ -405,26 +417,36 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
 class AlignModel(_Checkpoint, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
+    A `.keras` file of it loads with `keras.saving.load_model` once
+    `from align_tf import AlignModel` has told Keras of the class.
+
     Args:
         config: its configuration.
+        label_smoothing: of the loss that `fit` minimises; 0.1 as in the paper.
         name: the name of the model.
         dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
             Embeddings, logits and loss are float32 whatever it is.
-
-    Attributes:
-        label_smoothing: of the loss that `fit` minimises; 0.1 as in the paper.
     """
 
     config_class = AlignConfig
     table = checkpoint.JOINT_TABLE
 
-    def __init__(self, config: AlignConfig, *, name: str = "align", dtype: Any = None) -> None:
+    def __init__(
+        self,
+        config: AlignConfig,
+        *,
+        label_smoothing: float = 0.1,
+        name: str = "align",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
-        self.config = config
-        self.label_smoothing = 0.1
+        self.label_smoothing = label_smoothing
         self.text_model = AlignTextModel(config.text_config, dtype=self.dtype_policy)
         self.text_model.pooler.trainable = False  # no part of the embedding, so of no gradient
         self.vision_model = AlignVisionModel(config.vision_config, dtype=self.dtype_policy)
+        # The towers own their configurations; one that resizes or prunes shows here too.
+        towers = {"text_config": self.text_model.config, "vision_config": self.vision_model.config}
+        self.config = config = dataclasses.replace(config, **towers)
         self.text_projection = layers.Dense(
             config.projection_dim, name="text_projection", dtype="float32"
         )
@@ -445,6 +467,9 @@ class AlignModel(_Checkpoint, keras.Model):
             dtype="float32",
             autocast=False,
         )
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
 
     def call(
         self,
@@ -625,15 +650,18 @@ class AlignModel(_Checkpoint, keras.Model):
             image_projection=projection_dim != vision_config.embed_dim,
         )
         model = cls(config, dtype=dtype)
-        model.text_model._load(
+        text_left_out = model.text_model._load(
             text_folder,
             prefix="bert.",
             unused=checkpoint.UNUSED_OF_BERT,
             optional=(r"^pooler/",),
         )
-        model.vision_model._load(
+        vision_left_out = model.vision_model._load(
             vision_folder, prefix="efficientnet.", unused=checkpoint.UNUSED_OF_EFFICIENTNET
         )
+        for source, left_out in ((text, text_left_out), (vision, vision_left_out)):
+            if left_out:
+                logger.warning("%s: left out: %s", source, ", ".join(left_out))
         return model
 
 

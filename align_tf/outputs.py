@@ -17,9 +17,7 @@ class ModelOutput(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(
-                f"this output has no {name!r}; it has {', '.join(self)}"
-            ) from None
+            raise AttributeError(f"this output has no {name!r}; it has {', '.join(self)}") from None
 
 
 def _flatten(output: ModelOutput) -> tuple[list, tuple]:

@@ -79,7 +79,7 @@ def model():
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 32,
-            "max_position_embeddings": 24,
+            "max_position_embeddings": 64,
         },
         vision_config={
             "image_size": 32,

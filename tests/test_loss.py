@@ -1,0 +1,150 @@
+"""The contrastive losses, against figures worked out by hand."""
+
+import dataclasses
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from align_tf import AlignConfig, AlignModel
+from align_tf.loss import align_loss, contrastive_loss, gather_across_replicas, num_replicas
+
+# log_softmax of (2, 0): -log(1 + e^-2) = -0.126928 and -log(1 + e^2) = -2.126928
+EYE = np.array([[2.0, 0.0], [0.0, 2.0]], "float32")
+LOPSIDED = np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, -1.0]], "float32")
+
+
+@pytest.mark.parametrize(
+    ("logits", "label_smoothing", "expected"),
+    [
+        (EYE, 0.0, 0.126928),
+        (EYE, 0.1, 0.95 * 0.126928 + 0.05 * 2.126928),
+        (EYE, 1.0, (0.126928 + 2.126928) / 2),
+        # Rows: log(1 + e^-2 + e^-3), log 3 and log(e^2 + e^3 + 1).
+        (LOPSIDED, 0.0, (0.169846 + 1.098612 + 3.349012) / 3),
+        (np.zeros((1, 1), "float32"), 0.1, 0.0),
+        (np.full((4, 4), 7.0, "float32"), 0.1, 1.386294),  # log 4
+    ],
+)
+def test_contrastive_loss(logits, label_smoothing, expected):
+    assert float(contrastive_loss(logits, label_smoothing)) == pytest.approx(expected, abs=2e-6)
+
+
+def test_contrastive_loss_smooths_by_a_tenth_unless_told():
+    logits = np.random.default_rng(0).normal(size=(5, 5)).astype("float32")
+    target = 0.9 * np.eye(5) + 0.1 / 5
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(target * log_probs).sum(-1).mean()
+    assert float(contrastive_loss(logits)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_align_loss_is_the_mean_of_both_directions():
+    rows = float(contrastive_loss(LOPSIDED))
+    columns = float(contrastive_loss(LOPSIDED.T))
+    assert abs(rows - columns) > 0.05
+    assert float(align_loss(LOPSIDED)) == pytest.approx((rows + columns) / 2, abs=1e-6)
+    # Columns: log(1 + e^-3 + e^-2), log(e + 1 + e^2) and log(1 + 1 + e^-1) + 1.
+    by_hand = (0.169846 + 1.098612 + 3.349012) / 3, (0.169846 + 2.407606 + 1.861995) / 3
+    assert float(align_loss(LOPSIDED, 0.0)) == pytest.approx(sum(by_hand) / 2, abs=2e-6)
+
+
+def test_the_loss_is_float32_and_finite_for_half_precision_logits():
+    loss = contrastive_loss(ops.cast(np.full((3, 3), 60000.0), "float16"))
+    assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+    assert float(loss) == pytest.approx(1.098612, abs=1e-6)  # log 3
+
+
+def test_large_logits_do_not_overflow():
+    assert float(contrastive_loss(1000 * EYE, 0.0)) == 0.0
+    assert float(contrastive_loss(1000 * (2 - EYE), 0.0)) == pytest.approx(2000.0)
+
+
+def test_temperature_gradient(tiny_config, pairs):
+    """One step of plain SGD moves the temperature by the gradient worked out by hand."""
+    config = AlignConfig(
+        text_config=dataclasses.replace(
+            tiny_config.text_config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
+        vision_config=dataclasses.replace(tiny_config.vision_config, drop_connect_rate=0.0),
+        projection_dim=8,
+        temperature_init_value=0.5,
+    )
+    model = AlignModel(config)
+    model.freeze()
+    model.text_projection.trainable = False
+    assert [weight.name for weight in model.trainable_weights] == ["temperature"]
+    logits = ops.convert_to_numpy(model(pairs).logits_per_text).astype("float64")
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+    target = 0.9 * np.eye(4) + 0.1 / 4
+    # d loss / d logits, of both directions; d logits / d temperature = -logits / temperature
+    by_logits = (softmax(logits) - target + (softmax(logits.T) - target).T) / (2 * 4)
+    gradient = (by_logits * -logits / 0.5).sum()
+    assert abs(gradient) > 1e-3
+
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    model.fit(pairs, batch_size=4, epochs=1, verbose=0)
+    moved = float(ops.convert_to_numpy(model.temperature)) - 0.5
+    assert moved == pytest.approx(-0.1 * gradient, rel=1e-3)
+
+
+def test_one_device_gathers_nothing():
+    embeds = np.ones((2, 3), "float32")
+    np.testing.assert_array_equal(ops.convert_to_numpy(gather_across_replicas(embeds)), embeds)
+    assert num_replicas() == 1
+
+
+TWO_REPLICAS = """
+import sys
+import keras, numpy as np, tensorflow as tf
+from align_tf import AlignConfig, AlignModel
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+config = AlignConfig.from_dict(dict(
+    text_config=dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+                     intermediate_size=20, max_position_embeddings=16, hidden_dropout_prob=0.0,
+                     attention_probs_dropout_prob=0.0),
+    vision_config=dict(width_coefficient=0.25, depth_coefficient=1.0, kernel_sizes=[3],
+                       in_channels=[32], out_channels=[16], strides=[2], num_block_repeats=[1],
+                       expand_ratios=[1], hidden_dim=8, initializer_range=0.5),
+    projection_dim=8, temperature_init_value=0.5,
+))
+rng = np.random.default_rng(0)
+batch = {"pixel_values": rng.random((8, 16, 16, 3), "float32"),
+         "input_ids": rng.integers(1, 40, (8, 6), "int32")}
+
+def train(strategy):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = AlignModel(config)
+        # BatchNorm by the moving averages, so that a step depends on the loss alone.
+        for layer in model.vision_model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.trainable = False
+        model.compile(optimizer=keras.optimizers.SGD(0.5))
+    before = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
+    history = model.fit(tf.data.Dataset.from_tensors(batch).unbatch().batch(8), epochs=3, verbose=0)
+    after = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
+    return before, after, history.history["loss"]
+
+before, one, _ = train(tf.distribute.get_strategy())
+_, two, _ = train(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+moved = max(np.abs(a - b).max() for a, b in zip(before, one))
+apart = max(np.abs(a - b).max() for a, b in zip(one, two))
+print(moved, apart)
+sys.exit(0 if moved > 0.05 and apart < 1e-5 else 1)
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a TensorFlow strategy")
+def test_two_replicas_take_the_steps_of_one():
+    """A process of its own: logical devices are set up before TensorFlow starts."""
+    done = subprocess.run([sys.executable, "-c", TWO_REPLICAS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
