@@ -130,7 +130,7 @@ def test_quickstart_keeps_serving_until_it_is_stopped(tmp_path):
         status = urllib.request.urlopen(url.removesuffix(":predict"), timeout=30).read()
         assert b"AVAILABLE" in status
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=30) == 0
     finally:
         process.kill()
 
