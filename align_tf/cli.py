@@ -111,8 +111,22 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _import_tensorflow() -> None:
+    """Imports TensorFlow without the lines that its libraries write to stderr as they start."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def _load(name: str) -> tuple[Any, Any]:
     _say(f"Loading {name} ...")
+    _import_tensorflow()
     from align_tf import AlignModel, AlignProcessor
 
     return AlignModel.from_pretrained(name), AlignProcessor.from_pretrained(name)
@@ -190,6 +204,7 @@ def _export(arguments: Any) -> int:
 def _serve(arguments: Any) -> int:
     if (arguments.directory is None) == (arguments.model_config_file is None):
         raise ValueError("expected a SavedModel folder or --model-config-file, one of them")
+    _import_tensorflow()
     from align_tf import server
 
     server.serve(
@@ -207,6 +222,7 @@ def _serve(arguments: Any) -> int:
 
 
 def _quickstart(arguments: Any) -> int:
+    _import_tensorflow()
     from align_tf import export_saved_model, server  # first, so that a missing extra is told
     from align_tf.checkpoint import BUNDLED
 
