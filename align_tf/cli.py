@@ -6,12 +6,15 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+BATCH_SIZE = 32  # images classified at a time
 
 # Offered beside the names of the bundled pictures.
 QUICKSTART_DISTRACTORS = ("dog", "cup of coffee", "airplane", "house", "clock")
@@ -164,13 +167,12 @@ def _classify(arguments: Any) -> int:
     model, processor = _load(arguments.model)
     prompts = [arguments.template.format(label) for label in arguments.labels]
     results, broken = [], []
-    for path in arguments.images:
-        try:
-            probs = _probabilities(model, processor, [path], prompts)[0]
-        except ValueError as error:
-            broken.append(str(error))
-            continue
-        results.append({"image": path, "probs": dict(zip(arguments.labels, map(float, probs)))})
+    for path, probs in _classified(model, processor, arguments.images, prompts):
+        if isinstance(probs, ValueError):
+            broken.append(str(probs))
+        else:
+            ranked = dict(zip(arguments.labels, map(float, probs), strict=True))
+            results.append({"image": path, "probs": ranked})
     if arguments.json:
         print(json.dumps(results, indent=2))
     elif results:
@@ -178,6 +180,26 @@ def _classify(arguments: Any) -> int:
     for message in broken:
         _say(f"align-tf: error: {message}")
     return EXIT_USER_ERROR if broken else 0
+
+
+def _classified(model: Any, processor: Any, paths: list, prompts: list[str]) -> Iterator[tuple]:
+    """Yields each path with its probabilities, or with the error that its file gave."""
+    import rich.console
+    import rich.progress
+
+    batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
+    console = rich.console.Console(stderr=True)
+    for batch in rich.progress.track(
+        batches, "Classifying", console=console, transient=True, disable=len(batches) == 1
+    ):
+        try:
+            yield from zip(batch, _probabilities(model, processor, batch, prompts), strict=True)
+        except ValueError as error:
+            if len(batch) == 1:
+                yield batch[0], error
+            else:  # one file is broken: the others are answered all the same
+                for path in batch:
+                    yield from _classified(model, processor, [path], prompts)
 
 
 def _print_probabilities(results: list[dict]) -> None:
@@ -270,7 +292,7 @@ def _print_quickstart(results: list[dict], version: pathlib.Path, as_json: bool)
         print(json.dumps({"saved_model": str(version), "results": results}, indent=2))
         return
     _table(
-        "align-tiny: the best label of each picture, by three ways to ask",
+        "align-tiny, asked three ways",
         ["picture", "label", "Keras", "gRPC", "REST"],
         [
             [row["image"], row["label"], *(f"{row[way]:.1%}" for way in ("keras", "grpc", "rest"))]

@@ -118,8 +118,15 @@ def test_quickstart_gives_the_same_answer_three_ways(capsys, tmp_path):
 def test_quickstart_keeps_serving_until_it_is_stopped(tmp_path):
     pytest.importorskip("tensorflow_serving")
     process = subprocess.Popen(
-        [sys.executable, "-m", "align_tf.cli", "quickstart", "--keep-serving"]
-        + ["--output", os.fspath(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "align_tf.cli",
+            "quickstart",
+            "--keep-serving",
+            "--output",
+            os.fspath(tmp_path),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -121,7 +121,10 @@ def classify(signatures, images, labels):
 def test_signatures_have_the_documented_inputs_and_outputs(signatures):
     found = {
         name: (
-            {key: (spec.dtype.name, spec.shape.rank) for key, spec in f.structured_input_signature[1].items()},
+            {
+                key: (spec.dtype.name, spec.shape.rank)
+                for key, spec in f.structured_input_signature[1].items()
+            },
             {key: spec.dtype.name for key, spec in f.structured_outputs.items()},
         )
         for name, f in signatures.items()
@@ -182,7 +185,7 @@ def test_a_process_without_this_package_reads_it(folder, signatures, tmp_path):
 def test_rows_of_different_callers_may_share_a_batch(signatures):
     callers = [([picture(4)], [["a cat", "a dog", "red cars"]]), ([picture(5)], [["a dog"]])]
     images = [image for images, _ in callers for image in images]
-    labels = [(row + ["", ""])[:3] for _, rows in callers for row in rows]
+    labels = [([*row, "", ""])[:3] for _, rows in callers for row in rows]
     logits, probs = classify(signatures, images, labels)
     for index, (image, row) in enumerate(callers):
         alone_logits, alone_probs = classify(signatures, image, row)
