@@ -1,0 +1,549 @@
+"""Images to pixel_values, inside the TensorFlow graph."""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from align_tf import checkpoint, image_decoding
+
+CONFIG_NAME = "preprocessor_config.json"
+PROCESSOR_NAME = "processor_config.json"
+
+# What a preprocessor_config.json that leaves a key out means: the defaults of Hugging Face's
+# EfficientNetImageProcessor. The class's own are align-base's.
+FILE_DEFAULTS = {
+    "do_resize": True,
+    "size": {"height": 346, "width": 346},
+    "resample": 3,
+    "do_center_crop": False,
+    "crop_size": {"height": 289, "width": 289},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "rescale_offset": False,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "include_top": True,
+}
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit
+# Settings that the reference does not have, written where they differ from these.
+OWN_DEFAULTS = {
+    "mode": "hf",
+    "apply_exif_orientation": False,
+    "max_image_pixels": MAX_IMAGE_PIXELS,
+}
+MODES = ("hf", "original")
+
+NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # as Pillow numbers them
+# How far a filter reaches, in pixels of the larger image.
+SUPPORT = {BILINEAR: 1.0, BICUBIC: 2.0}
+# Fractional bits of a resampling coefficient (Pillow's libImaging/Resample.c: 32 - 8 - 2).
+COEFFICIENT_BITS = 22
+BAND_PIXELS = 1 << 20  # of an image, resized at a time
+IMAGES_IN_FLIGHT = 8  # of a batch, decoded at a time
+
+FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
+
+# All of it is TensorFlow operations, so that AutoGraph has nothing to convert.
+_graph = tf.autograph.experimental.do_not_convert
+
+
+class AlignImageProcessor:
+    """Decodes, resizes, crops and scales images as Hugging Face's EfficientNetImageProcessor does.
+
+    Args:
+        do_resize: resizes to `size`, whatever the aspect ratio.
+        size: height and width in pixels, or one number for both.
+        resample: 0 (nearest), 2 (bilinear) or 3 (bicubic).
+        do_center_crop: crops `crop_size` out of the middle; what is smaller is padded with zeros.
+        crop_size: height and width in pixels, or one number for both.
+        do_rescale: multiplies by `rescale_factor`.
+        rescale_factor: of the levels 0..255.
+        rescale_offset: subtracts 1 after rescaling.
+        do_normalize: subtracts `image_mean` and divides by `image_std`.
+        image_mean: one number for each channel.
+        image_std: one number for each channel.
+        include_top: divides by `image_std` once more, as EfficientNet's classifier wants it.
+        mode: "hf" gives the pixels of Hugging Face's processor over Pillow, bit for bit;
+            "original" those of the original training pipeline, which resized by
+            `tf.image.resize` (bilinear, not antialiased).
+        apply_exif_orientation: turns a JPEG photograph upright; the reference does not.
+        max_image_pixels: an image whose header declares more is refused before it is decoded.
+
+    Raises:
+        ValueError: a setting is not one of those named.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        *,
+        do_resize: bool = True,
+        size: Mapping[str, int] | int = 346,
+        resample: int = BILINEAR,
+        do_center_crop: bool = True,
+        crop_size: Mapping[str, int] | int = 289,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 127.5,
+        rescale_offset: bool = True,
+        do_normalize: bool = False,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        include_top: bool = False,
+        mode: str = "hf",
+        apply_exif_orientation: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: expected {' or '.join(map(repr, MODES))}")
+        if resample not in (NEAREST, BILINEAR, BICUBIC):
+            raise ValueError(
+                f"resample={resample!r}: expected 0 (nearest), 2 (bilinear) or 3 (bicubic)"
+            )
+        for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+            if np.shape(value) != (3,):
+                raise ValueError(f"{name}={value!r}: expected 3 numbers")
+        if max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels={max_image_pixels!r}: expected 1 or more")
+        self.do_resize = do_resize
+        self.size = _height_width("size", size)
+        self.resample = int(resample)
+        self.do_center_crop = do_center_crop
+        self.crop_size = _height_width("crop_size", crop_size)
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.rescale_offset = rescale_offset
+        self.do_normalize = do_normalize
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.include_top = include_top
+        self.mode = mode
+        self.apply_exif_orientation = apply_exif_orientation
+        self.max_image_pixels = int(max_image_pixels)
+        self._extra: dict[str, Any] = {}  # keys of the file that have no use here
+        # The graph's functions for calls from Python, traced once each.
+        self.preprocess_array = tf.function(
+            self.preprocess, input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
+        )
+        self.try_pixel_values_of = tf.function(
+            self.try_pixel_values, input_signature=[tf.TensorSpec([None], tf.string)]
+        )
+
+    # --- files -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "AlignImageProcessor":
+        """Reads preprocessor_config.json, or in its absence processor_config.json.
+
+        Args:
+            name_or_path: a checkpoint folder, or what `checkpoint.resolve_folder` takes besides.
+            revision: branch, tag or commit on the hub.
+            token: access token of the hub.
+            cache_dir: the hub's cache folder.
+            local_files_only: never ask the hub, use its cache.
+
+        Raises:
+            FileNotFoundError: the folder has neither file.
+            ValueError: the file cannot be read, or a setting is not supported.
+        """
+        folder = checkpoint.resolve_folder(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        nested = folder / PROCESSOR_NAME
+        if (folder / CONFIG_NAME).is_file() or not nested.is_file():
+            return cls.from_dict(checkpoint.read_json(folder / CONFIG_NAME))
+        values = checkpoint.read_json(nested).get("image_processor")
+        if not isinstance(values, dict):
+            raise ValueError(f"{nested}: expected the key 'image_processor'")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "AlignImageProcessor":
+        """Builds the processor from the keys of a preprocessor_config.json."""
+        defaults = {**FILE_DEFAULTS, **OWN_DEFAULTS}
+        given = {k: v for k, v in values.items() if k in defaults and v is not None}
+        processor = cls(**{**defaults, **given})
+        processor._extra = {k: v for k, v in values.items() if k not in defaults}
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the keys of preprocessor_config.json, unknown ones it was read with included."""
+        own = {name: getattr(self, name) for name in OWN_DEFAULTS}
+        return {
+            **self._extra,
+            "image_processor_type": "EfficientNetImageProcessor",
+            **{name: getattr(self, name) for name in FILE_DEFAULTS},
+            **{name: value for name, value in own.items() if value != OWN_DEFAULTS[name]},
+        }
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes preprocessor_config.json."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        checkpoint.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
+
+    # --- the graph -------------------------------------------------------------------------
+
+    @property
+    def output_shape(self) -> list[int | None]:
+        """Height, width and channels of an image's pixel_values; None where it is its own."""
+        size = {"height": None, "width": None}
+        if self.do_center_crop:
+            size = self.crop_size
+        elif self.do_resize:
+            size = self.size
+        return [size["height"], size["width"], 3]
+
+    @_graph
+    def decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        """Decodes one image.
+
+        Args:
+            image_bytes: JPEG, PNG, GIF (its first frame), BMP or WebP, scalar string.
+
+        Returns:
+            uint8 (h, w, 3).
+
+        Raises:
+            tf.errors.InvalidArgumentError: it is none of these, broken, or declares more than
+                max_image_pixels.
+        """
+        size = image_decoding.declared_size(image_bytes)
+        message = tf.strings.join([_too_large(size), f"expected {self.max_image_pixels} at most"])
+        with tf.control_dependencies(
+            [tf.debugging.Assert(tf.reduce_prod(size) <= self.max_image_pixels, [message])]
+        ):
+            return self._decode(tf.identity(image_bytes))
+
+    @_graph
+    def preprocess(self, image: tf.Tensor) -> tf.Tensor:
+        """Resizes, crops and scales uint8 (h, w, 3) to float32 (crop_h, crop_w, 3)."""
+        if self.mode == "original" and self.do_resize:
+            return self._preprocess_original(image)
+        shape = tf.shape(image)[:2]
+        if self.do_resize:
+            shape = tf.constant([self.size["height"], self.size["width"]])
+        window = [0, 0, shape[0], shape[1]]
+        crop = [shape[0], shape[1]]
+        if self.do_center_crop:
+            crop = [self.crop_size["height"], self.crop_size["width"]]
+            window = _center_window(shape, crop)
+        if self.do_resize:
+            image = _resize(image, shape, window, self.resample)
+        else:
+            top, left, height, width = window
+            image = image[top : top + height, left : left + width]
+        # Zeros around an image smaller than the crop, as many above as below or one more.
+        missing = [(crop[axis] - window[2 + axis]) for axis in (0, 1)]
+        before = [(pad + 1) // 2 for pad in missing]
+        padding = [[before[axis], missing[axis] - before[axis]] for axis in (0, 1)]
+        image = tf.ensure_shape(tf.pad(image, [*padding, [0, 0]]), self.output_shape)
+        return self._scale(image)
+
+    @_graph
+    def decode_and_preprocess(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        """Takes one encoded image, scalar string, to float32 (crop_h, crop_w, 3)."""
+        return self.preprocess(self.decode(image_bytes))
+
+    @_graph
+    def pixel_values(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        """Takes encoded images (n,) to float32 (n, crop_h, crop_w, 3).
+
+        Raises:
+            tf.errors.InvalidArgumentError: a row is no image, broken, or declares more pixels
+                than max_image_pixels; the message names it, as in `image_bytes[3]: ...`.
+        """
+        pixels, problem, size = self.try_pixel_values(image_bytes)
+        row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
+        fine = tf.reduce_all(problem == FINE)
+        # Without a row there is nothing to name.
+        row_problem = tf.concat([problem, [FINE]], 0)[row]
+        row_size = tf.concat([size, [[0, 0]]], 0)[row]
+        message = tf.strings.join(
+            [
+                "image_bytes[",
+                tf.strings.as_string(row),
+                "]: ",
+                tf.where(
+                    row_problem == TOO_LARGE,
+                    _too_large(row_size) + f"expected {self.max_image_pixels} at most",
+                    f"not a decodable image ({image_decoding.EXPECTED})",
+                ),
+            ]
+        )
+        with tf.control_dependencies([tf.debugging.Assert(fine, [message])]):
+            return tf.identity(pixels)
+
+    @_graph
+    def try_pixel_values(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Takes encoded images (n,) to pixel_values and says which of them are none.
+
+        Returns:
+            pixel_values float32 (n, crop_h, crop_w, 3), zeros where there is a problem; the
+            problem int32 (n,), one of FINE, BROKEN and TOO_LARGE; the declared height and width
+            int64 (n, 2).
+
+        Raises:
+            ValueError: images of a batch keep their sizes (do_resize and do_center_crop are off).
+        """
+        shape = self.output_shape
+        if None in shape:
+            raise ValueError("a batch of images needs do_resize or do_center_crop")
+        count = tf.size(image_bytes)
+        blank = tf.zeros(shape)
+
+        def load(row: tf.Tensor, encoded: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            size = image_decoding.declared_size(encoded)
+            return tf.cond(
+                tf.reduce_prod(size) <= self.max_image_pixels,
+                lambda: (row, tf.constant(FINE), size, self.preprocess(self._decode(encoded))),
+                lambda: (row, tf.constant(TOO_LARGE), size, blank),
+            )
+
+        # A data set can leave out the images that fail, where a loop would end.
+        last = (count, tf.constant(FINE), tf.zeros([2], tf.int64), blank)
+        rows = (
+            tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))
+            .map(load, num_parallel_calls=IMAGES_IN_FLIGHT)
+            .ignore_errors()
+            .concatenate(tf.data.Dataset.from_tensors(last))
+            .batch(tf.cast(count, tf.int64) + 1)
+        )
+        row, problem, size, pixels = (value[:-1] for value in rows.get_single_element())
+        complete = tf.equal(tf.size(row), count)
+        shape = tf.concat([[count], shape], 0)
+        pixels = tf.cond(
+            complete, lambda: pixels, lambda: tf.scatter_nd(row[:, None], pixels, shape)
+        )
+        problem = tf.tensor_scatter_nd_update(tf.fill([count], BROKEN), row[:, None], problem)
+        size = tf.scatter_nd(row[:, None], size, [count, 2])
+        return tf.ensure_shape(pixels, [None, *self.output_shape]), problem, size
+
+    def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
+        # The original pipeline took TensorFlow's default, which is faster and less accurate.
+        dct_method = "INTEGER_ACCURATE" if self.mode == "hf" else "INTEGER_FAST"
+        image = image_decoding.decode(image_bytes, dct_method)
+        if self.apply_exif_orientation:
+            orientation = image_decoding.exif_orientation(image_bytes)
+            image = image_decoding.turn_upright(image, orientation)
+        return image
+
+    def _scale(self, image: tf.Tensor) -> tf.Tensor:
+        """Looks uint8 levels up in what becomes of each."""
+        levels = _levels(
+            self.rescale_factor if self.do_rescale else None,
+            self.rescale_offset,
+            tuple(self.image_mean) if self.do_normalize else None,
+            tuple(self.image_std),
+            self.include_top,
+        )
+        index = tf.cast(image, tf.int32)
+        if len(levels) == 3 * 256:  # a table for each channel
+            index += [0, 256, 512]
+        return tf.gather(tf.constant(levels), index)
+
+    def _preprocess_original(self, image: tf.Tensor) -> tf.Tensor:
+        """Resizes in float, without antialiasing, and scales what comes out of it."""
+        image = tf.image.resize(image, [self.size["height"], self.size["width"]])
+        if self.do_center_crop:
+            crop = self.crop_size["height"], self.crop_size["width"]
+            image = tf.image.resize_with_crop_or_pad(image, *crop)
+        if self.do_rescale:
+            image = image * self.rescale_factor - float(self.rescale_offset)
+        if self.do_normalize:
+            image = (image - self.image_mean) / self.image_std
+        if self.include_top:
+            image = image / self.image_std
+        return tf.ensure_shape(image, self.output_shape)
+
+
+def _too_large(size: tf.Tensor) -> tf.Tensor:
+    height, width = tf.unstack(tf.strings.as_string(size))
+    return tf.strings.join(["the image declares ", width, " x ", height, " pixels, "])
+
+
+@functools.cache
+def _levels(
+    factor: float | None,
+    offset: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...],
+    include_top: bool,
+) -> np.ndarray:
+    """Tabulates what becomes of each level, in the reference's order and precision.
+
+    Returns:
+        float32 (256,), or (3 * 256,) where the channels differ.
+    """
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[None], 3, axis=0)  # (3, 256)
+    if factor is not None:
+        levels = (levels.astype(np.float64) * factor).astype(np.float32)
+        levels -= np.float32(offset)
+    levels = levels.astype(np.float32)
+    deviation = np.array(std, np.float32)[:, None]
+    if mean is not None:
+        levels = (levels - np.array(mean, np.float32)[:, None]) / deviation
+    if include_top:
+        levels = levels / deviation
+    return levels[0] if (levels == levels[0]).all() else levels.reshape(-1)
+
+
+def _center_window(shape: tf.Tensor, crop: Sequence[int]) -> list[tf.Tensor]:
+    """Returns top, left, height and width of what a center crop takes out of an image."""
+    offset = [tf.maximum(shape[axis] - crop[axis], 0) // 2 for axis in (0, 1)]
+    return [*offset, *(tf.minimum(shape[axis], crop[axis]) for axis in (0, 1))]
+
+
+# --- Pillow's resampling -------------------------------------------------------------------
+
+
+def _resize(
+    image: tf.Tensor, shape: tf.Tensor, window: Sequence[tf.Tensor], resample: int
+) -> tf.Tensor:
+    """Resizes uint8 (h, w, 3) as Pillow's Image.resize does, bit for bit, and crops.
+
+    Pillow resamples along each row, rounds and clips to uint8, then along each column
+    (libImaging/Resample.c). Only what the window needs is computed.
+
+    Args:
+        image: uint8 (h, w, 3).
+        shape: height and width to resize to.
+        window: top, left, height and width of what is wanted of the result.
+        resample: NEAREST, BILINEAR or BICUBIC.
+
+    Returns:
+        uint8, of the window's height and width.
+    """
+    top, left, height, width = window
+    if resample == NEAREST:
+        rows = _nearest(tf.shape(image)[0], shape[0])[top : top + height]
+        columns = _nearest(tf.shape(image)[1], shape[1])[left : left + width]
+        return tf.gather(tf.gather(image, rows), columns, axis=1)
+    row_start, row_weights = _coefficients(tf.shape(image)[0], shape[0], resample)
+    row_start, row_weights = row_start[top : top + height], row_weights[top : top + height]
+    column_start, column_weights = _coefficients(tf.shape(image)[1], shape[1], resample)
+    columns = _matrix(
+        column_start[left : left + width],
+        column_weights[left : left + width],
+        tf.shape(image)[1],
+    )
+    # The rows of the image that the window depends on.
+    first = row_start[0]
+    image = image[first : tf.minimum(row_start[-1] + tf.shape(row_weights)[1], tf.shape(image)[0])]
+    rows = _matrix(row_start - first, row_weights, tf.shape(image)[0])
+    return _apply(rows, _resample_columns(image, columns))
+
+
+def _resample_columns(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+    """Resamples along each row, a band of rows at a time to bound the memory."""
+    height = tf.shape(image)[0]
+    band = tf.maximum(BAND_PIXELS // tf.shape(image)[1], 1)
+    count = (height + band - 1) // band
+
+    def add(i: tf.Tensor, bands: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        part = tf.transpose(image[i * band : (i + 1) * band], [1, 0, 2])  # (w, band, 3)
+        part = tf.transpose(_apply(matrix, part), [1, 0, 2])
+        return i + 1, bands.write(i, part)
+
+    bands = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=[None, None, 3])
+    _, bands = tf.while_loop(lambda i, _: i < count, add, (0, bands), parallel_iterations=1)
+    return bands.concat()
+
+
+def _apply(matrix: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+    """Multiplies by a sparse matrix along the first axis, rounds and clips to uint8.
+
+    Coefficients are whole numbers over 2^22 and levels whole numbers, so float64 sums are exact.
+    """
+    rest = tf.shape(image)[1:]
+    flat = tf.cast(tf.reshape(image, [tf.shape(image)[0], -1]), tf.float64)
+    total = tf.raw_ops.SparseMatrixMatMul(a=matrix, b=flat)
+    total = tf.clip_by_value(tf.floor(total + 0.5), 0.0, 255.0)
+    return tf.reshape(tf.cast(total, tf.uint8), tf.concat([[-1], rest], 0))
+
+
+def _matrix(start: tf.Tensor, weights: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+    """Builds the sparse matrix (size, length) with weights (size, taps) from start (size,) on."""
+    size, taps = tf.unstack(tf.shape(weights))
+    row = tf.repeat(tf.range(size), taps)
+    column = tf.reshape(start[:, None] + tf.range(taps), [-1])
+    inside = column < length
+    return tf.raw_ops.SparseTensorToCSRSparseMatrix(
+        indices=tf.cast(tf.boolean_mask(tf.stack([row, column], 1), inside), tf.int64),
+        values=tf.boolean_mask(tf.reshape(weights, [-1]), inside),
+        dense_shape=tf.cast(tf.stack([size, length]), tf.int64),
+    )
+
+
+def _coefficients(length: tf.Tensor, size: tf.Tensor, resample: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes Pillow's resampling table for one axis (libImaging/Resample.c).
+
+    Args:
+        length: of the axis.
+        size: what it is resized to.
+        resample: BILINEAR or BICUBIC.
+
+    Returns:
+        the first place that each output place depends on, int32 (size,), and the coefficients of
+        it and those that follow, float64 (size, taps).
+    """
+    scale = tf.cast(length, tf.float64) / tf.cast(size, tf.float64)
+    filter_scale = tf.maximum(scale, 1.0)
+    support = SUPPORT[resample] * filter_scale
+    center = (tf.range(tf.cast(size, tf.float64), dtype=tf.float64) + 0.5) * scale  # (size,)
+    start = tf.maximum(tf.cast(center - support + 0.5, tf.int32), 0)
+    stop = tf.minimum(tf.cast(center + support + 0.5, tf.int32), length)
+    taps = 2 * tf.cast(tf.math.ceil(support), tf.int32) + 1
+    place = start[:, None] + tf.range(taps)  # (size, taps)
+    distance = (tf.cast(place, tf.float64) - center[:, None] + 0.5) * (1.0 / filter_scale)
+    weights = _bilinear(distance) if resample == BILINEAR else _bicubic(distance)
+    weights = tf.where(place < stop[:, None], weights, tf.zeros_like(weights))
+    # A running sum adds in Pillow's order, which tf.reduce_sum does not promise.
+    weights = weights / tf.cumsum(weights, axis=1)[:, -1:]
+    one = tf.constant(2.0**COEFFICIENT_BITS, tf.float64)
+    return start, tf.sign(weights) * tf.floor(tf.abs(weights) * one + 0.5) / one
+
+
+def _bilinear(x: tf.Tensor) -> tf.Tensor:
+    return tf.maximum(1.0 - tf.abs(x), 0.0)
+
+
+def _bicubic(x: tf.Tensor) -> tf.Tensor:
+    a, x = -0.5, tf.abs(x)
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    return tf.where(x < 1.0, near, tf.where(x < 2.0, far, tf.zeros_like(x)))
+
+
+def _nearest(length: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Returns which place of the input each place of the output takes."""
+    scale = tf.cast(length, tf.float64) / tf.cast(size, tf.float64)
+    # Pillow adds the step up, and its rounding errors with it (libImaging/Geometry.c).
+    steps = tf.concat([[scale * 0.5], tf.repeat(scale, size - 1)], 0)
+    return tf.minimum(tf.cast(tf.cumsum(steps), tf.int32), length - 1)
+
+
+def _height_width(name: str, size: Mapping[str, int] | int) -> dict[str, int]:
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if set(size) != {"height", "width"} or min(size.values()) < 1:
+        raise ValueError(f"{name}={dict(size)!r}: expected a positive height and width")
+    return {"height": int(size["height"]), "width": int(size["width"])}

@@ -1,0 +1,453 @@
+"""Text to token ids, inside the TensorFlow graph."""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_text as tf_text
+
+from align_tf import checkpoint
+from align_tf.bert_normalizer import BertNormalizer, placeholder
+
+VOCAB_NAME = "vocab.txt"
+CONFIG_NAME = "tokenizer_config.json"
+SPECIAL_TOKENS_NAME = "special_tokens_map.json"
+TOKENIZER_NAME = "tokenizer.json"
+
+MAX_LENGTH = 64  # what ALIGN's text tower was trained with
+NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
+MAX_WORD_LENGTH = 100  # in characters; a longer word is unknown
+SUFFIX = "##"
+PADDINGS = ("max_length", "longest", "do_not_pad")
+
+# role: default token
+SPECIAL_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length")
+
+# The names that tokenizer.json's normalizer has for the settings.
+# setting: key
+NORMALIZER_KEYS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+# Tokens that decoded text attaches to the word before them (tokenizers' WordPiece decoder).
+ATTACHED = {".", ",", "?", "!", "n't", "'m", "'s", "'ve", "'re"}
+
+
+class AlignTokenizer:
+    """Splits text into WordPiece ids as Hugging Face's BertTokenizer does.
+
+    Args:
+        vocab: the tokens, in the order of their ids.
+        do_lower_case: lower-cases the text.
+        strip_accents: removes accents; None does as do_lower_case says.
+        tokenize_chinese_chars: makes each CJK ideograph a word.
+        unk_token: stands for a word that the vocabulary cannot spell.
+        sep_token: ends a sequence.
+        pad_token: fills a sequence up.
+        cls_token: begins a sequence.
+        mask_token: a word left out, in masked language modeling.
+        model_max_length: the longest sequence, special tokens included; where a file gives none
+            (1e30), 64.
+
+    Raises:
+        ValueError: a special token is not in the vocabulary.
+    """
+
+    model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab: Sequence[str],
+        *,
+        do_lower_case: bool = True,
+        strip_accents: bool | None = None,
+        tokenize_chinese_chars: bool = True,
+        unk_token: str = "[UNK]",
+        sep_token: str = "[SEP]",
+        pad_token: str = "[PAD]",
+        cls_token: str = "[CLS]",
+        mask_token: str = "[MASK]",
+        model_max_length: int = MAX_LENGTH,
+    ):
+        self.vocab = list(vocab)
+        self.do_lower_case = do_lower_case
+        self.strip_accents = strip_accents
+        self.tokenize_chinese_chars = tokenize_chinese_chars
+        self.unk_token = unk_token
+        self.sep_token = sep_token
+        self.pad_token = pad_token
+        self.cls_token = cls_token
+        self.mask_token = mask_token
+        self.model_max_length = (
+            int(model_max_length) if model_max_length <= NO_LIMIT else MAX_LENGTH
+        )
+        self._ids = {token: i for i, token in enumerate(self.vocab)}
+        self._extra: dict[str, Any] = {}  # keys of tokenizer_config.json without a use here
+        for role in SPECIAL_TOKENS:
+            if getattr(self, role) not in self._ids:
+                raise ValueError(f"{role}={getattr(self, role)!r}: not in the vocabulary")
+        normalizer = BertNormalizer(
+            lowercase=do_lower_case,
+            strip_accents=do_lower_case if strip_accents is None else strip_accents,
+            handle_chinese_chars=tokenize_chinese_chars,
+            special_tokens=self.all_special_tokens,
+        )
+        self._token_ids = tf.function(
+            functools.partial(self._tokenize, normalizer),
+            input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([], tf.int32)],
+            autograph=False,
+        )
+
+    # --- files -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "AlignTokenizer":
+        """Reads vocab.txt, or tokenizer.json in its absence, and tokenizer_config.json.
+
+        Args:
+            name_or_path: a checkpoint folder, or what `checkpoint.resolve_folder` takes besides.
+            revision: branch, tag or commit on the hub.
+            token: access token of the hub.
+            cache_dir: the hub's cache folder.
+            local_files_only: never ask the hub, use its cache.
+
+        Raises:
+            FileNotFoundError: the folder holds no vocabulary.
+            ValueError: a file cannot be read, or its vocabulary lacks a special token.
+        """
+        folder = checkpoint.resolve_folder(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        settings, extra = {}, {}
+        if (folder / VOCAB_NAME).is_file():
+            vocab = _read_vocab(folder / VOCAB_NAME)
+        elif (folder / TOKENIZER_NAME).is_file():
+            vocab, settings = _read_tokenizer(folder / TOKENIZER_NAME)
+        else:
+            raise FileNotFoundError(f"{folder}: expected {VOCAB_NAME} or {TOKENIZER_NAME}")
+        if (folder / CONFIG_NAME).is_file():
+            for name, value in checkpoint.read_json(folder / CONFIG_NAME).items():
+                if name not in SETTINGS and name not in SPECIAL_TOKENS:
+                    extra[name] = value
+                elif value is not None:
+                    settings[name] = _content(value)
+        tokenizer = cls(vocab, **settings)
+        tokenizer._extra = extra
+        return tokenizer
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json."""
+        folder = pathlib.Path(folder)
+        special = {role: getattr(self, role) for role in SPECIAL_TOKENS}
+        config = {
+            **self._extra,
+            "tokenizer_class": "BertTokenizer",
+            **{name: getattr(self, name) for name in SETTINGS},
+            **special,
+        }
+        checkpoint.write_text(folder / VOCAB_NAME, "".join(f"{t}\n" for t in self.vocab))
+        for name, values in (
+            (CONFIG_NAME, config),
+            (SPECIAL_TOKENS_NAME, special),
+            (TOKENIZER_NAME, self._tokenizer_json()),
+        ):
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            checkpoint.write_text(folder / name, text)
+
+    def _tokenizer_json(self) -> dict[str, Any]:
+        """Describes the tokenizer in the format of Hugging Face's tokenizers library."""
+
+        def piece(name: str, type_id: int) -> dict[str, Any]:
+            kind = "Sequence" if name in ("A", "B") else "SpecialToken"
+            return {kind: {"id": name, "type_id": type_id}}
+
+        cls_token, sep_token = self.cls_token, self.sep_token
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        single = [piece(cls_token, 0), piece("A", 0), piece(sep_token, 0)]
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": self._ids[token], "content": token, **flags, "special": True}
+                for token in sorted(self.all_special_tokens, key=self._ids.get)
+            ],
+            "normalizer": {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                **{key: getattr(self, name) for name, key in NORMALIZER_KEYS.items()},
+            },
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": single,
+                "pair": [*single, piece("B", 1), piece(sep_token, 1)],
+                "special_tokens": {
+                    token: {"id": token, "ids": [self._ids[token]], "tokens": [token]}
+                    for token in (cls_token, sep_token)
+                },
+            },
+            "decoder": {"type": "WordPiece", "prefix": SUFFIX, "cleanup": True},
+            "model": {
+                "type": "WordPiece",
+                "unk_token": self.unk_token,
+                "continuing_subword_prefix": SUFFIX,
+                "max_input_chars_per_word": MAX_WORD_LENGTH,
+                "vocab": self._ids,
+            },
+        }
+
+    # --- the vocabulary --------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    @property
+    def unk_token_id(self) -> int:
+        return self._ids[self.unk_token]
+
+    @property
+    def sep_token_id(self) -> int:
+        return self._ids[self.sep_token]
+
+    @property
+    def pad_token_id(self) -> int:
+        return self._ids[self.pad_token]
+
+    @property
+    def cls_token_id(self) -> int:
+        return self._ids[self.cls_token]
+
+    @property
+    def mask_token_id(self) -> int:
+        return self._ids[self.mask_token]
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys(getattr(self, role) for role in SPECIAL_TOKENS))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return [self._ids[token] for token in self.all_special_tokens]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Returns the token of each id."""
+        return [self.vocab[i] for i in np.asarray(ids).tolist()]
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        """Returns the id of each token, [UNK]'s for one that is not in the vocabulary."""
+        return [self._ids.get(token, self.unk_token_id) for token in tokens]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Joins the tokens of one sequence of ids into text, as Hugging Face's decoder does."""
+        special = self.all_special_tokens if skip_special_tokens else ()
+        text = ""
+        for token in self.convert_ids_to_tokens(ids):
+            if token in special:
+                continue
+            if not text or token in ATTACHED:
+                text += token
+            elif token.startswith(SUFFIX):
+                text += token.removeprefix(SUFFIX)
+            else:
+                text += f" {token}"
+        return text
+
+    def batch_decode(
+        self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """Joins the tokens of each sequence of ids into text."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    # --- the graph -------------------------------------------------------------------------
+
+    @tf.autograph.experimental.do_not_convert
+    def encode(
+        self, texts: tf.Tensor, *, max_length: int = MAX_LENGTH, padding: str = "longest"
+    ) -> dict[str, tf.Tensor]:
+        """Takes strings to ids in TensorFlow operations, for tf.data and tf.function.
+
+        Args:
+            texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out.
+            max_length: the longest sequence, special tokens included; what is longer is cut.
+            padding: "longest" (t is the length of the longest sequence) or "max_length".
+
+        Returns:
+            input_ids, token_type_ids and attention_mask, int32 (n, t).
+        """
+        if padding not in ("longest", "max_length"):
+            raise ValueError(f"padding={padding!r}: expected 'longest' or 'max_length'")
+        _check_max_length(max_length)
+        return self._pad(*self._token_ids(texts, max_length), padding, max_length)
+
+    def _tokenize(
+        self, normalizer: BertNormalizer, texts: tf.Tensor, max_length: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Takes strings (n,) to int32 ids (n, longest) and lengths (n,), special tokens included.
+
+        All it needs are constants of its graph.
+        """
+        words = tf.strings.split(normalizer.normalize(texts))  # (n, words)
+        words = words[:, : max_length - 2]  # a word gives at least one token
+        some_long = tf.reduce_any(tf.strings.length(words.values) > MAX_WORD_LENGTH)
+        flat = tf.cond(some_long, lambda: _mark_long_words(words.values), lambda: words.values)
+
+        # A special token's placeholder is a word of its own, with an id after the vocabulary's.
+        placeholders = [placeholder(i) for i in range(len(self.all_special_tokens))]
+        wordpiece = tf_text.FastWordpieceTokenizer(
+            [*_distinct(self.vocab), *placeholders],
+            suffix_indicator=SUFFIX,
+            max_bytes_per_word=4 * MAX_WORD_LENGTH,  # a character takes 4 at most
+            token_out_type=tf.int32,
+            unknown_token=self.unk_token,
+            no_pretokenization=True,
+        )
+        pieces = words.with_values(wordpiece.tokenize(flat)).merge_dims(1, 2)  # (n, tokens)
+        index = tf.maximum(pieces.values - self.vocab_size, 0)
+        special = tf.gather(tf.constant(self.all_special_ids), index)
+        ids = tf.where(pieces.values < self.vocab_size, pieces.values, special)
+
+        lengths = tf.minimum(tf.cast(pieces.row_lengths(), tf.int32), max_length - 2)
+        longest = tf.reduce_max(tf.concat([lengths, [0]], 0))
+        shape = tf.stack([tf.shape(texts)[0], longest])
+        body = pieces.with_values(ids).to_tensor(self.pad_token_id, shape=shape)
+        body = tf.pad(body, [[0, 0], [1, 1]], constant_values=self.pad_token_id)
+        column, end = tf.range(longest + 2)[None], lengths[:, None] + 1
+        body = tf.where(column == 0, self.cls_token_id, body)
+        body = tf.where(column == end, self.sep_token_id, body)
+        return body, lengths + 2
+
+    def _pad(
+        self, input_ids: tf.Tensor, lengths: tf.Tensor, padding: str, max_length: int
+    ) -> dict[str, tf.Tensor]:
+        if padding == "max_length":
+            missing = tf.maximum(max_length - tf.shape(input_ids)[1], 0)
+            input_ids = tf.pad(input_ids, [[0, 0], [0, missing]], constant_values=self.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "token_type_ids": tf.zeros_like(input_ids),
+            "attention_mask": tf.sequence_mask(lengths, tf.shape(input_ids)[1], tf.int32),
+        }
+
+    # --- the call --------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        texts: str | bytes | Sequence[str | bytes],
+        *,
+        padding: str | bool = "max_length",
+        truncation: bool = True,
+        max_length: int | None = MAX_LENGTH,
+    ) -> dict[str, tf.Tensor | tf.RaggedTensor]:
+        """Encodes a text or a list of them.
+
+        Args:
+            texts: a string, or a list of n.
+            padding: "max_length", "longest" (or True), "do_not_pad" (or False).
+            truncation: cuts what is longer than max_length.
+            max_length: special tokens included; None is model_max_length.
+
+        Returns:
+            input_ids, token_type_ids and attention_mask, int32 (n, t); ragged with "do_not_pad".
+
+        Raises:
+            ValueError: a text is no string, or a setting is not one of those named.
+        """
+        if isinstance(padding, bool):
+            padding = "longest" if padding else "do_not_pad"
+        if padding not in PADDINGS:
+            raise ValueError(f"padding={padding!r}: expected one of {', '.join(PADDINGS)}")
+        max_length = self.model_max_length if max_length is None else max_length
+        _check_max_length(max_length)
+        texts = [texts] if isinstance(texts, str | bytes) else list(texts)
+        texts = tf.constant([_utf8(text) for text in texts], tf.string, shape=[len(texts)])
+        limit = max_length if truncation else np.iinfo(np.int32).max
+        input_ids, lengths = self._token_ids(texts, limit)
+        output = self._pad(input_ids, lengths, padding, max_length)
+        if padding == "do_not_pad":
+            return {k: tf.RaggedTensor.from_tensor(v, lengths) for k, v in output.items()}
+        return output
+
+
+def _mark_long_words(words: tf.Tensor) -> tf.Tensor:
+    unknown = placeholder(list(SPECIAL_TOKENS).index("unk_token"))
+    return tf.where(tf.strings.length(words, "UTF8_CHAR") > MAX_WORD_LENGTH, unknown, words)
+
+
+def _distinct(vocab: Sequence[str]) -> list[str]:
+    """Renames tokens that no word gets: a blank line, and one that a later line repeats."""
+    last = {token: i for i, token in enumerate(vocab)}
+    return [t if t and last[t] == i else f"\x11{i}" for i, t in enumerate(vocab)]
+
+
+def _read_vocab(path: pathlib.Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, one token a line") from error
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def _read_tokenizer(path: pathlib.Path) -> tuple[list[str], dict[str, Any]]:
+    """Reads the vocabulary and the normalizer's settings of a tokenizer.json."""
+    values = checkpoint.read_json(path)
+    model, normalizer = values.get("model") or {}, values.get("normalizer") or {}
+    ids = model.get("vocab")
+    if model.get("type") != "WordPiece" or not isinstance(ids, dict):
+        raise ValueError(f"{path}: expected a WordPiece model, found {model.get('type')!r}")
+    vocab = [""] * (max(ids.values(), default=-1) + 1)
+    for token, i in ids.items():
+        vocab[i] = token
+    settings = {name: normalizer[key] for name, key in NORMALIZER_KEYS.items() if key in normalizer}
+    return vocab, settings
+
+
+def _content(value: Any) -> Any:
+    """Returns a setting of tokenizer_config.json, where a token may be an object of its own."""
+    return value["content"] if isinstance(value, Mapping) else value
+
+
+def _check_max_length(max_length: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"max_length={max_length}: expected 2 or more, for the special tokens")
+
+
+def _utf8(text: Any) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(f"text: expected strings, found {type(text).__name__}")
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: {text!r} holds a lone surrogate, which UTF-8 lacks") from error
