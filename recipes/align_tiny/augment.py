@@ -5,11 +5,12 @@ import math
 import tensorflow as tf
 
 
-def augment(pictures: tf.Tensor, size: int) -> tf.Tensor:
+def augment(pictures: tf.Tensor, mirrored: tf.Tensor, size: int) -> tf.Tensor:
     """Draws a new version of each picture.
 
     Args:
         pictures: uint8 (n, s, s, 4), RGBA.
+        mirrored: bool (n,), whether a picture may be flipped.
         size: side of the result in pixels.
 
     Returns:
@@ -17,7 +18,7 @@ def augment(pictures: tf.Tensor, size: int) -> tf.Tensor:
     """
     x = tf.cast(pictures, tf.float32) / 255.0
     x = tf.concat([x[..., :3] * x[..., 3:], x[..., 3:]], axis=-1)  # alpha premultiplied
-    x = _warp(x, size)
+    x = _warp(x, mirrored, size)
     color, alpha = x[..., :3], x[..., 3:]
     color = _recolor(color, alpha)
     color, alpha = _outline(color, alpha)
@@ -37,8 +38,8 @@ def _chosen(x: tf.Tensor, probability: float) -> tf.Tensor:
     return tf.cast(_uniform(x, 0.0, 1.0) < probability, tf.float32)
 
 
-def _warp(x: tf.Tensor, size: int) -> tf.Tensor:
-    """Scales, rotates, shears and shifts, and resizes to `size` in the same pass."""
+def _warp(x: tf.Tensor, mirrored: tf.Tensor, size: int) -> tf.Tensor:
+    """Scales, flips, rotates, shears and shifts, and resizes to `size` in the same pass."""
     n, side = tf.shape(x)[0], tf.cast(tf.shape(x)[1], tf.float32)
 
     def draw(low, high):
@@ -48,8 +49,9 @@ def _warp(x: tf.Tensor, size: int) -> tf.Tensor:
     scale_x = side / size / draw(0.65, 1.1)
     scale_y = scale_x * draw(0.85, 1.18)
     shear = draw(-0.1, 0.1)
-    a, b = tf.cos(angle) * scale_x, (shear - tf.sin(angle)) * scale_y
-    c, d = tf.sin(angle) * scale_x, tf.cos(angle) * scale_y
+    flip = tf.where(mirrored & (draw(0.0, 1.0) < 0.5), -1.0, 1.0)
+    a, b = flip * tf.cos(angle) * scale_x, (shear - tf.sin(angle)) * scale_y
+    c, d = flip * tf.sin(angle) * scale_x, tf.cos(angle) * scale_y
     shift_x, shift_y = draw(-0.1, 0.1) * side, draw(-0.1, 0.1) * side
     middle = (size - 1) / 2
     zeros = tf.zeros([n])
@@ -104,9 +106,9 @@ def _outline(color: tf.Tensor, alpha: tf.Tensor) -> tf.Tensor:
 
 
 def _background(x: tf.Tensor) -> tf.Tensor:
-    """White for most samples, a plain color for the others."""
-    plain = _uniform(x, 0.0, 1.0, 3)
-    return 1.0 - (1.0 - plain) * _chosen(x, 0.4)
+    """White for half of the samples, black for some, a plain color for the others."""
+    white, black = _chosen(x, 0.5), 1.0 - _chosen(x, 0.4)
+    return white + (1.0 - white) * black * _uniform(x, 0.0, 1.0, 3)
 
 
 def _blur(x: tf.Tensor) -> tf.Tensor:

@@ -4,13 +4,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import subprocess
 import tarfile
 
 import numpy as np
 from PIL import Image
 
-CACHE = pathlib.Path(__file__).parents[2] / "data" / "align_tiny"
+CACHE = pathlib.Path("/work/main/data/align_tiny")
 
 # npm package, version, SHA-256 of its tarball
 PACKAGES = (
@@ -39,6 +40,11 @@ TONES = {
     "1F3FE": "medium-dark skin tone",
     "1F3FF": "dark skin tone",
 }
+# Subcategories and words of drawings whose mirror image means something else.
+DIRECTIONAL = re.compile(
+    r"arrow|alphanum|av-symbol|button|chart|clock|currency|facing|flag|keycap|left|math|moon"
+    r"|music|punctuation|right|sign|time|zodiac"
+)
 HELD_OUT_SHARE = 0.10  # of the concepts: one rendering is kept from training
 UNSEEN_SHARE = 0.03  # of the concepts: both renderings are kept from training
 
@@ -50,6 +56,7 @@ class Concept:
     label: str
     names: tuple[str, ...]
     keywords: tuple[str, ...]
+    mirrored: bool  # whether its mirror image means the same
     pictures: dict[str, tuple[tuple[pathlib.Path, str], ...]]  # (file, skin tone or "")
 
 
@@ -89,11 +96,13 @@ def read_concepts() -> list[Concept]:
         if key not in labels or not all(entry[f"has_img_{set_}"] for set_ in RENDERINGS):
             continue
         words = [*labels[key].get("tags", ()), *keywords.get(key, ())[1:]]
+        label = labels[key]["label"].lower()
         concepts.append(
             Concept(
-                label=labels[key]["label"].lower(),
+                label=label,
                 names=tuple(_plain(n) for n in (entry["name"] or "", *entry["short_names"]) if n),
                 keywords=tuple(dict.fromkeys(_plain(word) for word in words)),
+                mirrored=not DIRECTIONAL.search(f"{entry['subcategory']} {label}"),
                 pictures={set_: _pictures(folders, entry, set_) for set_ in RENDERINGS},
             )
         )
