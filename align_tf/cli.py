@@ -303,13 +303,14 @@ def _print_quickstart(results: list[dict], version: pathlib.Path, as_json: bool)
 
 
 def _print_curl(running: Any, picture: pathlib.Path, labels: list[str]) -> None:
+    instance = f'{{"image_bytes": {{"b64": "$(base64 -w0 {picture})"}}, "labels": '
+    instance += f"{json.dumps(labels)}}}"
     print(
-        f"""Serving gRPC on port {running.grpc_port}, REST on port {running.rest_port}; Ctrl-C stops it. Try:
-
-  curl http://127.0.0.1:{running.rest_port}/v1/models/align:predict -d @- <<END
-  {{"instances": [{{"image_bytes": {{"b64": "$(base64 -w0 {picture})"}}, "labels": {json.dumps(labels)}}}]}}
-  END
-""",
+        f"Serving gRPC on port {running.grpc_port}, REST on port {running.rest_port}; "
+        "Ctrl-C stops it. Try:\n\n"
+        f"curl http://127.0.0.1:{running.rest_port}/v1/models/align:predict -d @- <<END\n"
+        f'{{"instances": [{instance}]}}\n'
+        "END\n",
         flush=True,
     )
 
