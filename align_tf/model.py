@@ -378,6 +378,7 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
+        self.stem_pad.build((None, None, None, self.config.num_channels))
         self.stem_conv.build((None, None, None, self.config.num_channels))
         self.stem_bn.build((None, None, None, self.config.stem_channels))
         for block in self.blocks:
@@ -496,7 +497,7 @@ class AlignModel(_Checkpoint, keras.Model):
         Raises:
             ValueError: `pixel_values` or the texts are missing.
         """
-        if "pixel_values" not in inputs:
+        if inputs.get("pixel_values") is None:
             raise ValueError("expected pixel_values; for texts alone call get_text_features")
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("expected input_ids; for images alone call get_image_features")

@@ -20,7 +20,10 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 # --- reading -------------------------------------------------------------------------------
 
 # What Python's reader takes and rapidjson may refuse: unpaired surrogates, numbers out of range.
-_SUSPECT = re.compile(rb"\\u[dD][89a-fA-F]|[eE]\+?\d{3}|\d{300}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")
+# A string, or the start of one that the text's end cuts off: no attempt to match is in vain.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 _SPACE = re.compile(rb"[ \t\n\r]*")
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
 _HEX4 = re.compile(rb"[0-9a-fA-F]{4}")
@@ -47,7 +50,7 @@ def read(body: bytes) -> dict[str, Any]:
 
 
 def _read_fast(body: bytes) -> Any:
-    if not _SUSPECT.search(body):
+    if not _SURROGATE.search(body) and not _HUGE.search(_STRING.sub(b"", body)):
         text = body.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
         try:
             return _DECODER.raw_decode(text.lstrip(" \t\n\r"))[0]

@@ -208,9 +208,9 @@ def test_exif_orientation(picture, orientation, order):
 
 
 def huge(encoded: bytes, kind: str) -> bytes:
-    """Writes 65,535 x 65,535 pixels, or the most the format can say, into the header."""
+    """Writes the most pixels that the format can say into the header."""
     file = bytearray(encoded)
-    side = 65535
+    side = 65500 if kind == "JPEG" else 65535
     if kind == "JPEG":
         at = file.index(b"\xff\xc0") + 5
         file[at : at + 4] = struct.pack(">HH", side, side)
@@ -228,7 +228,7 @@ def huge(encoded: bytes, kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_declared_size_is_refused(picture, kind):
-    side = 0x3FFF if kind == "WEBP" else 65535
+    side = {"WEBP": 0x3FFF, "JPEG": 65500}.get(kind, 65535)  # libjpeg has a limit of its own
     fine = encode(picture, kind)
     processor = AlignImageProcessor(size=8, crop_size=8)
     message = f"declares {side} x {side} pixels, expected 89478485 at most"

@@ -135,6 +135,8 @@ def test_image_projection(tiny_config, pairs):
 def test_missing_inputs_are_told(missing, message, model, pairs):
     with pytest.raises(ValueError, match=message):
         model({key: value for key, value in pairs.items() if key != missing})
+    with pytest.raises(ValueError, match=message):
+        model({**pairs, missing: None})
 
 
 @pytest.mark.parametrize("size", [(16, 16), (33, 33), (17, 40), (3, 3)])
@@ -161,9 +163,11 @@ def test_inside_a_functional_model(model, pairs):
 
 def test_names_of_layers_and_weights_are_stable(model):
     printed = io.StringIO()
-    model.summary(print_fn=lambda line, **_: printed.write(line))
+    for part in (model, model.text_model, model.vision_model):
+        part.summary(print_fn=lambda line, **_: printed.write(line))
     for name in ("text_model (AlignTextModel)", "vision_model (AlignVisionModel)", "text_project"):
         assert name in printed.getvalue()
+    assert "unbuilt" not in printed.getvalue()
     assert [layer.name for layer in model.text_model.layers] == [
         "embeddings",
         "layer_0",

@@ -166,6 +166,20 @@ def test_reads_what_rapidjson_reads(body):
     assert rapidjson.read(body)["a"] == READ_VALUES[body]
 
 
+@pytest.mark.parametrize("escape", [b"", b"\\n", b'\\"', b"\\\\"])
+def test_a_number_out_of_range_is_seen_between_strings(escape):
+    body = b'{"a": "%s", "b": 1e999, "c": "%s"}' % (escape, escape)
+    with pytest.raises(RequestError, match="Number too big"):
+        rapidjson.read(body)
+
+
+def test_a_string_without_an_end_is_refused_at_once():
+    body = b'{"a": "' + b'\\"' * 500_000
+    for end in (b"", b"\\"):
+        with pytest.raises(RequestError, match="JSON Parse error"):
+            rapidjson.read(body + end)
+
+
 def test_both_readers_agree():
     rng = random.Random(0)
     leaves = [None, True, False, 0, -7, 2**63, 0.1, -1e-7, 1e22, "", 'q"\\/\b\n', "é 中 😀"]
@@ -245,6 +259,8 @@ REFUSED_BODIES = {
     "without loss of precision.",
     '{"signature_name": "text", "instances": [{"b64": "a"}]}': f"{ELEMENT}Unable to base64 decode",
     '{"signature_name": "text", "instances": [{"b64": "$$$$"}]}': f"{ELEMENT}Unable to base64 "
+    "decode",
+    '{"signature_name": "text", "instances": [{"b64": "YQ="}]}': f"{ELEMENT}Unable to base64 "
     "decode",
     '{"signature_name": "text", "instances": ["a", null]}': "Failed to process element: 1 of "
     "'instances' list. Error: INVALID_ARGUMENT: JSON Value: null Type: Null is not of expected "
