@@ -339,8 +339,11 @@ def _torch_tensors(file: pathlib.Path) -> dict[str, Any]:
         mapped = zipfile.is_zipfile(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds for a broken or hostile file
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{file}: not a PyTorch weight file: {reason}") from error
+        # PyTorch's own message advises to load the file unsafely.
+        raise CheckpointError(
+            f"{file}: not a whole PyTorch file of tensors alone; anything else in it could run "
+            "code, so it is not opened"
+        ) from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise CheckpointError(f"{file}: expected a dict of tensors")
     return tensors
@@ -472,6 +475,9 @@ def write_tensors(
         folder: made if it is not there.
         tensors: Hugging Face name -> array.
         dtype: `float32`, `float16` or `bfloat16`; None keeps each array's own.
+
+    Raises:
+        ValueError: there is no such dtype.
     """
     import ml_dtypes
     import safetensors.numpy
@@ -483,5 +489,10 @@ def write_tensors(
         name: np.ascontiguousarray(array, dtype=dtypes.get(dtype, array.dtype)).reshape(array.shape)
         for name, array in tensors.items()
     }
+    # PyTorch's BatchNorm counts its updates, and transformers misses a count that is not there.
+    for name in list(arrays):
+        if name.endswith(".running_mean"):
+            count = name.replace("running_mean", "num_batches_tracked")
+            arrays[count] = np.zeros((), np.int64)
     with replacing(folder / WEIGHTS_NAME) as temporary:
         safetensors.numpy.save_file(arrays, temporary, metadata={"format": "pt"})

@@ -27,8 +27,8 @@ FILE_DEFAULTS = {
     "rescale_factor": 1 / 255,
     "rescale_offset": False,
     "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
     "include_top": True,
 }
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own limit
@@ -94,8 +94,8 @@ class AlignImageProcessor:
         rescale_factor: float = 1 / 127.5,
         rescale_offset: bool = True,
         do_normalize: bool = False,
-        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
-        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
         include_top: bool = False,
         mode: str = "hf",
         apply_exif_orientation: bool = False,
@@ -272,11 +272,11 @@ class AlignImageProcessor:
                 than max_image_pixels; the message names it, as in `image_bytes[3]: ...`.
         """
         pixels, problem, size = self.try_pixel_values(image_bytes)
-        row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
         fine = tf.reduce_all(problem == FINE)
-        # Without a row there is nothing to name.
-        row_problem = tf.concat([problem, [FINE]], 0)[row]
-        row_size = tf.concat([size, [[0, 0]]], 0)[row]
+        # One more row, so that a batch of none has a first one too.
+        problem, size = tf.pad(problem, [[0, 1]]), tf.pad(size, [[0, 1], [0, 0]])
+        row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
+        row_problem, row_size = problem[row], size[row]
         message = tf.strings.join(
             [
                 "image_bytes[",
@@ -452,7 +452,7 @@ def _resize(
     return _apply(rows, _resample_columns(image, columns))
 
 
-def _resample_columns(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
+def _resample_columns(image: tf.Tensor, matrix: tf.SparseTensor) -> tf.Tensor:
     """Resamples along each row, a band of rows at a time to bound the memory."""
     height = tf.shape(image)[0]
     band = tf.maximum(BAND_PIXELS // tf.shape(image)[1], 1)
@@ -468,28 +468,32 @@ def _resample_columns(image: tf.Tensor, matrix: tf.Tensor) -> tf.Tensor:
     return bands.concat()
 
 
-def _apply(matrix: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+def _apply(matrix: tf.SparseTensor, image: tf.Tensor) -> tf.Tensor:
     """Multiplies by a sparse matrix along the first axis, rounds and clips to uint8.
 
     Coefficients are whole numbers over 2^22 and levels whole numbers, so float64 sums are exact.
     """
     rest = tf.shape(image)[1:]
     flat = tf.cast(tf.reshape(image, [tf.shape(image)[0], -1]), tf.float64)
-    total = tf.raw_ops.SparseMatrixMatMul(a=matrix, b=flat)
+    # Made where it is used: a loop of a loaded SavedModel cannot take one from outside.
+    rows = tf.raw_ops.SparseTensorToCSRSparseMatrix(
+        indices=matrix.indices, values=matrix.values, dense_shape=matrix.dense_shape
+    )
+    total = tf.raw_ops.SparseMatrixMatMul(a=rows, b=flat)
     total = tf.clip_by_value(tf.floor(total + 0.5), 0.0, 255.0)
     return tf.reshape(tf.cast(total, tf.uint8), tf.concat([[-1], rest], 0))
 
 
-def _matrix(start: tf.Tensor, weights: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+def _matrix(start: tf.Tensor, weights: tf.Tensor, length: tf.Tensor) -> tf.SparseTensor:
     """Builds the sparse matrix (size, length) with weights (size, taps) from start (size,) on."""
     size, taps = tf.unstack(tf.shape(weights))
     row = tf.repeat(tf.range(size), taps)
     column = tf.reshape(start[:, None] + tf.range(taps), [-1])
     inside = column < length
-    return tf.raw_ops.SparseTensorToCSRSparseMatrix(
-        indices=tf.cast(tf.boolean_mask(tf.stack([row, column], 1), inside), tf.int64),
-        values=tf.boolean_mask(tf.reshape(weights, [-1]), inside),
-        dense_shape=tf.cast(tf.stack([size, length]), tf.int64),
+    return tf.SparseTensor(
+        tf.cast(tf.boolean_mask(tf.stack([row, column], 1), inside), tf.int64),
+        tf.boolean_mask(tf.reshape(weights, [-1]), inside),
+        tf.cast(tf.stack([size, length]), tf.int64),
     )
 
 

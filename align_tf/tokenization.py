@@ -389,7 +389,11 @@ class AlignTokenizer:
             raise ValueError(f"padding={padding!r}: expected one of {', '.join(PADDINGS)}")
         max_length = self.model_max_length if max_length is None else max_length
         _check_max_length(max_length)
-        texts = [texts] if isinstance(texts, str | bytes) else list(texts)
+        texts = [texts] if isinstance(texts, str | bytes) else texts
+        if not isinstance(texts, list | tuple | np.ndarray):
+            raise ValueError(
+                f"text: expected a string or a list of them, found {type(texts).__name__}"
+            )
         texts = tf.constant([_utf8(text) for text in texts], tf.string, shape=[len(texts)])
         limit = max_length if truncation else np.iinfo(np.int32).max
         input_ids, lengths = self._token_ids(texts, limit)

@@ -75,7 +75,7 @@ def shard(folder: pathlib.Path, count: int = 3) -> pathlib.Path:
 
 def test_names_and_shapes_are_those_of_the_reference(folder):
     shapes = {name: array.shape for name, array in read(folder).items()}
-    assert len(shapes) == 99
+    assert len(shapes) == 108  # 99 weights, and a count of updates for each of 9 BatchNorms
     for name, shape in {
         "temperature": (),
         "text_projection.weight": (8, 16),
@@ -93,6 +93,7 @@ def test_names_and_shapes_are_those_of_the_reference(folder):
         "text_model.pooler.dense.weight": (16, 16),
         "vision_model.embeddings.convolution.weight": (8, 3, 3, 3),
         "vision_model.embeddings.batchnorm.running_var": (8,),
+        "vision_model.embeddings.batchnorm.num_batches_tracked": (),
         f"{BLOCK}expansion.expand_conv.weight": (16, 8, 1, 1),
         f"{BLOCK}expansion.expand_bn.running_mean": (16,),
         f"{BLOCK}depthwise_conv.depthwise_conv.weight": (16, 1, 5, 5),
@@ -182,7 +183,9 @@ def test_dtypes_of_a_file(dtype, folder, pairs, tmp_path):
     model = AlignModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / dtype, dtype=dtype)
     stored = read(tmp_path / dtype)
-    assert {str(array.dtype) for array in stored.values()} == {dtype}
+    assert stored.pop(f"{BLOCK}expansion.expand_bn.num_batches_tracked").dtype == "int64"
+    weights = [array for name, array in stored.items() if "num_batches_tracked" not in name]
+    assert {str(array.dtype) for array in weights} == {dtype}
     assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
 
     again = AlignModel.from_pretrained(tmp_path / dtype)
@@ -384,6 +387,13 @@ def test_a_folder_without_weights_is_named(folder):
     with pytest.raises(
         FileNotFoundError, match=r"no weights; expected model.safetensors, model.sa"
     ):
+        AlignModel.from_pretrained(folder)
+
+
+def test_a_pytorch_file_names_the_package_it_needs(folder, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "align-tf\[torch\]"'):
         AlignModel.from_pretrained(folder)
 
 

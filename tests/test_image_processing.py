@@ -156,14 +156,14 @@ def test_center_crop_pads_what_is_too_small():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [-1.0, 0.0039215088, 1.0]),  # align-base
+        ({}, [-1.0, 0.003921628, 1.0]),  # align-base
         ({"do_rescale": False}, [0.0, 128.0, 255.0]),
         ({"rescale_factor": 1 / 255, "rescale_offset": False}, [0.0, 0.5019608, 1.0]),
         (
             {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3},
-            [-6.0, -1.984314, 2.0],
+            [-6.0, -1.9843135, 2.0],
         ),
-        ({"include_top": True, "image_std": [0.5] * 3}, [-2.0, 0.0078430176, 2.0]),
+        ({"include_top": True, "image_std": [0.5] * 3}, [-2.0, 0.007843256, 2.0]),
     ],
 )
 def test_levels(settings, expected):

@@ -17,6 +17,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_python_examples_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving")
+    import tensorflow as tf
     from PIL import Image
 
     from align_tf import AlignProcessor
@@ -33,7 +34,8 @@ def test_python_examples_run(tmp_path, monkeypatch):
     exec(classify, names)
     assert names["outputs"].logits_per_image.shape == (1, 2)
     processor = AlignProcessor.from_pretrained("align-tiny")
-    names["dataset"] = [(processor(images=["photo.jpg"] * 2, text=["a cat", "a dog"]),)]
+    pairs = processor(images=["photo.jpg"] * 2, text=["a cat", "a dog"])
+    names["dataset"] = tf.data.Dataset.from_tensors(pairs)
     exec(fine_tune, names)
     assert (tmp_path / "my-align" / "model.safetensors").is_file()
     exec(export, names)

@@ -8,7 +8,6 @@ import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 import keras
 from card import write_card, write_examples

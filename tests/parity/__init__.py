@@ -1,0 +1,1 @@
+"""Tests beside transformers; a package, so that its files may be named as those above."""
