@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-CACHE = pathlib.Path("/work/main/data/align_tiny")
+CACHE = pathlib.Path(__file__).parents[2] / "data" / "align_tiny"
 
 # npm package, version, SHA-256 of its tarball
 PACKAGES = (
