@@ -6,11 +6,11 @@ arXiv 2009.13658, method 4 (relative_key_query), as Hugging Face's transformers 
 
 from typing import Any
 
-import keras
 from keras import layers, ops
 
 from align_tf.activation import get_activation
 from align_tf.configuration import AlignTextConfig
+from align_tf.initialization import kernel_initializer
 
 # The lowest float32: a row whose every key is masked attends evenly instead of to NaN.
 MASKED = -3.4028235e38
@@ -18,13 +18,12 @@ MASKED = -3.4028235e38
 
 def dense(config: AlignTextConfig, units: int, **options: Any) -> layers.Layer:
     """Returns a dense layer with the tower's initializer."""
-    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
-    return layers.Dense(units, kernel_initializer=initializer, **options)
+    return layers.Dense(units, kernel_initializer=kernel_initializer(config), **options)
 
 
 def embedding(config: AlignTextConfig, rows: int, width: int, **options: Any) -> layers.Layer:
     """Returns an embedding with the tower's initializer."""
-    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
+    initializer = kernel_initializer(config)
     return layers.Embedding(rows, width, embeddings_initializer=initializer, **options)
 
 

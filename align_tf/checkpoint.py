@@ -1,5 +1,6 @@
 """Finding and reading a checkpoint, and the name table between Hugging Face and Keras."""
 
+import collections
 import contextlib
 import json
 import os
@@ -107,9 +108,9 @@ FLOAT_DTYPES = (
     *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
 )
 
-# Tensors read between two openings of a file: what was read through a memory map counts as
-# the process's memory until the map is closed.
-TENSORS_PER_OPENING = 48
+# What is read of a file before it is closed again: pages of a memory map count as the process's
+# memory until then.
+BYTES_PER_OPENING = 2**25
 
 
 class CheckpointError(ValueError):
@@ -292,17 +293,25 @@ def read_tensors(file: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str
         names: which to read.
 
     Yields:
-        Name and array, for use until the next one; bfloat16 comes as ml_dtypes' bfloat16 or as
-        float32.
+        Name and array; bfloat16 comes as ml_dtypes' bfloat16 or as float32.
 
     Raises:
         CheckpointError: the file is truncated or is no weight file.
     """
-    names = list(names)
-    for start in range(0, len(names), TENSORS_PER_OPENING):
-        with _open(file) as get:
-            for name in names[start : start + TENSORS_PER_OPENING]:
-                yield name, get(name)
+    waiting = collections.deque(names)
+    while waiting:
+        arrays = _read_batch(file, waiting)
+        while arrays:
+            yield arrays.popleft()  # no name holds it here, so it goes when the caller is done
+
+
+def _read_batch(file: pathlib.Path, waiting: collections.deque) -> collections.deque:
+    arrays = collections.deque()
+    with _open(file) as get:
+        while waiting and sum(array.nbytes for _, array in arrays) < BYTES_PER_OPENING:
+            name = waiting.popleft()
+            arrays.append((name, get(name)))
+    return arrays
 
 
 @contextlib.contextmanager
@@ -312,7 +321,7 @@ def _open(file: pathlib.Path) -> Iterator[Callable[[str], np.ndarray]]:
             yield tensors.get_tensor
     else:
         tensors = _torch_tensors(file)
-        yield lambda name: tensors[name].float().numpy()
+        yield lambda name: np.array(tensors[name].float().numpy())  # a copy, not the map
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ Hugging Face's modeling_align.py.
 import dataclasses
 from typing import Any
 
-import keras
 from keras import layers
 
 from align_tf.activation import get_activation
 from align_tf.configuration import AlignVisionConfig
+from align_tf.initialization import kernel_initializer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def block_table(config: AlignVisionConfig) -> list[BlockSpec]:
 
 def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: Any) -> layers.Layer:
     """Returns a convolution with the tower's initializer."""
-    initializer = keras.initializers.RandomNormal(stddev=config.initializer_range)
+    initializer = kernel_initializer(config)
     return layers.Conv2D(filters, kernel_size, kernel_initializer=initializer, **options)
 
 
@@ -113,7 +113,7 @@ class MBConvBlock(layers.Layer):
             strides=spec.stride,
             padding="valid" if spec.stride == 2 else "same",
             use_bias=False,
-            depthwise_initializer=keras.initializers.RandomNormal(stddev=config.initializer_range),
+            depthwise_initializer=kernel_initializer(config),
             name="depthwise_conv",
             **options,
         )

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
 from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
+from align_tf.initialization import no_init_weights
 from align_tf.loss import align_loss, gather_across_replicas, num_replicas
 from align_tf.outputs import ModelOutput
 
@@ -74,7 +76,8 @@ class _Checkpoint:
             weights=True,
         )
         checkpoint.weight_files(folder)  # a missing file is told before a large model is built
-        model = cls(cls.config_class.from_pretrained(folder), dtype=dtype)
+        with no_init_weights():
+            model = cls(cls.config_class.from_pretrained(folder), dtype=dtype)
         model._load(folder, prefix=cls.prefix, unused=cls.unused)
         return model
 
@@ -95,8 +98,9 @@ class _Checkpoint:
             The parts of the checkpoint that `unused` left out.
         """
         weights = self._relative_weights()
+        shapes = {path: tuple(weight.shape) for path, weight in weights.items()}
         plan, left_out, kept = checkpoint.plan_import(
-            {path: tuple(weight.shape) for path, weight in weights.items()},
+            shapes,
             checkpoint.weight_files(folder),
             self.table,
             prefix=prefix,
@@ -104,10 +108,13 @@ class _Checkpoint:
             optional=optional,
         )
         for file, rows in plan.items():
-            for name, array in checkpoint.read_tensors(file, rows):
+            # Largest first: what reading it takes beside is over before the others come.
+            names = sorted(rows, key=lambda name: -math.prod(shapes[rows[name][0]]))
+            for name, array in checkpoint.read_tensors(file, names):
                 path, transform = rows[name]
                 array = checkpoint.permute(array, transform, to_keras=True)
-                weights[path].assign(array.astype(weights[path].dtype))
+                weights[path].assign(array.astype(weights[path].dtype, copy=False))
+                del array  # before the next one is read
         if kept:
             logger.warning("%s: %s has no %s: new", self.name, folder, ", ".join(kept))
         return left_out

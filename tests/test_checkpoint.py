@@ -221,6 +221,16 @@ def test_a_policy_may_be_given(policy, folder):
     assert query.variable_dtype == ("float32" if "mixed" in policy else policy)
 
 
+def test_loaded_weights_share_no_memory(folder, pairs):
+    model = AlignModel.from_pretrained(folder)
+    before = [ops.convert_to_numpy(weight).copy() for weight in model.weights]
+    chosen = model.text_model.blocks[0].attention.query.kernel
+    chosen.assign_add(ops.ones((16, 16)))
+    for value, weight in zip(before, model.weights, strict=True):
+        changed = 1 if weight is chosen else 0
+        np.testing.assert_allclose(ops.convert_to_numpy(weight), value + changed, atol=1e-6)
+
+
 def test_shards(folder, pairs):
     expected = logits(AlignModel.from_pretrained(folder), pairs)
     shard(folder)
@@ -245,9 +255,10 @@ def test_old_names_and_leftover_buffers(folder, pairs):
     AlignVisionModel.from_pretrained(folder)
 
 
-def test_many_tensors_in_one_file(folder, monkeypatch, pairs):
+@pytest.mark.parametrize("size", [1, 3000])
+def test_a_file_larger_than_what_one_opening_reads(size, folder, monkeypatch, pairs):
     expected = logits(AlignModel.from_pretrained(folder), pairs)
-    monkeypatch.setattr(checkpoint, "TENSORS_PER_OPENING", 7)
+    monkeypatch.setattr(checkpoint, "BYTES_PER_OPENING", size)
     np.testing.assert_array_equal(logits(AlignModel.from_pretrained(folder), pairs), expected)
 
 

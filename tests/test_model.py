@@ -224,20 +224,17 @@ def test_label_smoothing_reaches_the_loss_of_fit(tiny_config, pairs):
     for smoothing in (0.0, 0.5):
         keras.utils.set_random_seed(0)
         model = AlignModel(tiny_config, label_smoothing=smoothing)
-        model.temperature.assign(0.1)
-        model.compile(optimizer="sgd")
-        losses.append(model.evaluate(pairs, batch_size=4, verbose=0))
-    assert abs(losses[0] - losses[1]) > 1e-4
+        losses.append(float(model.compute_loss(pairs, y_pred=model(pairs))))
+        assert losses[-1] == pytest.approx(float(model(pairs, return_loss=True).loss), abs=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
-def test_losses_of_layers_are_added(tiny_config, pairs):
-    model = AlignModel(tiny_config)
-    model.compile(optimizer="sgd")
-    plain = model.evaluate(pairs, batch_size=4, verbose=0)
+def test_losses_of_layers_are_added(model, pairs):
+    plain = float(model.compute_loss(pairs, y_pred=model(pairs)))
     model.text_projection.kernel.regularizer = keras.regularizers.L2(1.0)
     extra = float((ops.convert_to_numpy(model.text_projection.kernel) ** 2).sum())
-    model.compile(optimizer="sgd")
-    assert model.evaluate(pairs, batch_size=4, verbose=0) == pytest.approx(plain + extra, rel=1e-5)
+    total = float(model.compute_loss(pairs, y_pred=model(pairs)))
+    assert total == pytest.approx(plain + extra, rel=1e-5)
 
 
 # --- freezing ------------------------------------------------------------------------------
@@ -311,16 +308,8 @@ def test_resize_token_embeddings(size, model, pairs, tmp_path):
     again = AlignModel.from_pretrained(tmp_path)
     np.testing.assert_allclose(logits(again, pairs), before, atol=1e-6)
     assert again.config.text_config.vocab_size == size
-
-
-def test_resized_embeddings_train(model, pairs):
-    model.resize_token_embeddings(55)
-    pairs["input_ids"][0, 1] = 54
-    before = values(model)
-    model.compile(optimizer=keras.optimizers.SGD(1.0))
-    model.fit(pairs, batch_size=4, verbose=0)
-    path = "text_model/embeddings/word_embeddings/embeddings"
-    assert np.abs(values(model)[path][54] - before[path][54]).max() > 0
+    again.resize_token_embeddings(size + 20)  # new rows are drawn in a loaded model too
+    assert 0.2 < values(again)[path][size:].std() < 0.4
 
 
 def test_resize_to_nothing_is_refused(model):
@@ -371,12 +360,17 @@ def test_heads_that_cannot_be_pruned(heads, model):
     assert model.text_model.blocks[0].attention.query.kernel.shape == (16, 16)
 
 
-def test_pruned_model_trains(model, pairs):
+def test_a_model_trains_after_surgery(model, pairs):
+    model.resize_token_embeddings(55)
     model.prune_heads({0: [1]})
+    pairs["input_ids"][0, 1] = 54
     before = values(model)
     model.compile(optimizer=keras.optimizers.SGD(1.0))
     model.fit(pairs, batch_size=4, verbose=0)
-    assert "text_model/layer_0/attention/value/kernel" in changed(before, values(model))
+    after = values(model)
+    assert "text_model/layer_0/attention/value/kernel" in changed(before, after)
+    path = "text_model/embeddings/word_embeddings/embeddings"
+    assert not np.array_equal(after[path][54], before[path][54])
 
 
 # --- Keras' own files ----------------------------------------------------------------------
@@ -407,7 +401,6 @@ def test_keras_file_keeps_what_was_set(tiny_config, pairs, tmp_path):
     assert [weight.path for weight in again.trainable_weights] == names
     for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))
-    again.fit(pairs, batch_size=4, verbose=0)
 
 
 def test_keras_file_in_a_fresh_process(model, pairs, tmp_path):
@@ -467,7 +460,7 @@ def test_mixed_precision(policy, model, tiny_config, pairs):
     assert keras.backend.standardize_dtype(features.dtype) == "float32"
 
     mixed.compile(optimizer="sgd")
-    history = mixed.fit(pairs, batch_size=4, epochs=2, verbose=0).history
+    history = mixed.fit(pairs, batch_size=4, verbose=0).history
     assert np.isfinite(history["loss"]).all()
     assert all(np.isfinite(value).all() for value in values(mixed).values())
 

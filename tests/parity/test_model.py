@@ -386,7 +386,8 @@ def test_full_size(twins):
             "vision_config": {"image_size": 289, "hidden_dim": 640, "depthwise_padding": [4, 18]},
             "temperature_init_value": 0.07,
             "model_type": "align",
-        }
+        },
+        tempered=True,
     )
     for size, count, padded in ((289, 2, True), (224, 1, False), (345, 1, False)):
         inputs = {"pixel_values": images(size, count=count), **texts(64, 30522)}
