@@ -1,8 +1,9 @@
 """Training batches of align-tiny: one picture and one caption of each thing, drawn anew."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import clipart
 import numpy as np
 import tensorflow as tf
 from augment import augment
@@ -15,6 +16,8 @@ SOURCE_SIDE = 64  # pixels of the pictures in the packages
 CAPTIONS_PER_PICTURE = 16
 MAX_TOKENS = 14  # of a caption in training; longer ones are cut
 TONES_SHARE = 0.25  # of the concepts with skin tones bring all of them to an epoch
+# Of the epochs, those in which like things come together, to be each other's negatives.
+LIKE_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,27 +27,64 @@ class TrainingSet:
     pictures: np.ndarray  # uint8 (p, SOURCE_SIDE, SOURCE_SIDE, 4)
     mirrored: np.ndarray  # bool (p,), whether the picture may be flipped
     input_ids: np.ndarray  # int32 (p, CAPTIONS_PER_PICTURE, MAX_TOKENS)
-    groups: list[list[list[int]]]  # concept -> plain and each tone -> its renderings' rows
+    concepts: list[list[list[int]]]  # concept -> plain and each tone -> its renderings' rows
+    categories: list[str]  # concept -> its category
+    drawings: list[list[int]]  # title -> its drawings' rows
 
 
 def make_training_set(
-    concepts: list[Concept], parts: Split, vocab_size: int, seed: int
+    concepts: list[Concept],
+    parts: Split,
+    drawings: list[clipart.Drawing],
+    vocab_size: int,
+    seed: int,
 ) -> tuple[TrainingSet, AlignTokenizer]:
     """Reads the pictures, draws their captions, and learns the vocabulary from these."""
     rng = np.random.default_rng(seed)
-    pictures, mirrored, captions, groups = [], [], [], []
+    pictures, mirrored, captions = [], [], []
+
+    def add(picture: np.ndarray, may_flip: bool, draw: Callable[[], str]) -> int:
+        pictures.append(picture)
+        mirrored.append(may_flip)
+        captions.extend(draw() for _ in range(CAPTIONS_PER_PICTURE))
+        return len(pictures) - 1
+
+    concept_rows, categories = [], []
     for concept, tones in _training_pictures(concepts, parts):
-        groups.append([])
-        for tone, paths in tones.items():
-            groups[-1].append(list(range(len(pictures), len(pictures) + len(paths))))
-            for path in paths:
-                pictures.append(read_picture(path, SOURCE_SIDE))
-                mirrored.append(concept.mirrored)
-                captions += [draw_caption(concept, tone, rng) for _ in range(CAPTIONS_PER_PICTURE)]
+        categories.append(concept.category)
+        concept_rows.append(
+            [
+                [
+                    add(
+                        read_picture(path, SOURCE_SIDE),
+                        concept.mirrored,
+                        lambda concept=concept, tone=tone: draw_caption(concept, tone, rng),
+                    )
+                    for path in paths
+                ]
+                for tone, paths in tones.items()
+            ]
+        )
+    titles: dict[str, list[int]] = {}
+    for drawing in drawings:
+        row = add(
+            clipart.read_picture(drawing.picture, SOURCE_SIDE),
+            False,  # signs and letters are among them
+            lambda drawing=drawing: clipart.draw_caption(drawing, rng),
+        )
+        titles.setdefault(drawing.title, []).append(row)
+
     tokenizer = AlignTokenizer(train_vocabulary(captions, vocab_size))
     input_ids = tokenizer(captions, max_length=MAX_TOKENS)["input_ids"].numpy()
-    input_ids = input_ids.reshape(len(pictures), CAPTIONS_PER_PICTURE, MAX_TOKENS)
-    return TrainingSet(np.stack(pictures), np.array(mirrored), input_ids, groups), tokenizer
+    data = TrainingSet(
+        pictures=np.stack(pictures),
+        mirrored=np.array(mirrored),
+        input_ids=input_ids.reshape(len(pictures), CAPTIONS_PER_PICTURE, MAX_TOKENS),
+        concepts=concept_rows,
+        categories=categories,
+        drawings=list(titles.values()),
+    )
+    return data, tokenizer
 
 
 def _training_pictures(concepts: list[Concept], parts: Split) -> Iterator[tuple[Concept, dict]]:
@@ -60,13 +100,16 @@ def _training_pictures(concepts: list[Concept], parts: Split) -> Iterator[tuple[
         yield concept, tones
 
 
-def make_dataset(data: TrainingSet, side: int, batch_size: int, seed: int) -> tf.data.Dataset:
+def make_dataset(
+    data: TrainingSet, side: int, batch_size: int, drawings_share: float, seed: int
+) -> tf.data.Dataset:
     """Returns endless batches of what AlignModel takes.
 
     Args:
         data: pictures and captions.
         side: of the pictures in pixels.
         batch_size: pairs in a batch.
+        drawings_share: of a batch's pairs that are drawings with noisy captions.
         seed: of the order; the draws within a batch follow TensorFlow's own seed.
     """
     pictures, mirrored = tf.constant(data.pictures), tf.constant(data.mirrored)
@@ -84,25 +127,43 @@ def make_dataset(data: TrainingSet, side: int, batch_size: int, seed: int) -> tf
         }
 
     rows = tf.data.Dataset.from_generator(
-        lambda: _rows(data, batch_size, seed),
+        lambda: _rows(data, batch_size, round(drawings_share * batch_size), seed),
         output_signature=tf.TensorSpec([batch_size], tf.int32),
     )
     # One batch at a time, so that the random draws come in one order.
     return rows.map(load).prefetch(2)
 
 
-def _rows(data: TrainingSet, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+def _rows(
+    data: TrainingSet, batch_size: int, drawings_count: int, seed: int
+) -> Iterator[np.ndarray]:
     """Yields the rows of each batch; no thing comes twice in one, for it would be its own negative.
 
     The skin tones of a concept come together, so that they are each other's negatives.
     """
     rng = np.random.default_rng(seed)
+    emoji_count = batch_size - drawings_count
+    drawings = _drawings(data.drawings, drawings_count, rng)
     while True:
+        order = rng.permutation(len(data.concepts))
+        if rng.random() < LIKE_SHARE:
+            turn = {c: rng.random() for c in sorted(set(data.categories))}
+            order = sorted(order, key=lambda index: turn[data.categories[index]])
         rows: list[int] = []
-        for index in rng.permutation(len(data.groups)):
-            tones = data.groups[index]
+        for index in order:
+            tones = data.concepts[index]
             if rng.random() > TONES_SHARE:
                 tones = tones[:1]
             rows += [int(rng.choice(same)) for same in tones]
-        for start in range(0, len(rows) - batch_size + 1, batch_size):
-            yield np.array(rows[start : start + batch_size], np.int32)
+        starts = range(0, len(rows) - emoji_count + 1, emoji_count)
+        for start in rng.permutation(starts):
+            batch = rows[start : start + emoji_count]
+            yield np.array([*batch, *next(drawings)], np.int32)
+
+
+def _drawings(titles: list[list[int]], count: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Yields the rows of `count` drawings of different titles, endlessly."""
+    while True:
+        order = rng.permutation(len(titles)) if count else [0]
+        for start in range(0, len(order) - count + 1, count or 1):
+            yield [int(rng.choice(titles[i])) for i in order[start : start + count]]

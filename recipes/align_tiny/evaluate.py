@@ -1,4 +1,4 @@
-"""Evaluates align-tiny on the emoji pictures that were kept from training."""
+"""Evaluates align-tiny on the pictures that were kept from training."""
 
 import io
 import itertools
@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from captions import canonical_caption
+from captions import EVALUATION_TEMPLATE, canonical_caption
+from clipart import Drawing
 from emoji import RENDERINGS, Concept, Split
 from PIL import Image
 
@@ -27,7 +28,9 @@ def on_background(path: pathlib.Path, color: str = "white") -> bytes:
     return file.getvalue()
 
 
-def evaluation_pairs(concepts: list[Concept], parts: Split) -> dict[str, list[tuple]]:
+def evaluation_pairs(
+    concepts: list[Concept], parts: Split, drawings: list[Drawing]
+) -> dict[str, list[tuple]]:
     """Lists what is measured: name of the set -> (picture's path, caption) pairs."""
     held_out = [
         [(path, canonical_caption(concepts[index], tone)) for path, tone in pictures]
@@ -43,6 +46,11 @@ def evaluation_pairs(concepts: list[Concept], parts: Split) -> dict[str, list[tu
             (concepts[index].pictures[rendering][0][0], canonical_caption(concepts[index]))
             for index in parts.unseen
         ]
+    # Of drawings that share a title, the first: the others would be wrong answers.
+    first = {drawing.title: drawing.picture for drawing in reversed(drawings)}
+    pairs["held-out drawings"] = [
+        (picture, EVALUATION_TEMPLATE.format(title)) for title, picture in sorted(first.items())
+    ]
     return pairs
 
 
@@ -61,7 +69,11 @@ def embed(
 
 
 def evaluate(
-    model: AlignModel, processor: AlignProcessor, concepts: list[Concept], parts: Split
+    model: AlignModel,
+    processor: AlignProcessor,
+    concepts: list[Concept],
+    parts: Split,
+    drawings: list[Drawing],
 ) -> dict[str, dict]:
     """Measures retrieval within each set.
 
@@ -69,7 +81,7 @@ def evaluate(
         Set -> `images`, their number, and what `retrieval_recall` returns.
     """
     figures = {}
-    for name, pairs in evaluation_pairs(concepts, parts).items():
+    for name, pairs in evaluation_pairs(concepts, parts, drawings).items():
         recall = retrieval_recall(*embed(model, processor, pairs))
         figures[name] = {"images": len(pairs), **recall}
     return figures

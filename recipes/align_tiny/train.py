@@ -1,4 +1,4 @@
-"""Trains align-tiny: fetches the emoji, fits, saves, evaluates, writes the model card."""
+"""Trains align-tiny: fetches the pictures, fits, saves, evaluates, writes the model card."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,7 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import clipart
 import keras
 from card import write_card, write_examples
 from dataset import TrainingSet, make_dataset, make_training_set
@@ -18,7 +19,7 @@ from evaluate import evaluate
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor
 from align_tf.checkpoint import BUNDLED
 
-STEPS = 4800
+STEPS = 7000
 BATCH_SIZE = 128
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 200
@@ -29,7 +30,8 @@ LABEL_SMOOTHING = 0.0  # the things are few and each comes often: a sharp target
 TEMPERATURE, TEMPERATURE_BOUNDS = 0.05, (0.02, 0.07)
 # Small pictures teach faster; the last steps fit filters and BatchNorm to the full size.
 # side in pixels, share of the steps
-STAGES = ((64, 0.8), (96, 0.2))
+STAGES = ((48, 0.55), (64, 0.25), (96, 0.2))
+DRAWINGS_SHARE = 0.25  # of a batch: drawings with noisy captions
 STEPS_PER_EPOCH = 50  # between two lines of progress and saves
 
 
@@ -80,14 +82,21 @@ class Checkpoint(keras.callbacks.Callback):
         self.model.save_pretrained(self.folder, dtype="float16")
 
 
-def fit(model: AlignModel, data: TrainingSet, folder: pathlib.Path, steps: int, seed: int) -> None:
+def fit(
+    model: AlignModel,
+    data: TrainingSet,
+    folder: pathlib.Path,
+    steps: int,
+    drawings_share: float,
+    seed: int,
+) -> None:
     """Trains through the stages, under one schedule."""
     model.compile(optimizer=make_optimizer(steps))
     checkpoint, epochs = Checkpoint(folder, steps), 0
     for side, share in STAGES:
         first, epochs = epochs, epochs + round(share * steps / STEPS_PER_EPOCH)
         model.fit(
-            make_dataset(data, side, BATCH_SIZE, seed),
+            make_dataset(data, side, BATCH_SIZE, drawings_share, seed),
             initial_epoch=first,
             epochs=epochs,
             steps_per_epoch=STEPS_PER_EPOCH,
@@ -101,28 +110,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, default=BUNDLED["align-tiny"])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--drawings-share", type=float, default=DRAWINGS_SHARE, help="0 leaves openclipart out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     keras.utils.set_random_seed(arguments.seed)
 
     concepts = read_concepts()
     parts = split(concepts, arguments.seed)
+    trained, held_out = clipart.split(clipart.read_drawings(), arguments.seed)
     vocab_size = AlignConfig.from_preset("align-tiny").text_config.vocab_size
-    data, tokenizer = make_training_set(concepts, parts, vocab_size, arguments.seed)
+    data, tokenizer = make_training_set(
+        concepts, parts, trained if arguments.drawings_share else [], vocab_size, arguments.seed
+    )
     model = make_model(len(tokenizer.vocab))
     side = model.config.vision_config.image_size
     image_processor = AlignImageProcessor(size=side, crop_size=side, do_center_crop=False)
     AlignProcessor(image_processor, tokenizer).save_pretrained(arguments.output)
     print(
-        f"{len(data.pictures)} pictures of {len(data.groups)} concepts, "
+        f"{len(data.pictures)} pictures of {len(data.concepts)} concepts and "
+        f"{len(data.drawings)} titles, "
         f"{len(tokenizer.vocab)} tokens, {model.count_params():,} parameters",
         file=sys.stderr,
     )
-    fit(model, data, arguments.output, arguments.steps, arguments.seed)
+    steps, share = arguments.steps, arguments.drawings_share
+    fit(model, data, arguments.output, steps, share, arguments.seed)
 
     model = AlignModel.from_pretrained(arguments.output)
     processor = AlignProcessor.from_pretrained(arguments.output)
-    figures = evaluate(model, processor, concepts, parts)
+    figures = evaluate(model, processor, concepts, parts, held_out)
     write_examples(arguments.output / "examples", concepts, parts)
     print(write_card(arguments.output, model, figures))
 
