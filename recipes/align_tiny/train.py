@@ -47,14 +47,18 @@ def make_model(vocab_size: int) -> AlignModel:
     return model
 
 
-def make_optimizer(steps: int) -> keras.optimizers.Optimizer:
-    """AdamW with a linear warmup and a cosine decay to zero."""
+def make_schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
+    """A linear warmup and a cosine decay to zero."""
     warmup = min(WARMUP_STEPS, steps // 5)
-    schedule = keras.optimizers.schedules.CosineDecay(
+    return keras.optimizers.schedules.CosineDecay(
         0.0, steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup
     )
+
+
+def make_optimizer(steps: int) -> keras.optimizers.Optimizer:
+    """AdamW that leaves norms, biases, embeddings and the temperature undecayed."""
     optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=WEIGHT_DECAY, beta_2=0.98, global_clipnorm=1.0
+        make_schedule(steps), weight_decay=WEIGHT_DECAY, beta_2=0.98, global_clipnorm=1.0
     )
     optimizer.exclude_from_weight_decay(
         var_names=["bias", "gamma", "beta", "temperature", "embeddings"]
