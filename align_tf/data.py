@@ -59,6 +59,7 @@ def records(
     opened = open_source(source, image_key, caption_key)
     batches = opened.elements(None).ragged_batch(CHUNK).enumerate()
     dataset = batches.map(_graph(lambda _, elements: _load(opened, elements))).unbatch()
+    dataset = dataset.map(_graph(lambda record: record))  # ragged no more: captions are a tensor
     if opened.count is None:
         return dataset
     return dataset.apply(tf.data.experimental.assert_cardinality(opened.count))
@@ -236,6 +237,7 @@ def _prepare(
         pixels = tf.where(flipped[:, None, None, None], tf.reverse(pixels, [2]), pixels)
     tokens = processor.tokenizer.encode(texts, max_length=buckets[-1], padding="longest")
     tokens = _pad_to_bucket(tokens, processor.tokenizer.pad_token_id, buckets)
+    tokens = {name: tf.ensure_shape(value, [size, None]) for name, value in tokens.items()}
 
     problems = tf.where(image_bytes == "", NO_IMAGE, problems)
     problems = tf.where((problems == FINE) & (texts == ""), NO_CAPTION, problems)
@@ -264,11 +266,13 @@ def _pad_to_bucket(
     bucket = tf.reduce_min(tf.where(tf.constant(buckets) >= length, buckets, buckets[-1]))
     filling = [[0, 0], [0, bucket - length]]
     width = buckets[0] if len(buckets) == 1 else None
-    padded = {}
-    for name, value in tokens.items():
-        value = tf.pad(value, filling, constant_values=pad_token_id if name == "input_ids" else 0)
-        padded[name] = tf.ensure_shape(value, [value.shape[0], width])
-    return padded
+    fills = {"input_ids": pad_token_id}  # of the others, 0
+    return {
+        name: tf.ensure_shape(
+            tf.pad(value, filling, constant_values=fills.get(name, 0)), [None, width]
+        )
+        for name, value in tokens.items()
+    }
 
 
 def _fingerprint(strings: tf.Tensor) -> tf.Tensor:

@@ -358,7 +358,8 @@ def _shuffled(dataset: tf.data.Dataset, seed: tf.Tensor | None) -> tf.data.Datas
     # An epoch's order is traced within a dataset: what is set here is the seed of that graph,
     # which would otherwise be the global one and change the order with it.
     tf.random.set_seed(1)
-    return dataset.shuffle(SHUFFLE_BUFFER, seed=seed[0], reshuffle_each_iteration=False)
+    number = tf.random.stateless_uniform([], seed, None, None, tf.int64)
+    return dataset.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
 
 
 def _open_tfrecords(
