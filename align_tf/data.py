@@ -169,13 +169,13 @@ def _batches(
     start_step: int,
 ) -> tuple[tf.data.Dataset, int | None]:
     """Returns a dataset of (step, elements of a global batch) from a step on, and its length."""
-    first_epoch, first_step, length = 0, 0, None
+    first_epoch, first_step, length, count = 0, 0, None, opened.count
+    if training and count is None:
+        count = sum(1 for _ in opened.elements(None).take(size))
+    if training and count < size:
+        raise ValueError(f"{opened.name}: {count} records, expected {size} or more for a batch")
     if opened.count is not None:
-        steps = opened.count // size if training else -(-opened.count // size)
-        if not steps:
-            raise ValueError(
-                f"{opened.name}: {opened.count} records, expected {size} or more for a batch"
-            )
+        steps = count // size if training else -(-count // size)
         first_epoch, first_step = divmod(start_step, steps)
         length = tf.data.INFINITE_CARDINALITY
         if epochs is not None:

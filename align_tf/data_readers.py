@@ -410,14 +410,16 @@ def _damaged(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
 
 def _count_tfrecord(file: pathlib.Path) -> int:
     """Counts records by their headers; the one that a cut-off file ends in is a record too."""
-    count, end = 0, file.stat().st_size
-    zipped = file.suffix == ".gz"
-    with gzip.open(file) if zipped else open(file, "rb") as data, contextlib.suppress(EOFError):
-        while len(header := data.read(12)) == 12:  # length, and its checksum
-            count += 1
-            data.seek(int.from_bytes(header[:8], "little") + 4, os.SEEK_CUR)
-            if not zipped and data.tell() >= end:
-                break
+    count, zipped = 0, file.suffix == ".gz"
+    left = float("inf") if zipped else file.stat().st_size
+    with gzip.open(file) if zipped else open(file, "rb") as data:
+        with contextlib.suppress(*READ_ERRORS):
+            while left > 0 and len(header := data.read(12)) == 12:  # length, and its checksum
+                count += 1
+                length = int.from_bytes(header[:8], "little") + 4
+                left -= 12 + length
+                if left > 0:
+                    data.seek(length, os.SEEK_CUR)
     return count
 
 
