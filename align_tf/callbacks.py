@@ -35,11 +35,8 @@ class _Evaluation(keras.callbacks.Callback):
     def evaluate(self) -> dict[str, float]:
         raise NotImplementedError
 
-    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._step = int(self.model.optimizer.iterations)
-
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._steps_before_epoch = self._step
+        self._steps_before_epoch = self._step = int(self.model.optimizer.iterations)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self.every_steps is None:

@@ -316,7 +316,8 @@ def _say_skipped(skipped: dict[str, str]) -> None:
         return
     named = [f"{key} ({reason})" for key, reason in list(skipped.items())[:SKIPPED_NAMED]]
     more = f" and {len(skipped) - len(named)} more" if len(skipped) > len(named) else ""
-    _say(f"align-tf: warning: left out {len(skipped)} images: {', '.join(named)}{more}")
+    images = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
+    _say(f"align-tf: warning: left out {images}: {', '.join(named)}{more}")
 
 
 # --- export and serve ----------------------------------------------------------------------

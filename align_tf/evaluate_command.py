@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import evaluation, image_processing
+from align_tf import data, evaluation, image_processing
 from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
 from align_tf.processor import AlignProcessor
 from align_tf.progress import track
@@ -110,7 +110,7 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         test = evaluation.holdout(labels, TEST_SHARE)
         train_embeds, train_labels = embeds[~test], labels[~test]
         embeds, labels = embeds[test], labels[test]
-    data = (train_embeds, train_labels, embeds, labels)
+    sets = (train_embeds, train_labels, embeds, labels)
     report = {
         "images": len(labels),
         "train_images": len(train_labels),
@@ -118,23 +118,22 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         "skipped": skipped,
     }
     if options.task == "linear-probe":
-        return {**report, "metrics": evaluation.linear_probe_metrics(*data, progress=True)}
-    k = min(evaluation.NEIGHBORS, len(train_labels))
-    return {**report, "k": k, "metrics": evaluation.knn_metrics(*data, k=k, progress=True)}
+        return {**report, "metrics": evaluation.linear_probe_metrics(*sets, progress=True)}
+    report["neighbors"] = k = min(evaluation.NEIGHBORS, len(train_labels))
+    return {**report, "metrics": evaluation.knn_metrics(*sets, k=k, progress=True)}
 
 
 # --- reading -------------------------------------------------------------------------------
 
 
 def captioned_images(source: str) -> Iterator[Record]:
-    """Reads images with their captions: those of an image's .txt file, one a line."""
-    files = _image_files(_folder(source))
-    if not files:
-        raise ValueError(f"{source}: no images; expected {', '.join(IMAGE_SUFFIXES)} files")
-    for file in files:
-        text = file.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
-        yield str(file), file.read_bytes(), [line.strip() for line in lines if line.strip()]
+    """Reads images with their captions, from what `align_tf.data.make_dataset` takes."""
+    try:
+        for record in data.records(source).as_numpy_iterator():
+            captions = [caption.decode(errors="replace") for caption in record["captions"]]
+            yield record["key"].decode(errors="replace"), record["image_bytes"], captions
+    except tf.errors.OpError as error:
+        raise ValueError(f"{source}: {error.message}") from error
 
 
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
@@ -266,22 +265,24 @@ def _embed_images(
                 captions.append(list(texts))
                 yield content
             else:
-                skipped[key] = "no caption"
+                skipped[key] = data.REASONS[data.NO_CAPTION]
+
+    def decode(batch: list[bytes]) -> tuple[tf.Tensor, np.ndarray]:
+        pixel_values, problems, _ = processor.image_processor.try_pixel_values_of(batch)
+        absent = np.array([not content for content in batch])
+        return pixel_values, np.where(absent, data.NO_IMAGE, problems)
 
     embeds, problems = [], []
     batches = None if total is None else -(-total // BATCH_SIZE)
-    decoded = _ahead(
-        lambda batch: processor.image_processor.try_pixel_values_of(tf.constant(batch)),
-        _batched(contents()),
-    )
-    for pixel_values, problem, _ in track(decoded, "Embedding images", batches):
+    decoded = _ahead(decode, _batched(contents()))
+    for pixel_values, problem in track(decoded, "Embedding images", batches):
         embeds.append(embedder.images(pixel_values))
-        problems.append(problem.numpy())
+        problems.append(problem)
     if not keys:
         raise ValueError(f"no captions: none of {len(skipped)} images has one")
-    fine = np.concatenate(problems) == image_processing.FINE
-    for row in np.flatnonzero(~fine):
-        skipped[keys[row]] = "not a decodable image, or too large a one"
+    problems = np.concatenate(problems)
+    fine = problems == image_processing.FINE
+    skipped.update((keys[row], data.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
     if not fine.any():
         raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}")
     captions = [captions[row] for row in np.flatnonzero(fine)]

@@ -484,14 +484,20 @@ def _fit_logistic(embeds: np.ndarray, classes: np.ndarray, c: float):
 
 
 def _search(score: Callable[[float], float], progress: bool) -> float:
-    """Finds the C of the highest score, of equals the smallest; each halving tries two more."""
+    """Finds the C of the highest score, of equals the middle; each halving tries two more."""
+
+    def best() -> float:
+        highest = max(scores.values())
+        equals = sorted(c for c, value in scores.items() if value == highest)
+        return equals[(len(equals) - 1) // 2]
+
     scores = {c: score(c) for c in track(COARSE_C, "Searching C", show=progress)}
     step = np.log10(COARSE_C[1] / COARSE_C[0])
     halvings = round(np.log2(step / FINEST_STEP))
     for _ in track(range(halvings), "Refining C", show=progress):
         step /= 2
-        best = max(scores, key=lambda c: (scores[c], -c))
-        for c in (best / 10**step, best * 10**step):
+        center = best()
+        for c in (center / 10**step, center * 10**step):
             if COARSE_C[0] <= c <= COARSE_C[-1]:
                 scores[c] = score(c)
-    return float(max(scores, key=lambda c: (scores[c], -c)))
+    return float(best())

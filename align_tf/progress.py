@@ -22,4 +22,5 @@ def track(items: Iterable, description: str, total: int | None = None, show: boo
     import rich.progress
 
     console = rich.console.Console(stderr=True)
-    return rich.progress.track(items, description, total, console=console, transient=True)
+    transient = console.is_terminal  # in a log the last state stays
+    return rich.progress.track(items, description, total, console=console, transient=transient)
