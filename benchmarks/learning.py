@@ -28,7 +28,7 @@ from emoji import read_concepts, split
 from evaluate import embed, evaluation_pairs
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
-from align_tf.evaluation import retrieval_recall
+from align_tf.evaluation import retrieval_metrics
 
 SIDE = 48  # pixels
 SET = "held-out renderings, no skin tones"
@@ -111,12 +111,12 @@ def main() -> None:
             turns = trainer(folder, batches.take(arguments.steps), arguments.steps)
             for step, minutes, save in _timed(turns, arguments.every):
                 save()
-                figures = retrieval_recall(
+                figures = retrieval_metrics(
                     *embed(AlignModel.from_pretrained(folder), processor, pairs)
                 )
                 shown = [
-                    " / ".join(f"{100 * value:.1f}" for value in figures[way].values())
-                    for way in ("text_to_image", "image_to_text")
+                    " / ".join(f"{100 * figures[f'r{k}_{way}']:.1f}" for k in (1, 5, 10))
+                    for way in ("t2i", "i2t")
                 ]
                 row = f"| {seed} | {name} | {step} | {minutes:.1f} | {shown[0]} | {shown[1]} |"
                 print(row, flush=True)
