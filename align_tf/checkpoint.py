@@ -110,6 +110,9 @@ FLOAT_DTYPES = (
     *("float64", "float32", "float16", "bfloat16"),
 )
 
+# What weights are written in.
+DTYPES = ("float32", "float16", "bfloat16")
+
 # What is read of a file before it is closed again: pages of a memory map count as the process's
 # memory until then.
 BYTES_PER_OPENING = 2**25
@@ -555,14 +558,13 @@ def write_tensors(
     Raises:
         ValueError: there is no such dtype.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  gives numpy the bfloat16
     import safetensors.numpy
 
-    dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    if dtype is not None and dtype not in dtypes:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(dtypes)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     arrays = {
-        name: np.ascontiguousarray(array, dtype=dtypes.get(dtype, array.dtype)).reshape(array.shape)
+        name: np.ascontiguousarray(array, dtype=dtype or array.dtype).reshape(array.shape)
         for name, array in tensors.items()
     }
     # PyTorch's BatchNorm counts its updates, and transformers misses a count that is not there.
