@@ -1,8 +1,13 @@
 """The original training code's checkpoints: the same embeddings, names, sizes, what is refused."""
 
+import http.server
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -400,3 +405,61 @@ def test_a_hub_id_loads_from_the_cache(folder, tmp_path):
     options = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     model = AlignTextModel.from_pretrained("someone/coyo", config=HEADS[B3], **options)
     assert model.config.vocab_size == 307
+
+
+def test_a_hub_id_is_fetched(tmp_path):
+    """Both files of the checkpoint come from a hub that has no other weights."""
+    contents = {f"/{file.name}": file.read_bytes() for file in B3.glob("model-weights.*")}
+    commit = "a" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.removeprefix(f"/someone/coyo/resolve/{commit}").split("?")[0]
+            body = contents.get(name)
+            if self.path.startswith("/api/models/someone/coyo/tree"):
+                body = json.dumps(
+                    [
+                        {"type": "file", "path": name[1:], "size": len(content), "oid": commit}
+                        for name, content in contents.items()
+                    ]
+                ).encode()
+            elif self.path.startswith("/api/models/someone/coyo"):
+                siblings = [{"rfilename": name[1:]} for name in contents]
+                body = json.dumps({"id": "someone/coyo", "sha": commit, "siblings": siblings})
+                body = body.encode()
+            self.send_response(404 if body is None else 200)
+            if body is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{len(body or b"")}"')
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body or b"")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    script = (
+        "from align_tf.checkpoint import resolve_folder, weight_files\n"
+        "print(*weight_files(resolve_folder('someone/coyo', weights=True)))"
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HOME": str(tmp_path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        )
+        hub.shutdown()
+    index = pathlib.Path(done.stdout.strip())
+    assert index.name == "model-weights.index", done.stderr
+    assert index.read_bytes() == contents["/model-weights.index"]
+    assert original_checkpoint.read_header(index) == original_checkpoint.read_header(
+        B3 / "model-weights.index"
+    )
