@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -102,11 +103,15 @@ UNUSED_OF_EFFICIENTNET = (r"^encoder\.top_(conv|bn)\.", r"^classifier\.")
 # old suffix, today's suffix
 OLD_SUFFIXES = ((".gamma", ".weight"), (".beta", ".bias"))
 
-# As a safetensors header and as PyTorch names them.
+# As a safetensors header, PyTorch and TensorFlow name them.
 FLOAT_DTYPES = (
     *("F64", "F32", "F16", "BF16"),
     *("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"),
+    *("float64", "float32", "float16", "bfloat16"),
 )
+
+# What weights are written in.
+DTYPES = ("float32", "float16", "bfloat16")
 
 # What is read of a file before it is closed again: pages of a memory map count as the process's
 # memory until then.
@@ -173,7 +178,8 @@ def resolve_folder(
     """Turns the name of a checkpoint into a local folder.
 
     Args:
-        name_or_path: a folder, `align-tiny`, or a Hugging Face id.
+        name_or_path: a folder, the prefix of a TensorFlow checkpoint in it, `align-tiny`, or a
+            Hugging Face id.
         revision: branch, tag or commit on the hub.
         token: access token of the hub.
         cache_dir: the hub's cache folder.
@@ -190,6 +196,8 @@ def resolve_folder(
     folder = pathlib.Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
+    if original_index(folder):
+        return folder.parent
     name = os.fspath(name_or_path)
     if name in BUNDLED:
         return BUNDLED[name]
@@ -208,7 +216,9 @@ def resolve_folder(
         "local_files_only": local_files_only,
     }
     try:
-        folder = huggingface_hub.snapshot_download(allow_patterns=["*.json", "*.txt"], **options)
+        folder = huggingface_hub.snapshot_download(
+            allow_patterns=["*.json", "*.txt", "*.index"], **options
+        )
         if weights:
             _download_weights(pathlib.Path(folder), options)
     except CheckpointError:
@@ -229,10 +239,21 @@ def _download_weights(folder: pathlib.Path, options: dict[str, Any]) -> None:
             for name in _shard_names(folder / index):
                 huggingface_hub.hf_hub_download(filename=name, **options)
             return
-    try:
-        huggingface_hub.hf_hub_download(filename=WEIGHTS_NAME, **options)
-    except huggingface_hub.errors.EntryNotFoundError:
-        huggingface_hub.hf_hub_download(filename=TORCH_WEIGHTS_NAME, **options)
+    for name in (WEIGHTS_NAME, TORCH_WEIGHTS_NAME):
+        try:
+            huggingface_hub.hf_hub_download(filename=name, **options)
+            return
+        except huggingface_hub.errors.EntryNotFoundError:
+            if name == TORCH_WEIGHTS_NAME and not any(folder.glob("*.index")):
+                raise
+    huggingface_hub.snapshot_download(allow_patterns=["*.data-*"], **options)
+
+
+def original_index(path: str | os.PathLike) -> pathlib.Path | None:
+    """Finds the `.index` file of the TensorFlow checkpoint whose prefix, or index, a path is."""
+    path = pathlib.Path(path).expanduser()
+    beside = path.with_name(f"{path.name}.index") if path.name else path
+    return next((p for p in (path, beside) if p.suffix == ".index" and p.is_file()), None)
 
 
 def _shard_names(index: pathlib.Path) -> list[str]:
@@ -248,11 +269,17 @@ def _shard_names(index: pathlib.Path) -> list[str]:
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Lists the weight files of a checkpoint folder, safetensors before PyTorch's.
+    """Lists the weight files of a checkpoint folder: safetensors, PyTorch's, or an `.index`.
+
+    Args:
+        folder: the folder, or the `.index` of one TensorFlow checkpoint in it.
 
     Raises:
         FileNotFoundError: it has none, or a shard is missing.
+        CheckpointError: it has several TensorFlow checkpoints.
     """
+    if folder.is_file():
+        return [folder]
     for single, index in ((WEIGHTS_NAME, INDEX_NAME), (TORCH_WEIGHTS_NAME, TORCH_INDEX_NAME)):
         if (folder / single).is_file():
             return [folder / single]
@@ -262,9 +289,21 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
                 if not file.is_file():
                     raise FileNotFoundError(f"{file}: the shard that {index} names is missing")
             return files
+    indices = sorted(folder.glob("*.index"))
+    if len(indices) > 1:
+        names = ", ".join(index.stem for index in indices)
+        raise CheckpointError(f"{folder}: several checkpoints: {names}; name one, as {indices[0]}")
+    if indices:
+        return indices
     raise FileNotFoundError(
-        f"{folder}: no weights; expected {WEIGHTS_NAME}, {INDEX_NAME} or {TORCH_WEIGHTS_NAME}"
+        f"{folder}: no weights; expected {WEIGHTS_NAME}, {INDEX_NAME}, {TORCH_WEIGHTS_NAME} or "
+        "the .index and .data files of a TensorFlow checkpoint"
     )
+
+
+def is_original(file: pathlib.Path) -> bool:
+    """Tells a checkpoint of the original training code from one in Hugging Face's names."""
+    return file.suffix == ".index"
 
 
 # --- tensors -------------------------------------------------------------------------------
@@ -276,6 +315,10 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         CheckpointError: the file is truncated or is no weight file.
     """
+    if is_original(file):
+        from align_tf import original_checkpoint
+
+        return original_checkpoint.read_header(file)
     if file.suffix != ".safetensors":
         tensors = _torch_tensors(file)
         return {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
@@ -289,7 +332,7 @@ def read_tensors(file: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str
     """Reads tensors of one weight file, a few in memory at a time.
 
     Args:
-        file: a `.safetensors` file, or a `.bin` of PyTorch.
+        file: a `.safetensors` file, a `.bin` of PyTorch, or an `.index` of TensorFlow.
         names: which to read.
 
     Yields:
@@ -319,6 +362,11 @@ def _open(file: pathlib.Path) -> Iterator[Callable[[str], np.ndarray]]:
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as tensors:
             yield tensors.get_tensor
+    elif is_original(file):
+        from align_tf import original_checkpoint
+
+        with original_checkpoint.opened(file) as get:
+            yield get
     else:
         tensors = _torch_tensors(file)
         yield lambda name: np.array(tensors[name].float().numpy())  # a copy, not the map
@@ -437,16 +485,18 @@ def plan_import(
     problems, left_out, plan = [], set(), {}
     for file in files:
         plan[file] = {}
+        names, leftovers = _names_and_leftovers(file)
         for name, (dtype, shape) in read_header(file).items():
-            hf = _todays_name(name.removeprefix(prefix))
+            hf = _todays_name(names.get(name, name).removeprefix(prefix))
             if hf not in wanted:
                 matches = list(filter(None, (re.search(pattern, hf) for pattern in unused)))
                 if matches:
                     left_out.add(matches[0].group().strip("."))
-                elif not any(re.search(pattern, hf) for pattern in UNUSED):
+                elif not any(re.search(pattern, hf) for pattern in leftovers):
                     problems.append(f"unexpected tensor {name} {shape}")
                 continue
             path, transform = wanted.pop(hf)
+            transform = "same" if names else transform  # the original's arrays lie as Keras's do
             axes = TRANSFORMS[transform][0]
             turned = shape if axes is None else tuple(shape[a] for a in axes if a < len(shape))
             if turned != shapes[path]:
@@ -466,6 +516,26 @@ def plan_import(
         where = files[0].parent if len(files) > 1 else files[0]
         raise CheckpointError(f"{where}: the checkpoint does not fit the model\n  {shown}{more}")
     return plan, sorted(left_out), kept
+
+
+def _names_and_leftovers(file: pathlib.Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Finds what a file calls otherwise than Hugging Face does, and what it may hold beside."""
+    if not is_original(file):
+        return {}, UNUSED
+    from align_tf import original_checkpoint
+
+    return original_checkpoint.hugging_face_names(file), original_checkpoint.UNUSED
+
+
+def unused_tensors(files: list[pathlib.Path]) -> collections.Counter:
+    """Counts the tensors that an import leaves out, by what their names have in common."""
+    counts = collections.Counter()
+    for file in files:
+        _, leftovers = _names_and_leftovers(file)
+        for name in read_header(file):
+            matches = filter(None, (re.search(pattern, name) for pattern in leftovers))
+            counts.update(match.group().strip("./") for match in itertools.islice(matches, 1))
+    return counts
 
 
 def _todays_name(name: str) -> str:
@@ -488,14 +558,13 @@ def write_tensors(
     Raises:
         ValueError: there is no such dtype.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  gives numpy the bfloat16
     import safetensors.numpy
 
-    dtypes = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    if dtype is not None and dtype not in dtypes:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(dtypes)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     arrays = {
-        name: np.ascontiguousarray(array, dtype=dtypes.get(dtype, array.dtype)).reshape(array.shape)
+        name: np.ascontiguousarray(array, dtype=dtype or array.dtype).reshape(array.shape)
         for name, array in tensors.items()
     }
     # PyTorch's BatchNorm counts its updates, and transformers misses a count that is not there.

@@ -133,6 +133,48 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(export)
     export.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
 
+    convert = command("convert", _convert, "convert a checkpoint into another format")
+    convert.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="SOURCE",
+        help="a checkpoint folder or id, align-tiny, a .keras file, or the folder or prefix of a "
+        "checkpoint of the original training code",
+    )
+    convert.add_argument(
+        "--to",
+        required=True,
+        choices=("hf", "keras", "savedmodel"),
+        help="a folder for transformers, a .keras file, or a folder for TensorFlow Serving",
+    )
+    convert.add_argument("--output", required=True, metavar="PATH", help="the folder or file")
+    convert.add_argument(
+        "--config", metavar="FILE", help="keys of config.json that go before the checkpoint's own"
+    )
+    convert.add_argument(
+        "--processor",
+        metavar="DIR_OR_ID",
+        help="where the tokenizer and image settings come from if not from the checkpoint, such "
+        "as bert-base-uncased; image settings that neither has are align-base's",
+    )
+    convert.add_argument(
+        "--image-mode",
+        choices=("hf", "original"),
+        help="resize as transformers does (the default for an original checkpoint), or as the "
+        "original training code did",
+    )
+    convert.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights written"
+    )
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that is there"
+    )
+    convert.add_argument(
+        "--dry-run", action="store_true", help="read and check everything, write nothing"
+    )
+    convert.add_argument("--json", action="store_true", help="print the summary as JSON")
+
     serve = command("serve", _serve, "serve SavedModels over gRPC and REST, on one machine")
     serve.add_argument("directory", nargs="?", metavar="DIR", help="a SavedModel folder")
     serve.add_argument("--model-name", default="align")
@@ -329,6 +371,29 @@ def _export(arguments: Any) -> int:
 
     _say("Exporting ...")
     print(export_saved_model(model, processor, arguments.output))
+    return 0
+
+
+def _convert(arguments: Any) -> int:
+    _say(f"Converting {arguments.source} ...")
+    _import_tensorflow()
+    from align_tf import checkpoint, conversion
+
+    config = arguments.config and checkpoint.read_json(pathlib.Path(arguments.config))
+    summary = conversion.convert(
+        arguments.source,
+        arguments.to,
+        arguments.output,
+        config=config,
+        processor=arguments.processor,
+        image_mode=arguments.image_mode,
+        dtype=arguments.dtype,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+    )
+    for note in summary["notes"]:
+        _say(f"Note: {note}")
+    print(json.dumps(summary, indent=2) if arguments.json else conversion.describe(summary))
     return 0
 
 

@@ -240,9 +240,11 @@ class AlignTextConfig(_ConfigFile):
 class AlignVisionConfig(_ConfigFile):
     """Configuration of the image tower, an EfficientNet.
 
-    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`. The lists hold one
-    value for each stage, before scaling by width and depth. `extra` holds the keys this
-    package does not know.
+    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`, and one more:
+    `first_block_residual` gives the first block of a stage a residual too where its stride is 1
+    and its channels stay as many, as the original implementation does. It makes no difference to
+    EfficientNet-B0 to B7, only to much narrower towers. The lists hold one value for each stage,
+    before scaling by width and depth. `extra` holds the keys this package does not know.
     """
 
     model_type: ClassVar[str] = "align_vision_model"
@@ -273,6 +275,7 @@ class AlignVisionConfig(_ConfigFile):
     batch_norm_eps: float = 1e-3
     batch_norm_momentum: float = 0.99
     drop_connect_rate: float = 0.2
+    first_block_residual: bool = False
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -352,6 +355,8 @@ class AlignVisionConfig(_ConfigFile):
         """Returns the configuration as config.json holds it, unknown keys included."""
         values = super().to_dict()
         values["hidden_act"] = _jsonable_activation(self.hidden_act)
+        if not self.first_block_residual:
+            del values["first_block_residual"]
         return values
 
 

@@ -51,14 +51,17 @@ def block_table(config: AlignVisionConfig) -> list[BlockSpec]:
     for in_channels, out_channels, kernel_size, stride, repeats, expand_ratio in stages:
         for repeat in range(config.round_repeats(repeats)):
             first = repeat == 0
+            before = config.round_filters(in_channels if first else out_channels)
+            after = config.round_filters(out_channels)
+            same_shape = stride == 1 and before == after
             blocks.append(
                 BlockSpec(
-                    in_channels=config.round_filters(in_channels if first else out_channels),
-                    out_channels=config.round_filters(out_channels),
+                    in_channels=before,
+                    out_channels=after,
                     kernel_size=kernel_size,
                     stride=stride if first else 1,
                     expand_ratio=expand_ratio,
-                    residual=not first,
+                    residual=not first or (config.first_block_residual and same_shape),
                     drop_rate=config.drop_connect_rate * len(blocks) / config.num_hidden_layers,
                     square_padding=len(blocks) in config.depthwise_padding,
                 )

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from align_tf import checkpoint
+from align_tf import checkpoint, original_checkpoint
 from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
@@ -41,6 +41,7 @@ class _Checkpoint:
         cls,
         name_or_path: str | os.PathLike,
         *,
+        config: Any = None,
         dtype: Any = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -52,7 +53,16 @@ class _Checkpoint:
         Args:
             name_or_path: a folder with `config.json` and `model.safetensors` (whole or in
                 shards) or `pytorch_model.bin`; `align-tiny`; or a Hugging Face id such as
-                `kakaobrain/align-base`. A tower also loads from a joint checkpoint.
+                `kakaobrain/align-base`. A tower also loads from a joint checkpoint. Also a
+                folder, id or prefix of a checkpoint of the original training code
+                (`model-weights.index` and `.data-*`), such as
+                `kakaobrain/coyo-align-b7-base`. That one needs no `config.json`: sizes come
+                from the shapes of the weights, and what these cannot say from EfficientNet's
+                stages and strides, BERT's heads of width 64, images of 289 pixels and the
+                defaults of the configurations (activations, epsilons, dropout, padding).
+            config: a configuration of this model, or some keys of `config.json`, nested as
+                there, that go before those of the checkpoint. A size that is not that of the
+                weights is an error.
             dtype: a dtype or policy of the model, such as `mixed_bfloat16`.
             revision: branch, tag or commit on the hub.
             token: access token of the hub.
@@ -65,7 +75,7 @@ class _Checkpoint:
         Raises:
             FileNotFoundError: there is no such checkpoint, or a file of it is missing.
             align_tf.checkpoint.CheckpointError: a file is broken, a weight is missing, a tensor
-                is left over or a shape differs; the message names each.
+                is left over, or a shape or a size differs; the message names each.
         """
         folder = checkpoint.resolve_folder(
             name_or_path,
@@ -75,11 +85,26 @@ class _Checkpoint:
             local_files_only=local_files_only,
             weights=True,
         )
-        checkpoint.weight_files(folder)  # a missing file is told before a large model is built
+        source = checkpoint.original_index(name_or_path) or folder
+        config = cls._read_config(source, config)
         with no_init_weights():
-            model = cls(cls.config_class.from_pretrained(folder), dtype=dtype)
-        model._load(folder, prefix=cls.prefix, unused=cls.unused)
+            model = cls(config, dtype=dtype)
+        model._load(source, prefix=cls.prefix, unused=cls.unused)
         return model
+
+    @classmethod
+    def _read_config(cls, source: pathlib.Path, given: Any) -> Any:
+        file = checkpoint.weight_files(source)[0]
+        if isinstance(given, cls.config_class):
+            return given
+        path, values = file.parent / CONFIG_NAME, {}
+        if path.is_file() or not checkpoint.is_original(file):
+            values = checkpoint.read_json(path)
+        for key, value in (given or {}).items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+        if checkpoint.is_original(file):
+            values = original_checkpoint.read_config(file, values)
+        return cls.config_class.from_dict(values)
 
     def _relative_weights(self) -> dict[str, Any]:
         return {weight.path.removeprefix(f"{self.path}/"): weight for weight in self.weights}
@@ -93,6 +118,10 @@ class _Checkpoint:
         optional: tuple[str, ...] = (),
     ) -> list[str]:
         """Fills the weights from a checkpoint folder: all of them, or none and an error.
+
+        Args:
+            folder: as `checkpoint.weight_files` takes it.
+            prefix, unused, optional: as `checkpoint.plan_import` takes them.
 
         Returns:
             The parts of the checkpoint that `unused` left out.

@@ -1,0 +1,288 @@
+"""Conversion of a checkpoint into another format: checked whole first, then written at once."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import keras
+import ml_dtypes
+import numpy as np
+from keras import ops
+
+from align_tf import checkpoint
+from align_tf.checkpoint import CheckpointError
+from align_tf.efficientnet import block_table
+from align_tf.export import export_saved_model
+from align_tf.image_processing import AlignImageProcessor
+from align_tf.initialization import no_init_weights
+from align_tf.model import AlignModel
+from align_tf.processor import AlignProcessor
+from align_tf.tokenization import AlignTokenizer
+
+
+def convert(
+    source: str | os.PathLike,
+    to: str,
+    output: str | os.PathLike,
+    *,
+    config: Any = None,
+    processor: str | os.PathLike | None = None,
+    image_mode: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Converts a checkpoint.
+
+    Args:
+        source: what `AlignModel.from_pretrained` takes, or a `.keras` file.
+        to: `hf`, a folder as transformers reads it; `keras`, a `.keras` file; `savedmodel`, a
+            folder for TensorFlow Serving, which gets the next free version number.
+        output: the folder or the file.
+        config: as `AlignModel.from_pretrained` takes it.
+        processor: folder or id of the tokenizer's files and, if it has them, of the image
+            settings, in place of the source's own. Image settings that neither has are
+            align-base's. A `.keras` file holds none.
+        image_mode: `hf` or `original`, as AlignImageProcessor takes it; None keeps the one of
+            the image settings, which is `hf` where nothing else is said.
+        dtype: `float32`, `float16` or `bfloat16`; None keeps the one the weights are loaded in.
+        overwrite: replaces a `.keras` file, or the files of a checkpoint in a folder that is
+            not empty; what else the folder holds stays.
+        dry_run: reads and checks everything, and writes nothing.
+
+    Returns:
+        `source`, `source_format`, `to`, `output`, `tensors`, `parameters`, `dtype`, `unused`
+        (parts of the source that were left out, and the tensors in each), `dry_run`, and
+        `notes` for the user.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or a file of it is missing.
+        FileExistsError: the output is there already.
+        align_tf.checkpoint.CheckpointError: the source is broken or is no ALIGN.
+        ValueError: the model cannot be had in that format or dtype, or a setting is wrong.
+    """
+    output, notes = pathlib.Path(output).expanduser(), []
+    _check_output(output, to, overwrite)
+    model, found = _read(source, config)
+    if to == "hf":
+        _check_transformers_has(model, source)
+    prepared = None
+    if to != "keras":
+        prepared = _read_processor(found["folder"], processor, image_mode, model, notes)
+    if prepared is None and to == "savedmodel":
+        raise ValueError(
+            f"{source}: no tokenizer with it; a SavedModel takes raw strings: name a processor"
+        )
+    if prepared is None and to == "hf":
+        notes.append(
+            f"{source}: no tokenizer with it, so the folder gets the weights and "
+            "config.json alone; name a processor for the rest"
+        )
+    if dtype is not None:
+        _check_range(model, dtype)
+        model = model if to == "hf" else _in_dtype(model, dtype)
+    if not dry_run:
+        output = _WRITERS[to](model, prepared, output, dtype)
+    return {
+        "source": os.fspath(source),
+        "source_format": found["format"],
+        "to": to,
+        "output": os.fspath(output),
+        "tensors": len(model.weights),
+        "parameters": model.count_params(),
+        "dtype": dtype or model.variable_dtype,
+        "unused": dict(found["unused"]),
+        "dry_run": dry_run,
+        "notes": notes,
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """Words the summary of a conversion in lines of a name and a value."""
+    unused = [f"{part} ({count:,})" for part, count in summary["unused"].items()]
+    lines = {
+        "from": f"{summary['source']} ({summary['source_format']})",
+        "to": f"{summary['output']} ({summary['to']})",
+        "tensors": f"{summary['tensors']:,}",
+        "parameters": f"{summary['parameters']:,}",
+        "dtype": summary["dtype"],
+        "unused": ", ".join(unused) or "none",
+    }
+    if summary["dry_run"]:
+        lines["dry run"] = "nothing was written"
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def _read(source: str | os.PathLike, config: Any) -> tuple[AlignModel, dict[str, Any]]:
+    """Reads a model, and says of what format it was, where from, and what was left out."""
+    path = pathlib.Path(source).expanduser()
+    if path.suffix == ".keras":
+        if config is not None:
+            raise ValueError(f"{path}: a .keras file holds its configuration: give no config")
+        found = {"format": "keras", "folder": None, "unused": collections.Counter()}
+        return _read_keras(path), found
+    index = checkpoint.original_index(path)
+    path = index or checkpoint.resolve_folder(source, weights=True)
+    files = checkpoint.weight_files(path)
+    model = AlignModel.from_pretrained(path, config=config)
+    return model, {
+        "format": "original" if checkpoint.is_original(files[0]) else "hf",
+        "folder": files[0].parent,
+        "unused": checkpoint.unused_tensors(files),
+    }
+
+
+def _read_keras(path: pathlib.Path) -> AlignModel:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:  # Keras, zipfile and h5py raise kinds of their own
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not a whole .keras file: {reason}") from error
+    if not isinstance(model, AlignModel):
+        raise CheckpointError(f"{path}: expected an AlignModel, found {type(model).__name__}")
+    return model
+
+
+def _read_processor(
+    folder: pathlib.Path | None,
+    given: str | os.PathLike | None,
+    image_mode: str | None,
+    model: AlignModel,
+    notes: list[str],
+) -> AlignProcessor | None:
+    """Reads each half from what was given or else from the source; None without a tokenizer."""
+    folders = [path for path in (given, folder) if path is not None]
+    tokenizer = AlignTokenizer.from_pretrained(given) if given else _first(AlignTokenizer, folders)
+    if tokenizer is None:
+        return None
+    rows = model.config.text_config.vocab_size
+    if len(tokenizer.vocab) > rows:
+        raise ValueError(
+            f"{folders[0]}: a vocabulary of {len(tokenizer.vocab)} words, the model knows {rows}"
+        )
+    images = _first(AlignImageProcessor, folders)
+    if images is None:
+        images = AlignImageProcessor()
+        notes.append("no image settings in the source: those of align-base")
+    if image_mode is not None:
+        images = AlignImageProcessor.from_dict({**images.to_dict(), "mode": image_mode})
+    return AlignProcessor(images, tokenizer)
+
+
+def _first(half: type, folders: list) -> Any:
+    """Reads one half of a processor from the first folder that has its files."""
+    for folder in folders:
+        try:
+            return half.from_pretrained(folder)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+# --- what cannot be had --------------------------------------------------------------------
+
+
+def _check_output(output: pathlib.Path, to: str, overwrite: bool) -> None:
+    if to not in _WRITERS:
+        raise ValueError(f"to={to!r}: expected one of {', '.join(_WRITERS)}")
+    if to == "keras":
+        if output.suffix != ".keras":
+            raise ValueError(f"{output}: expected the name of a file that ends in .keras")
+        if output.is_dir() or (output.exists() and not overwrite):
+            raise FileExistsError(f"{output}: it is there already; overwrite replaces a file")
+        return
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output}: a file; expected a folder, or a name that is free")
+    if to == "hf" and output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{output}: the folder is not empty; overwrite replaces the checkpoint in it"
+        )
+
+
+def _check_transformers_has(model: AlignModel, source: str | os.PathLike) -> None:
+    vision, missing = model.config.vision_config, None
+    plain = dataclasses.replace(vision, first_block_residual=False)
+    if model.config.image_projection:
+        missing = "no image projection"
+    elif block_table(plain) != block_table(vision):
+        missing = "no residual in the first block of a stage (first_block_residual)"
+    if missing:
+        raise ValueError(
+            f"{source}: transformers has {missing}, so this model cannot be had as hf; "
+            "keras and savedmodel keep it"
+        )
+
+
+def _check_range(model: AlignModel, dtype: str) -> None:
+    if dtype not in checkpoint.DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(checkpoint.DTYPES)}")
+    largest = float(ml_dtypes.finfo(dtype).max)
+    for weight in model.weights:
+        values = np.abs(ops.convert_to_numpy(weight).astype("float64"))
+        if np.any(values[np.isfinite(values)] > largest):
+            raise ValueError(
+                f"{weight.path} reaches {values.max():.6g}, {dtype} only {largest:.6g}: "
+                "choose another dtype"
+            )
+
+
+def _in_dtype(model: AlignModel, dtype: str) -> AlignModel:
+    """Copies a model into another dtype; what computes in float32 whatever the policy stays."""
+    with no_init_weights():
+        copy = AlignModel.from_config({**model.get_config(), "dtype": dtype})
+    for weight, value in zip(copy.weights, model.weights, strict=True):
+        weight.assign(ops.cast(value, weight.dtype))
+    return copy
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+def _write_hf(
+    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
+) -> pathlib.Path:
+    with _temporary_folder(output) as temporary:
+        folder = pathlib.Path(temporary) / output.name
+        model.save_pretrained(folder, dtype=dtype)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if not output.exists():
+            folder.rename(output)
+            return output
+        # The weights come last: where they are new, the rest is.
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == checkpoint.WEIGHTS_NAME):
+            file.replace(output / file.name)
+    return output
+
+
+def _write_keras(
+    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
+) -> pathlib.Path:
+    with _temporary_folder(output) as temporary:
+        file = pathlib.Path(temporary) / output.name
+        model.save(file)
+        file.replace(output)
+    return output
+
+
+def _write_saved_model(
+    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
+) -> pathlib.Path:
+    return export_saved_model(model, processor, output)
+
+
+def _temporary_folder(output: pathlib.Path) -> tempfile.TemporaryDirectory:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+
+
+# format: writer
+_WRITERS = {"hf": _write_hf, "keras": _write_keras, "savedmodel": _write_saved_model}
