@@ -234,10 +234,16 @@ class AlignImageProcessor:
             return self._decode(tf.identity(image_bytes))
 
     @_graph
-    def preprocess(self, image: tf.Tensor) -> tf.Tensor:
-        """Resizes, crops and scales uint8 (h, w, 3) to float32 (crop_h, crop_w, 3)."""
+    def preprocess(self, image: tf.Tensor, crop_at: tf.Tensor | None = None) -> tf.Tensor:
+        """Resizes, crops and scales uint8 (h, w, 3) to float32 (crop_h, crop_w, 3).
+
+        Args:
+            image: uint8 (h, w, 3).
+            crop_at: where the crop lies among the places it can take, from top to bottom and
+                from left to right, float32 (2,) in 0..1 (1 excluded); None is the middle.
+        """
         if self.mode == "original" and self.do_resize:
-            return self._preprocess_original(image)
+            return self._preprocess_original(image, crop_at)
         shape = tf.shape(image)[:2]
         if self.do_resize:
             shape = tf.constant([self.size["height"], self.size["width"]])
@@ -245,7 +251,7 @@ class AlignImageProcessor:
         crop = [shape[0], shape[1]]
         if self.do_center_crop:
             crop = [self.crop_size["height"], self.crop_size["width"]]
-            window = _center_window(shape, crop)
+            window = _crop_window(shape, crop, crop_at)
         if self.do_resize:
             image = _resize(image, shape, window, self.resample)
         else:
@@ -293,8 +299,14 @@ class AlignImageProcessor:
             return tf.identity(pixels)
 
     @_graph
-    def try_pixel_values(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def try_pixel_values(
+        self, image_bytes: tf.Tensor, crop_at: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Takes encoded images (n,) to pixel_values and says which of them are none.
+
+        Args:
+            image_bytes: string (n,).
+            crop_at: as `preprocess` takes it, float32 (n, 2).
 
         Returns:
             pixel_values float32 (n, crop_h, crop_w, 3), zeros where there is a problem; the
@@ -312,9 +324,14 @@ class AlignImageProcessor:
 
         def load(row: tf.Tensor, encoded: tf.Tensor) -> tuple[tf.Tensor, ...]:
             size = image_decoding.declared_size(encoded)
+
+            def decoded() -> tuple[tf.Tensor, ...]:
+                place = None if crop_at is None else crop_at[row]
+                return row, tf.constant(FINE), size, self.preprocess(self._decode(encoded), place)
+
             return tf.cond(
                 tf.reduce_prod(size) <= self.max_image_pixels,
-                lambda: (row, tf.constant(FINE), size, self.preprocess(self._decode(encoded))),
+                decoded,
                 lambda: (row, tf.constant(TOO_LARGE), size, blank),
             )
 
@@ -364,11 +381,14 @@ class AlignImageProcessor:
             index += [0, 256, 512]
         return tf.gather(tf.constant(levels), index)
 
-    def _preprocess_original(self, image: tf.Tensor) -> tf.Tensor:
+    def _preprocess_original(self, image: tf.Tensor, crop_at: tf.Tensor | None) -> tf.Tensor:
         """Resizes in float, without antialiasing, and scales what comes out of it."""
         image = tf.image.resize(image, [self.size["height"], self.size["width"]])
         if self.do_center_crop:
             crop = self.crop_size["height"], self.crop_size["width"]
+            if crop_at is not None:
+                top, left, height, width = _crop_window(tf.shape(image)[:2], crop, crop_at)
+                image = image[top : top + height, left : left + width]
             image = tf.image.resize_with_crop_or_pad(image, *crop)
         if self.do_rescale:
             image = image * self.rescale_factor - float(self.rescale_offset)
@@ -410,9 +430,16 @@ def _levels(
     return levels[0] if (levels == levels[0]).all() else levels.reshape(-1)
 
 
-def _center_window(shape: tf.Tensor, crop: Sequence[int]) -> list[tf.Tensor]:
-    """Returns top, left, height and width of what a center crop takes out of an image."""
-    offset = [tf.maximum(shape[axis] - crop[axis], 0) // 2 for axis in (0, 1)]
+def _crop_window(
+    shape: tf.Tensor, crop: Sequence[int], crop_at: tf.Tensor | None
+) -> list[tf.Tensor]:
+    """Returns top, left, height and width of what a crop takes out of an image."""
+    spare = [tf.maximum(shape[axis] - crop[axis], 0) for axis in (0, 1)]
+    if crop_at is None:
+        offset = [places // 2 for places in spare]
+    else:
+        places = tf.cast(tf.stack(spare) + 1, tf.float32)
+        offset = tf.unstack(tf.cast(crop_at * places, tf.int32))
     return [*offset, *(tf.minimum(shape[axis], crop[axis]) for axis in (0, 1))]
 
 

@@ -1,0 +1,337 @@
+"""Image-text data to the batches that AlignModel trains and is evaluated on."""
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from align_tf import image_decoding
+from align_tf.data_readers import CHUNK, Source, open_source
+from align_tf.image_processing import BROKEN, FINE, TOO_LARGE
+from align_tf.processor import AlignProcessor
+
+LENGTH_BUCKETS = (8, 16, 32, 64)
+MAX_ERRORS = 100
+BATCHES_IN_FLIGHT = 2  # prepared at a time; within each, images are decoded in parallel
+ID_RANGE = 2**31 - 1  # of the fingerprints
+
+# Why a record is left out, beside what AlignImageProcessor.try_pixel_values tells.
+NO_IMAGE, NO_CAPTION = TOO_LARGE + 1, TOO_LARGE + 2
+REASONS = {
+    BROKEN: f"not a decodable image ({image_decoding.EXPECTED})",
+    TOO_LARGE: "the image declares more pixels than max_image_pixels",
+    NO_IMAGE: "no image, or its file cannot be read",
+    NO_CAPTION: "no caption",
+}
+NAMED_ERRORS = 10  # told one by one
+
+PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
+
+# All of it is TensorFlow operations, so that AutoGraph has nothing to convert.
+_graph = tf.autograph.experimental.do_not_convert
+
+
+def records(
+    source: PathOrPaths | tf.data.Dataset,
+    *,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> tf.data.Dataset:
+    """Reads image-text data in the order of its files, without decoding it.
+
+    Args:
+        source: as `make_dataset` takes it.
+        image_key: as `make_dataset` takes it.
+        caption_key: as `make_dataset` takes it.
+
+    Returns:
+        A dataset of `key` and `image_bytes`, scalar strings, and `captions`, string (k,). What
+        cannot be read has no image, and k may be 0.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `make_dataset`.
+    """
+    opened = open_source(source, image_key, caption_key)
+    batches = opened.elements(None).ragged_batch(CHUNK).enumerate()
+    dataset = batches.map(_graph(lambda _, elements: _load(opened, elements))).unbatch()
+    dataset = dataset.map(_graph(lambda record: record))  # ragged no more: captions are a tensor
+    if opened.count is None:
+        return dataset
+    return dataset.apply(tf.data.experimental.assert_cardinality(opened.count))
+
+
+def make_dataset(
+    source: PathOrPaths | tf.data.Dataset,
+    processor: AlignProcessor,
+    *,
+    batch_size: int,
+    training: bool = False,
+    seed: int = 0,
+    epochs: int | None = None,
+    start_step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    length_buckets: Sequence[int] = LENGTH_BUCKETS,
+    max_errors: int | None = MAX_ERRORS,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> tf.data.Dataset:
+    """Makes batches for `AlignModel.fit`, `evaluate` and `predict` of image-text data.
+
+    In training the records are shuffled anew each epoch (those of a folder or a table among all,
+    those of shards by shard and within a buffer), each image is cropped and flipped at random
+    (ALIGN, arXiv 2102.05918, section 5), one of its captions is drawn, and the last records that
+    fill no batch wait for another epoch. In evaluation they come in order, with the first
+    caption, and the last batch is filled up with rows of weight 0. The batches depend on the
+    arguments alone, not on the machine: those from `start_step` on are those of an unbroken run.
+
+    Args:
+        source: a folder of images, each beside a .txt (one caption) or a .json (a caption, a list
+            of them, or an object with `caption`, `captions` or `text`); webdataset shards (.tar,
+            .tar.gz); TFRecord files of img2dataset (.tfrecord, .tfrecord.gz); tables of image
+            paths, relative to the table's folder, and captions (.csv, .tsv, .jsonl, .parquet;
+            rows of one path are captions of one image); Parquet with the images in it; a folder
+            of shards, a glob, or a list of files of one kind; or a tf.data.Dataset of dicts, as
+            TensorFlow Datasets gives them.
+        processor: prepares images and texts.
+        batch_size: pairs in a batch, of this worker.
+        training: shuffles and augments.
+        seed: of the order and all draws.
+        epochs: passes over the data; None is endless in training and one in evaluation.
+        start_step: the batches to leave out; they are not decoded.
+        shard: this worker's index and the number of workers. They read disjoint parts of each
+            global batch and take the same number of steps.
+        length_buckets: the lengths, in tokens, that texts are padded to: the shortest that holds
+            the batch's longest text. The last one is the limit, longer texts are cut. One
+            length gives all batches the same shape.
+        max_errors: records without a caption or a decodable image that are left out, as rows of
+            weight 0, before the dataset ends with an error; 0 allows none, None any number.
+            Each counts once, and they are reported on stderr.
+        image_key: name of the image's column, feature, key or suffix; None finds the usual ones.
+        caption_key: name of the caption's.
+
+    Returns:
+        A dataset of dicts: `pixel_values` float32 (n, h, w, 3); `input_ids`, `attention_mask`,
+        `token_type_ids` int32 (n, t); `image_ids`, `text_ids` int32 (n,), fingerprints of the
+        encoded image and of the tokens; `sample_weight` float32 (n,), 0 for a row that is no
+        pair, otherwise 1.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        ValueError: it is empty, of no known kind, has no captions, or has fewer records than a
+            training batch; or an argument is out of range.
+        ModuleNotFoundError: Parquet without pyarrow; the message names the pip command.
+        tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out.
+    """
+    index, workers = shard
+    if batch_size < 1 or start_step < 0 or not 0 <= index < workers:
+        raise ValueError(
+            f"batch_size={batch_size}, start_step={start_step}, shard={shard}: expected a positive "
+            "batch_size, a step from 0 and a shard (index, count) with 0 <= index < count"
+        )
+    if not length_buckets or min(length_buckets) < 2:
+        raise ValueError(f"length_buckets={length_buckets!r}: expected lengths of 2 tokens or more")
+    opened = open_source(source, image_key, caption_key)
+    if epochs is None:
+        epochs = None if training else 1
+    batches, steps = _batches(opened, batch_size * workers, training, seed, epochs, start_step)
+    errors = _Errors(opened.name, max_errors)
+
+    @_graph
+    def prepare(step: tf.Tensor, elements: Any) -> dict[str, tf.Tensor]:
+        rows = slice(index * batch_size, (index + 1) * batch_size)
+        loaded = _load(opened, tf.nest.map_structure(lambda x: x[rows], elements))
+        draws = tf.random.stateless_uniform([workers * batch_size, 4], [seed, step])[rows]
+        batch, problems = _prepare(loaded, draws, processor, training, sorted(length_buckets))
+        with tf.control_dependencies([_report(errors, loaded["key"], problems)]):
+            return {name: tf.identity(value) for name, value in batch.items()}
+
+    dataset = batches.map(prepare, num_parallel_calls=BATCHES_IN_FLIGHT, deterministic=True)
+    options = tf.data.Options()
+    options.deterministic = True
+    if workers > 1:
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    if steps is not None:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _batches(
+    opened: Source,
+    size: int,
+    training: bool,
+    seed: int,
+    epochs: int | None,
+    start_step: int,
+) -> tuple[tf.data.Dataset, int | None]:
+    """Returns a dataset of (step, elements of a global batch) from a step on, and its length."""
+    first_epoch, first_step, length, count = 0, 0, None, opened.count
+    if training and count is None:
+        count = sum(1 for _ in opened.elements(None).take(size))
+    if training and count < size:
+        raise ValueError(f"{opened.name}: {count} records, expected {size} or more for a batch")
+    if opened.count is not None:
+        steps = count // size if training else -(-count // size)
+        first_epoch, first_step = divmod(start_step, steps)
+        length = tf.data.INFINITE_CARDINALITY
+        if epochs is not None:
+            length = max(steps * epochs - start_step, 0)
+
+    @_graph
+    def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_fold_in([seed, 0], number) if training else None
+        elements = opened.elements(order)
+        skipped = tf.where(number == first_epoch, first_step * size, 0)
+        return elements.skip(tf.cast(skipped, tf.int64)).ragged_batch(size, training)
+
+    last_epoch = tf.int64.max if epochs is None else epochs
+    batches = tf.data.Dataset.range(first_epoch, last_epoch).flat_map(epoch)
+    if opened.count is None:
+        batches = batches.skip(start_step)
+    return batches.enumerate(start_step), length
+
+
+def _load(opened: Source, elements: Any) -> dict[str, Any]:
+    """Takes a batch of elements to records, without the captions that say nothing."""
+    loaded = opened.load(elements)
+    captions = loaded["captions"]
+    said = captions.with_values(tf.strings.strip(captions.values) != "")
+    return {**loaded, "captions": tf.ragged.boolean_mask(captions, said)}
+
+
+def _prepare(
+    loaded: dict[str, Any],
+    draws: tf.Tensor,
+    processor: AlignProcessor,
+    training: bool,
+    buckets: Sequence[int],
+) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
+    """Decodes, augments and tokenises a batch.
+
+    Args:
+        loaded: records (m,), m <= n.
+        draws: float32 (n, 4) in 0..1, the random numbers of each row: where its crop lies, whether
+            it is flipped, which caption it takes.
+        processor: prepares images and texts.
+        training: augments.
+        buckets: lengths that texts are padded to.
+
+    Returns:
+        the batch, n rows, and the problem of each, int32 (n,): a key of REASONS or FINE.
+    """
+    size = draws.shape[0]
+    filling = [[0, size - tf.size(loaded["key"])]]
+    image_bytes = tf.ensure_shape(tf.pad(loaded["image_bytes"], filling, constant_values=""), size)
+    captions, draw = loaded["captions"], draws[:, 3] if training else tf.zeros([size])
+    texts = tf.pad(_drawn(captions, draw[: captions.nrows()]), filling, constant_values="")
+    texts = tf.ensure_shape(texts, size)
+
+    crop_at = draws[:, :2] if training else None
+    pixels, problems, _ = processor.image_processor.try_pixel_values(image_bytes, crop_at)
+    if training:
+        flipped = draws[:, 2] < 0.5
+        pixels = tf.where(flipped[:, None, None, None], tf.reverse(pixels, [2]), pixels)
+    tokens = processor.tokenizer.encode(texts, max_length=buckets[-1], padding="longest")
+    tokens = _pad_to_bucket(tokens, processor.tokenizer.pad_token_id, buckets)
+    tokens = {name: tf.ensure_shape(value, [size, None]) for name, value in tokens.items()}
+
+    problems = tf.where(image_bytes == "", NO_IMAGE, problems)
+    problems = tf.where((problems == FINE) & (texts == ""), NO_CAPTION, problems)
+    batch = {
+        "pixel_values": tf.ensure_shape(pixels, [size, *pixels.shape[1:]]),
+        **tokens,
+        "image_ids": _fingerprint(image_bytes),
+        "text_ids": _fingerprint(_spelled(tokens)),
+        "sample_weight": tf.cast(problems == FINE, tf.float32),
+    }
+    return batch, problems
+
+
+def _drawn(captions: tf.RaggedTensor, draw: tf.Tensor) -> tf.Tensor:
+    """Takes one caption of each row, string (m,); "" where there is none."""
+    lengths = captions.row_lengths()
+    place = tf.cast(draw * tf.cast(lengths, tf.float32), tf.int64)
+    values = tf.concat([captions.values, [""]], 0)  # so that the start of the last row is in it
+    return tf.where(lengths > 0, tf.gather(values, captions.row_starts() + place), "")
+
+
+def _pad_to_bucket(
+    tokens: dict[str, tf.Tensor], pad_token_id: int, buckets: Sequence[int]
+) -> dict[str, tf.Tensor]:
+    length = tf.shape(tokens["input_ids"])[1]
+    bucket = tf.reduce_min(tf.where(tf.constant(buckets) >= length, buckets, buckets[-1]))
+    filling = [[0, 0], [0, bucket - length]]
+    width = buckets[0] if len(buckets) == 1 else None
+    fills = {"input_ids": pad_token_id}  # of the others, 0
+    return {
+        name: tf.ensure_shape(
+            tf.pad(value, filling, constant_values=fills.get(name, 0)), [None, width]
+        )
+        for name, value in tokens.items()
+    }
+
+
+def _fingerprint(strings: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.strings.to_hash_bucket_fast(strings, ID_RANGE), tf.int32)
+
+
+def _spelled(tokens: dict[str, tf.Tensor]) -> tf.Tensor:
+    """Writes out the ids of each text, alike however far it is padded."""
+    ids = tf.strings.as_string(tokens["input_ids"])
+    ids = tf.where(tokens["attention_mask"] == 1, ids, "")
+    return tf.strings.strip(tf.strings.reduce_join(ids, axis=1, separator=" "))
+
+
+# --- what is left out -------------------------------------------------------------------------
+
+
+def _report(errors: "_Errors", keys: tf.Tensor, problems: tf.Tensor) -> tf.Operation:
+    """Tells of the rows that are no pairs; ends the dataset where they are too many."""
+    problems = problems[: tf.size(keys)]  # the rows that fill a last batch are no errors
+    bad = tf.where(problems != FINE)[:, 0]
+
+    def tell() -> tf.Tensor:
+        return tf.numpy_function(
+            errors, [tf.gather(keys, bad), tf.gather(problems, bad)], tf.string
+        )
+
+    message = tf.cond(tf.size(bad) > 0, tell, lambda: "")
+    return tf.debugging.Assert(message == "", [message])
+
+
+class _Errors:
+    """Counts the records that are left out, each once, and tells of them on stderr."""
+
+    def __init__(self, name: str, limit: int | None):
+        self.name, self.limit = name, limit
+        self.keys: set[bytes] = set()
+        self.lock = threading.Lock()
+
+    def __call__(self, keys: np.ndarray, problems: np.ndarray) -> str:
+        """Takes keys and problems (m,); returns a message where it is the limit, or ""."""
+        with self.lock:
+            for key, problem in zip(keys, problems, strict=True):
+                if key in self.keys:
+                    continue
+                self.keys.add(key)
+                count = len(self.keys)
+                found = f"{key.decode(errors='replace')}: {REASONS[problem]}"
+                if self.limit is not None and count > self.limit:
+                    left_out = f", {count} records left out" if self.limit else ""
+                    return f"{self.name}: {found}{left_out}; max_errors={self.limit}"
+                if count == 1:
+                    atexit.register(self.summarise)
+                # Each of the first ones, then each time they have doubled.
+                if count <= NAMED_ERRORS or count & (count - 1) == 0:
+                    self._say(f"left out {found} ({count} so far)")
+        return ""
+
+    def summarise(self) -> None:
+        self._say(f"records left out: {len(self.keys)}")
+
+    def _say(self, message: str) -> None:
+        print(f"{self.name}: {message}", file=sys.stderr, flush=True)
