@@ -8,6 +8,9 @@ from typing import Any
 
 RECIPE_NAME = "recipe.yaml"
 
+# Of each two, a recipe states one.
+ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))
+
 POSITIVE = "a number above 0"
 NATURAL = "a whole number of 0 or more"
 COUNT = "a whole number of 1 or more"
@@ -53,10 +56,14 @@ class Recipe:
     data: str | None = _setting(None, "pairs to train on: a file, a folder or a glob")
     validation_data: str | None = _setting(None, "pairs whose loss is watched")
     output: str | None = _setting(None, "the folder of the checkpoints and the trained model")
+    image_size: int | None = _setting(
+        None, "pixels of an image's side, in training and after (that of processor)", COUNT
+    )
 
     batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", COUNT)
     accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
     steps: int | None = _setting(None, "steps of the whole training", COUNT)
+    epochs: int | None = _setting(None, "the same, in passes over the data", COUNT)
     optimizer: str = _setting("lamb", "lamb or adamw", ("lamb", "adamw"))
     learning_rate: float = _setting(1e-3, "the rate after the warmup", POSITIVE)
     weight_decay: float = _setting(1e-5, "of kernels and embeddings", "a number of 0 or more")
@@ -70,7 +77,7 @@ class Recipe:
     clip_norm: float | None = _setting(None, "longest norm of all gradients together", POSITIVE)
     ema_momentum: float | None = _setting(None, "of a moving average of the weights", SHARE)
 
-    freeze: Any = _setting(
+    freeze: Any = _setting(  # noqa: RUF009
         None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
     )
     label_smoothing: float = _setting(0.1, "of the loss", SHARE)
@@ -85,9 +92,14 @@ class Recipe:
     tensorboard: bool = _setting(False, "write TensorBoard's logs too", bool)
 
     def __post_init__(self) -> None:
-        for key in ("data", "output", "steps"):
+        for key in ("data", "output"):
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: missing; the recipe has to state it")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "expected steps or epochs, and one of them; "
+                f"found steps={self.steps!r}, epochs={self.epochs!r}"
+            )
         if (self.model is None) == (self.preset is None):
             raise ValueError(
                 "expected model, a checkpoint to fine-tune, or preset, an architecture to train "
@@ -136,13 +148,15 @@ class Recipe:
         checkpoint.write_text(pathlib.Path(path), text)
 
 
-def read_recipe(path: str | os.PathLike | None = None, flags: dict[str, Any] | None = None) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike | None = None, flags: dict[str, Any] | None = None
+) -> Recipe:
     """Reads a recipe.
 
     Args:
         path: a YAML file of `Recipe`'s keys; relative paths in it are relative to the working
             directory. None reads the flags alone.
-        flags: settings that go before those of the file; a string is read as YAML reads it.
+        flags: settings that override those of the file; a string is read as YAML reads it.
 
     Returns:
         The recipe.
@@ -152,7 +166,11 @@ def read_recipe(path: str | os.PathLike | None = None, flags: dict[str, Any] | N
         ValueError: it is not valid YAML, or a key is unknown, missing or out of range.
     """
     values = {} if path is None else _read_yaml(pathlib.Path(path))
-    values.update({key: _parsed(key, value) for key, value in (flags or {}).items()})
+    flags = flags or {}
+    for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+        if one in flags and other not in flags:
+            values.pop(other, None)
+    values.update({key: _parsed(key, value) for key, value in flags.items()})
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:

@@ -52,7 +52,8 @@ def train(recipe: Recipe) -> pathlib.Path:
     """
     output = _claim(recipe)
     keras.utils.set_random_seed(recipe.seed)
-    processor = AlignProcessor.from_pretrained(recipe.processor or recipe.model)
+    processor = _make_processor(recipe)
+    recipe = _counted(recipe, processor)
     model = _make_model(recipe, processor)
     step = _resume(output, model)
     if step < recipe.steps:
@@ -80,6 +81,38 @@ def _claim(recipe: Recipe) -> pathlib.Path:
         raise ValueError(f"{output}: not empty and not of a training; expected another output")
     recipe.save(path)
     return output
+
+
+def _make_processor(recipe: Recipe) -> AlignProcessor:
+    processor = AlignProcessor.from_pretrained(recipe.processor or recipe.model)
+    if recipe.image_size is not None:
+        before = processor.image_processor
+        # What is resized keeps its margin around what is cropped, as 346 around 289.
+        share = recipe.image_size / before.crop_size["height"]
+        size = {side: round(pixels * share) for side, pixels in before.size.items()}
+        changed = {"size": size, "crop_size": recipe.image_size}
+        processor.image_processor = type(before).from_dict({**before.to_dict(), **changed})
+    return processor
+
+
+def _counted(recipe: Recipe, processor: AlignProcessor) -> Recipe:
+    """States a recipe's epochs in steps."""
+    if recipe.epochs is None:
+        return recipe
+    dataset = make_dataset(
+        recipe.data,
+        processor,
+        batch_size=recipe.batch_size,
+        training=True,
+        epochs=recipe.epochs,
+    )
+    steps = int(dataset.cardinality())
+    if steps < 0:
+        raise ValueError(
+            f"epochs={recipe.epochs}: {recipe.data} does not say how many pairs it holds; "
+            "expected steps"
+        )
+    return dataclasses.replace(recipe, steps=steps, epochs=None)
 
 
 def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
@@ -127,7 +160,7 @@ def _resume(output: pathlib.Path, model: AlignModel) -> int:
         return step
     if found:
         raise checkpoint.CheckpointError(
-            f"{output}: no checkpoint of it is whole; expected one, or an empty folder to start anew"
+            f"{output}: none of its checkpoints is whole; another output starts anew"
         )
     return 0
 
@@ -190,16 +223,14 @@ class Checkpoints(keras.callbacks.Callback):
                 f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
                 "lower learning_rate, a longer warmup or clip_norm may keep it finite"
             )
-        training_state.save(
-            self.output, self.step, self.model, self.processor, self.recipe.keep
-        )
+        training_state.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
         if ending:
             self.model.stop_training = True
 
 
 @contextlib.contextmanager
 def _signals(checkpoints: Checkpoints) -> Iterator[None]:
-    """Has SIGINT and SIGTERM end the training after a checkpoint; the second one ends it at once."""
+    """Has SIGINT and SIGTERM end the training after a checkpoint, and the second one at once."""
 
     def stop(number: int, frame: Any) -> None:
         if checkpoints.stopping:

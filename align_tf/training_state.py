@@ -94,7 +94,8 @@ def restore(folder: pathlib.Path, model: Any) -> int:
         raise checkpoint.CheckpointError(str(error)) from error
     variables = _variables(model)
     with safetensors.safe_open(path, framework="numpy") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        names = file.keys()
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         wanted = {name: tuple(variable.shape) for name, variable in variables.items()}
         if found != wanted:
             differing = sorted(set(found.items()) ^ set(wanted.items()))
