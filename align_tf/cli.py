@@ -19,6 +19,27 @@ EXIT_INTERRUPTED = 130
 
 BATCH_SIZE = 32  # images classified at a time
 
+EVALUATION_TASKS = ("retrieval", "zero-shot", "knn", "linear-probe")
+# option: the tasks it is for
+EVALUATION_OPTIONS = {
+    "labels": ("zero-shot",),
+    "templates": ("zero-shot",),
+    "train_data": ("knn", "linear-probe"),
+}
+# figure, column, how it is written
+FIGURES = (
+    ("r1", "R@1", "{:.1%}"),
+    ("r5", "R@5", "{:.1%}"),
+    ("r10", "R@10", "{:.1%}"),
+    ("median_rank", "median rank", "{:g}"),
+    ("mean_rank", "mean rank", "{:.1f}"),
+    ("top1", "top-1", "{:.1%}"),
+    ("top5", "top-5", "{:.1%}"),
+    ("mean_per_class", "mean per class", "{:.1%}"),
+    ("C", "C", "{:.3g}"),
+)
+SKIPPED_NAMED = 5  # of the images that are left out
+
 # Offered beside the names of the bundled pictures.
 QUICKSTART_DISTRACTORS = ("dog", "cup of coffee", "airplane", "house", "clock")
 
@@ -79,6 +100,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(classify)
     classify.add_argument("--json", action="store_true", help="print the results as JSON")
+
+    evaluate = command("evaluate", _evaluate, "retrieval, zero-shot, kNN or linear-probe figures")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--data",
+        required=True,
+        metavar="SOURCE",
+        help="images with captions (a .txt file beside each, one caption a line); but for "
+        "retrieval, a folder with a sub-folder of images for each class",
+    )
+    evaluate.add_argument("--task", choices=EVALUATION_TASKS, default=EVALUATION_TASKS[0])
+    evaluate.add_argument(
+        "--train-data",
+        metavar="SOURCE",
+        help="what kNN and the linear probe learn from (without it, four fifths of each class)",
+    )
+    evaluate.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="the classes of zero-shot (the sub-folders); or a file, one a line, "
+        "FOLDER<TAB>LABEL where the two differ",
+    )
+    evaluate.add_argument(
+        "--templates",
+        metavar="FILE",
+        help='wrap each label, one a line, such as "a photo of a {}."; '
+        "imagenet takes the 80 of CLIP",
+    )
+    evaluate.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
 
     export = command("export", _export, "write a SavedModel for TensorFlow Serving")
     _add_model(export)
@@ -237,6 +289,63 @@ def _train(arguments: Any) -> int:
 
     print(train(recipe))
     return 0
+
+
+# --- evaluate ------------------------------------------------------------------------------
+
+
+def _evaluate(arguments: Any) -> int:
+    for option, tasks in EVALUATION_OPTIONS.items():
+        if getattr(arguments, option) and arguments.task not in tasks:
+            raise ValueError(
+                f"--{option.replace('_', '-')}: of no use to --task {arguments.task}, "
+                f"but to {' and '.join(tasks)}"
+            )
+    output = arguments.output and pathlib.Path(arguments.output)
+    if output and output.is_dir():
+        raise ValueError(f"--output {output}: a folder, expected a file")
+    model, processor = _load(arguments.model)
+    from align_tf import evaluate_command
+    from align_tf.checkpoint import write_text
+
+    report = {
+        "task": arguments.task,
+        "model": arguments.model,
+        "data": arguments.data,
+        **evaluate_command.evaluate(model, processor, arguments),
+    }
+    if output:
+        write_text(output, json.dumps(report, indent=2) + "\n")
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print_figures(report)
+    _say_skipped(report["skipped"])
+    return 0
+
+
+def _print_figures(report: dict) -> None:
+    metrics = report["metrics"]
+    ways = {"_i2t": "image to text", "_t2i": "text to image"}
+    if report["task"] != "retrieval":
+        ways = {"": report["task"]}
+    shown = [row for row in FIGURES if any(row[0] + way in metrics for way in ways)]
+    rows = [
+        [name, *(form.format(metrics[figure + way]) for figure, _, form in shown)]
+        for way, name in ways.items()
+    ]
+    counts = [f"{value} {name}" for name, value in report.items() if isinstance(value, int)]
+    title = f"{report['model']} on {report['data']}: {', '.join(counts).replace('_', ' ')}"
+    _table(title, ["", *(title for _, title, _ in shown)], rows)
+
+
+def _say_skipped(skipped: dict[str, str]) -> None:
+    if not skipped:
+        return
+    named = [f"{key} ({reason})" for key, reason in list(skipped.items())[:SKIPPED_NAMED]]
+    more = f" and {len(skipped) - len(named)} more" if len(skipped) > len(named) else ""
+    images = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
+    _say(f"align-tf: warning: left out {images}: {', '.join(named)}{more}")
 
 
 # --- export and serve ----------------------------------------------------------------------

@@ -37,7 +37,7 @@ def test_help_loads_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    for command in ("quickstart", "classify", "export", "serve"):
+    for command in ("quickstart", "classify", "evaluate", "export", "serve"):
         assert command in shown.stdout
 
 
@@ -82,6 +82,10 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
         (["classify", "none.png", "--labels", "a"], "none.png: no such file"),
         (["classify", __file__, "--labels", "a", "--template", "a photo"], "--template"),
         (["classify", __file__, "--labels", "a", "--model", "nowhere"], "'nowhere'"),
+        (["evaluate", "--data", "./nowhere"], "./nowhere"),
+        (["evaluate", "--data", "x", "--task", "knn", "--labels", "a"], "--labels"),
+        (["evaluate", "--data", "x", "--train-data", "y"], "--train-data"),
+        (["evaluate", "--data", "x", "--output", "."], "--output ."),
         (["export", "--model", "./nowhere", "--output", "x"], "./nowhere"),
         (["serve"], "--model-config-file"),
         (["serve", "./nowhere"], "nowhere"),

@@ -78,8 +78,8 @@ def write_card(folder: pathlib.Path, model: AlignModel, figures: dict[str, dict]
 def _row(name: str, values: dict) -> str:
     count = values["images"]
     columns = [name, str(count), " / ".join(f"{100 * k / count:.1f}" for k in (1, 5, 10))]
-    for way in ("text_to_image", "image_to_text"):
-        columns.append(" / ".join(f"{100 * share:.1f}" for share in values[way].values()))
+    for way in ("t2i", "i2t"):
+        columns.append(" / ".join(f"{100 * values[f'r{k}_{way}']:.1f}" for k in (1, 5, 10)))
     return f"| {' | '.join(columns)} |"
 
 

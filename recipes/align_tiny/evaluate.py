@@ -11,7 +11,7 @@ from emoji import RENDERINGS, Concept, Split
 from PIL import Image
 
 from align_tf import AlignModel, AlignProcessor
-from align_tf.evaluation import retrieval_recall
+from align_tf.evaluation import retrieval_metrics
 
 BATCH = 64
 
@@ -66,10 +66,10 @@ def evaluate(
     """Measures retrieval within each set.
 
     Returns:
-        Set -> `images`, their number, and what `retrieval_recall` returns.
+        Set -> `images`, their number, and what `retrieval_metrics` returns.
     """
     figures = {}
     for name, pairs in evaluation_pairs(concepts, parts).items():
-        recall = retrieval_recall(*embed(model, processor, pairs))
-        figures[name] = {"images": len(pairs), **recall}
+        metrics = retrieval_metrics(*embed(model, processor, pairs))
+        figures[name] = {"images": len(pairs), **metrics}
     return figures

@@ -1,0 +1,127 @@
+"""Embedding batches with both towers, compiled once: batches in, NumPy arrays out."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from align_tf.model import AlignModel
+from align_tf.progress import track
+
+BATCH_SIZE = 64
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Embedder:
+    """A model's two towers, compiled on first use; they follow the model's weights.
+
+    Args:
+        model: the model; resizing its embeddings or pruning its heads asks for a new Embedder.
+    """
+
+    def __init__(self, model: AlignModel):
+        self._images = _compiled(
+            model, lambda x: ops.normalize(model.get_image_features(x), axis=-1)
+        )
+        self._texts = _compiled(model, lambda x: ops.normalize(model.get_text_features(x), axis=-1))
+
+    def images(self, pixel_values: Any) -> np.ndarray:
+        """Embeds images.
+
+        Args:
+            pixel_values: float32 (n, h, w, 3).
+
+        Returns:
+            (n, d), of unit length.
+        """
+        return ops.convert_to_numpy(self._images(_native(pixel_values)))
+
+    def texts(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            inputs: `input_ids`, and `attention_mask` and `token_type_ids` where there are, (m, t).
+
+        Returns:
+            (m, d), of unit length.
+        """
+        inputs = {name: _native(inputs[name]) for name in TEXT_INPUTS if name in inputs}
+        return ops.convert_to_numpy(self._texts(inputs))
+
+    def pairs(
+        self, dataset: Mapping[str, Any] | Iterable[Mapping[str, Any]], progress: bool = False
+    ) -> dict[str, np.ndarray]:
+        """Embeds a data set of pairs.
+
+        Args:
+            dataset: batches as `AlignModel.fit` takes them, or one dict of arrays. A row of
+                `sample_weight` 0 is left out. `image_ids` and `text_ids`, where they are missing,
+                number the rows.
+            progress: show it on stderr.
+
+        Returns:
+            `image_embeds` and `text_embeds` (p, d), `image_ids` and `text_ids` (p,); the rows of
+            a pair are the same in all of them.
+
+        Raises:
+            ValueError: the data set holds no pair.
+        """
+        parts, count = [], 0
+        for batch in track(_batches(dataset), "Embedding", show=progress):
+            part = self._pair_batch(batch, count)
+            count += len(part["image_ids"])
+            parts.append(part)
+        if not count:
+            raise ValueError("the data set holds no pair to embed")
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _pair_batch(self, batch: Mapping[str, Any], first_id: int) -> dict[str, np.ndarray]:
+        embeds = {
+            "image_embeds": self.images(batch["pixel_values"]),
+            "text_embeds": self.texts(batch),
+        }
+        size = len(embeds["image_embeds"])
+        kept = np.asarray(batch.get("sample_weight", np.ones(size))) != 0
+        part = {name: values[kept] for name, values in embeds.items()}
+        for name in ("image_ids", "text_ids"):
+            if name in batch:
+                part[name] = np.asarray(batch[name])[kept]
+            else:
+                part[name] = np.arange(first_id, first_id + kept.sum())
+        return part
+
+
+def in_batches(values: Any, size: int = BATCH_SIZE) -> list:
+    """Cuts a sequence or an array into pieces of `size` rows, the last one shorter."""
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _batches(dataset: Any) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    pieces = [in_batches(np.asarray(values)) for values in dataset.values()]
+    return [dict(zip(dataset, batch, strict=True)) for batch in zip(*pieces, strict=True)]
+
+
+def _native(value: Any) -> Any:
+    """Takes an array or a TensorFlow tensor to what Keras's backend takes."""
+    return value if keras.backend.backend() == "tensorflow" else np.asarray(value)
+
+
+def _compiled(model: AlignModel, function: Callable) -> Callable:
+    """Compiles a function of one input that calls the model."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, reduce_retracing=True, autograph=False)
+    import jax
+
+    @jax.jit
+    def run(values: list, inputs: Any) -> Any:
+        with keras.StatelessScope(list(zip(model.variables, values, strict=True))):
+            return function(inputs)
+
+    return lambda inputs: run([variable.value for variable in model.variables], inputs)

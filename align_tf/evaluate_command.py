@@ -1,0 +1,321 @@
+"""`align-tf evaluate`: a model and a folder in, figures out."""
+
+import collections
+import dataclasses
+import hashlib
+import importlib.resources
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from align_tf import data, evaluation, image_processing
+from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
+from align_tf.processor import AlignProcessor
+from align_tf.progress import track
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
+TEST_SHARE = 0.2  # of each class, where no training folder is given
+
+# key, bytes of the image file, captions or the name of the class
+Record = tuple[str, bytes, list[str]]
+
+
+@dataclasses.dataclass
+class Embedded:
+    """Images that could be decoded, each once."""
+
+    image_embeds: np.ndarray  # (n, d)
+    captions: list[list[str]]  # of each image
+    skipped: dict[str, str]  # key of an image that is left out -> why
+
+
+def evaluate(model: Any, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+    """Runs one task.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        options: what the command line holds: task, data, train_data, labels, templates.
+
+    Returns:
+        `images`, the number measured on, what else was counted, `skipped`, key -> why, and
+        `metrics`, by the names that `align_tf.evaluation` gives them.
+
+    Raises:
+        ValueError: the data does not suit the task.
+        FileNotFoundError: there is no such folder or file.
+    """
+    embedder = Embedder(model)
+    if options.task == "retrieval":
+        return _retrieval(embedder, processor, options)
+    if options.task == "zero-shot":
+        return _zero_shot(embedder, processor, options)
+    return _from_examples(embedder, processor, options)
+
+
+# --- the tasks -----------------------------------------------------------------------------
+
+
+def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+    images = _embed_images(embedder, processor, captioned_images(options.data), merge=True)
+    captions = sorted({caption for captions in images.captions for caption in captions})
+    rows = {caption: row for row, caption in enumerate(captions)}
+    pairs = [(i, rows[c]) for i, captions in enumerate(images.captions) for c in captions]
+    texts = _text_embedder(embedder, processor, progress=True)(captions)
+    metrics = evaluation.retrieval_metrics(
+        images.image_embeds, texts, np.array(pairs), progress=True
+    )
+    return {
+        "images": len(images.captions),
+        "texts": len(captions),
+        "skipped": images.skipped,
+        "metrics": metrics,
+    }
+
+
+def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+    folders = class_folders(options.data)
+    labels = class_labels(options.labels, list(folders))
+    templates = read_templates(options.templates)
+    embeds, classes, skipped = _embed_classes(embedder, processor, folders)
+    class_embeds = evaluation.class_embeddings(
+        list(labels.values()), templates, _text_embedder(embedder, processor), progress=True
+    )
+    rows = {name: row for row, name in enumerate(labels)}
+    metrics = evaluation.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
+    return {
+        "images": len(classes),
+        "classes": len(labels),
+        "templates": len(templates),
+        "skipped": skipped,
+        "metrics": metrics,
+    }
+
+
+def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+    """kNN and the linear probe: classes learned from training images."""
+    evaluation.require_sklearn()
+    folders = class_folders(options.data)
+    train_folders = class_folders(options.train_data) if options.train_data else None
+    embeds, labels, skipped = _embed_classes(embedder, processor, folders)
+    if train_folders:
+        train_embeds, train_labels, left_out = _embed_classes(embedder, processor, train_folders)
+        skipped = {**left_out, **skipped}
+    else:
+        test = evaluation.holdout(labels, TEST_SHARE)
+        train_embeds, train_labels = embeds[~test], labels[~test]
+        embeds, labels = embeds[test], labels[test]
+    sets = (train_embeds, train_labels, embeds, labels)
+    report = {
+        "images": len(labels),
+        "train_images": len(train_labels),
+        "classes": len(np.unique(train_labels)),
+        "skipped": skipped,
+    }
+    if options.task == "linear-probe":
+        return {**report, "metrics": evaluation.linear_probe_metrics(*sets, progress=True)}
+    report["neighbors"] = k = min(evaluation.NEIGHBORS, len(train_labels))
+    return {**report, "metrics": evaluation.knn_metrics(*sets, k=k, progress=True)}
+
+
+# --- reading -------------------------------------------------------------------------------
+
+
+def captioned_images(source: str) -> Iterator[Record]:
+    """Reads images with their captions, from what `align_tf.data.make_dataset` takes."""
+    try:
+        for record in data.records(source).as_numpy_iterator():
+            captions = [caption.decode(errors="replace") for caption in record["captions"]]
+            yield record["key"].decode(errors="replace"), record["image_bytes"], captions
+    except tf.errors.OpError as error:
+        raise ValueError(f"{source}: {error.message}") from error
+
+
+def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
+    """Lists a folder that has one sub-folder a class: name of the sub-folder -> image files."""
+    folder = _folder(source)
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not names:
+        raise ValueError(f"{source}: no sub-folders; expected one for each class, with its images")
+    files = {name: _image_files(folder / name) for name in names}
+    for name, found in files.items():
+        if not found:
+            raise ValueError(f"{folder / name}: no images; expected {', '.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, str]:
+    """Says which classes there are and what they are called.
+
+    Args:
+        labels: the labels; or a file alone, one a line, `folder<TAB>label` where they differ;
+            None takes the names of the sub-folders, `_` read as a space.
+        folders: the names of the sub-folders.
+
+    Returns:
+        Class -> label; a class need not have a folder.
+
+    Raises:
+        ValueError: a folder is of no class, or a class or label comes twice.
+    """
+    if labels is None:
+        return {name: name.replace("_", " ") for name in folders}
+    if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
+        labels = _lines(labels[0])
+    classes = {}
+    for line in labels:
+        name, tab, label = line.partition("\t")
+        if not tab:
+            label, name = line, line if line in folders else line.replace(" ", "_")
+        if name in classes:
+            raise ValueError(f"--labels: class {name!r} comes twice")
+        classes[name] = label
+    unknown = [name for name in folders if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"unknown class {unknown[0]!r}: the folder is not among the labels, nor are "
+            f"{len(unknown) - 1} others of {len(folders)}"
+        )
+    return classes
+
+
+def read_templates(name: str | None) -> list[str]:
+    """Reads the templates of a file, one a line; `imagenet` are CLIP's 80, None is the label."""
+    if name is None:
+        return ["{}"]
+    if name == "imagenet":
+        file = importlib.resources.files("align_tf") / "imagenet_templates.txt"
+        return [line for line in _lines(file) if not line.startswith("#")]
+    templates = [line for line in _lines(name) if not line.startswith("#")]
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"{name}: template {template!r}: expected a {{}} for the label")
+    return templates
+
+
+def _lines(file: Any) -> list[str]:
+    """Reads the lines that are not blank; a name without a path is one in this folder."""
+    path = pathlib.Path(file) if isinstance(file, str) else file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    lines = [line.strip(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path}: empty, expected one a line")
+    return lines
+
+
+def _folder(source: str) -> pathlib.Path:
+    folder = pathlib.Path(source).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
+    return folder
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+# --- embedding -----------------------------------------------------------------------------
+
+
+def _embed_classes(
+    embedder: Embedder, processor: AlignProcessor, folders: dict[str, list[pathlib.Path]]
+) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """Embeds the images of class folders: (n, d), their classes (n,), and what is skipped."""
+    files = [(name, file) for name, found in folders.items() for file in found]
+    records = ((str(file), file.read_bytes(), [name]) for name, file in files)
+    images = _embed_images(embedder, processor, records, total=len(files))
+    return images.image_embeds, np.concatenate(images.captions), images.skipped
+
+
+def _embed_images(
+    embedder: Embedder,
+    processor: AlignProcessor,
+    records: Iterable[Record],
+    *,
+    total: int | None = None,
+    merge: bool = False,
+) -> Embedded:
+    """Embeds the images of records.
+
+    Args:
+        embedder: of the model.
+        processor: of the model.
+        records: what to read.
+        total: how many there are, for the progress; None is unknown.
+        merge: records whose image files hold the same bytes are one image with the captions of
+            all of them.
+    """
+    keys, captions, skipped, seen = [], [], {}, {}
+
+    def contents() -> Iterator[bytes]:
+        for key, content, texts in records:
+            same = hashlib.blake2b(content).digest() if merge else key
+            if same in seen:
+                captions[seen[same]].extend(texts)
+            elif texts:
+                seen[same] = len(keys)
+                keys.append(key)
+                captions.append(list(texts))
+                yield content
+            else:
+                skipped[key] = data.REASONS[data.NO_CAPTION]
+
+    def decode(batch: list[bytes]) -> tuple[tf.Tensor, np.ndarray]:
+        pixel_values, problems, _ = processor.image_processor.try_pixel_values_of(batch)
+        absent = np.array([not content for content in batch])
+        return pixel_values, np.where(absent, data.NO_IMAGE, problems)
+
+    embeds, problems = [], []
+    batches = None if total is None else -(-total // BATCH_SIZE)
+    decoded = _ahead(decode, _batched(contents()))
+    for pixel_values, problem in track(decoded, "Embedding images", batches):
+        embeds.append(embedder.images(pixel_values))
+        problems.append(problem)
+    if not keys:
+        raise ValueError(f"no captions: none of {len(skipped)} images has one")
+    problems = np.concatenate(problems)
+    fine = problems == image_processing.FINE
+    skipped.update((keys[row], data.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
+    if not fine.any():
+        raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}")
+    captions = [captions[row] for row in np.flatnonzero(fine)]
+    return Embedded(np.concatenate(embeds)[fine], captions, skipped)
+
+
+def _text_embedder(
+    embedder: Embedder, processor: AlignProcessor, progress: bool = False
+) -> Callable[[list[str]], np.ndarray]:
+    def embed(texts: list[str]) -> np.ndarray:
+        order = np.argsort([len(text) for text in texts])  # texts of a batch need little padding
+        embeds = [
+            embedder.texts(processor.tokenizer([texts[i] for i in rows], padding="longest"))
+            for rows in track(in_batches(order), "Embedding texts", show=progress)
+        ]
+        return np.concatenate(embeds)[np.argsort(order)]
+
+    return embed
+
+
+def _batched(items: Iterable) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, BATCH_SIZE)):
+        yield batch
+
+
+def _ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yields function(item) of each item, the next one being worked on meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

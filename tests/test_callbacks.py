@@ -1,0 +1,132 @@
+"""Figures in the logs while a model trains, and what Keras's callbacks do with them."""
+
+import keras
+import numpy as np
+import pytest
+
+from align_tf import AlignModel
+from align_tf.callbacks import RetrievalEvaluation, ZeroShotEvaluation
+from align_tf.embedding import Embedder
+from align_tf.evaluation import retrieval_metrics
+from align_tf.tokenization import AlignTokenizer
+
+RETRIEVAL = {
+    f"val_{name}_{way}"
+    for name in ("r1", "r5", "r10", "median_rank", "mean_rank")
+    for way in ("i2t", "t2i")
+}
+
+
+@pytest.fixture
+def model(tiny_config):
+    keras.utils.set_random_seed(0)
+    model = AlignModel(tiny_config)
+    model.freeze()  # the projection and the temperature train: enough to move the figures
+    model.compile(optimizer=keras.optimizers.Adam(0.1), jit_compile=False)
+    return model
+
+
+def fit(model, pairs, *callbacks, steps=5, **options):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensors(pairs).repeat(steps)
+    return model.fit(
+        dataset, callbacks=list(callbacks), shuffle=False, verbose=0, **options
+    ).history
+
+
+class Values(keras.callbacks.Callback):
+    """Keeps what the logs say of one figure after each batch."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.values = name, []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append((batch, logs.get(self.name)))
+
+
+def test_retrieval_of_each_epoch_is_in_the_history(model, pairs):
+    history = fit(model, pairs, RetrievalEvaluation(pairs), epochs=3)
+    assert set(history) >= RETRIEVAL
+    assert all(len(history[name]) == 3 for name in RETRIEVAL)
+    embeds = Embedder(model).pairs(pairs)
+    last = retrieval_metrics(embeds["image_embeds"], embeds["text_embeds"])
+    for name, value in last.items():
+        assert history[f"val_{name}"][-1] == pytest.approx(value)
+    assert len(set(history["val_mean_rank_i2t"])) > 1  # it follows the weights
+
+
+def test_rows_of_one_image_are_one_image(model, pairs):
+    ids = {"image_ids": np.array([0, 0, 0, 0]), "text_ids": np.arange(4)}
+    history = fit(model, pairs, RetrievalEvaluation({**pairs, **ids}), epochs=1)
+    assert history["val_r1_i2t"] == history["val_r1_t2i"] == [1.0]  # all answers are right
+
+
+def test_early_stopping_checkpoints_and_tensorboard_see_the_figures(model, pairs, tmp_path):
+    best = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras", "val_mean_rank_i2t", mode="min", save_best_only=True
+    )
+    # Recall cannot grow beyond all of it: 10 are more than the 4 there are.
+    stop = keras.callbacks.EarlyStopping("val_r10_i2t", mode="max", patience=2)
+    board = keras.callbacks.TensorBoard(tmp_path)
+    history = fit(model, pairs, RetrievalEvaluation(pairs), best, stop, board, epochs=9)
+    assert len(history["loss"]) == 3
+    assert best.best == min(history["val_mean_rank_i2t"])
+    assert (tmp_path / "best.keras").is_file()
+    (events,) = (tmp_path / "validation").iterdir()
+    assert b"epoch_r1_i2t" in events.read_bytes()
+
+
+def test_every_few_steps(model, pairs):
+    seen = Values("val_r10_i2t")
+    callback = RetrievalEvaluation(pairs, every_steps=3)
+    history = fit(model, pairs, callback, seen, epochs=2)
+    measured = [step for step, (_, value) in enumerate(seen.values, 1) if value is not None]
+    assert measured == [3, 6, 9]
+    assert history["val_r10_i2t"] == [1.0, 1.0]  # the last figure is there at the epoch's end
+
+
+def test_every_few_steps_when_a_batch_stands_for_several(model, pairs):
+    model.compile(optimizer="sgd", steps_per_execution=2, jit_compile=False)
+    seen = Values("val_r10_i2t")
+    fit(model, pairs, RetrievalEvaluation(pairs, every_steps=3), seen, steps=4, epochs=1)
+    # Executed are steps 0-1 and 2-3: the third is done with the second execution.
+    assert [batch for batch, value in seen.values if value is not None] == [3]
+
+
+def test_steps_are_counted_from_those_done_before(model, pairs):
+    fit(model, pairs, epochs=1)  # five steps
+    seen = Values("val_r10_i2t")
+    fit(model, pairs, RetrievalEvaluation(pairs, every_steps=4), seen, epochs=1)
+    assert [batch for batch, value in seen.values if value is not None] == [2]  # the eighth step
+
+
+def test_zero_shot(model, pairs):
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "cat",
+        "dog",
+        "photo",
+        *map(str, range(9)),
+    ]
+    callback = ZeroShotEvaluation(
+        pairs["pixel_values"],
+        [0, 1, 1, 0],
+        ["cat", "dog"],
+        AlignTokenizer(vocab, model_max_length=16),
+        templates=["{}", "photo {}"],
+    )
+    history = fit(model, pairs, callback, epochs=2)
+    assert history["val_top5"] == [1.0, 1.0]
+    assert all(value in (0.0, 0.25, 0.5, 0.75, 1.0) for value in history["val_top1"])
+    assert len(history["val_mean_per_class"]) == 2
+
+
+def test_every_steps_is_checked(pairs):
+    with pytest.raises(ValueError, match="every_steps=0: expected 1 or more, or None"):
+        RetrievalEvaluation(pairs, every_steps=0)

@@ -1,0 +1,200 @@
+"""`align-tf evaluate` on align-tiny and its example pictures."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from align_tf import AlignModel, AlignProcessor, cli, evaluate_command
+from align_tf.checkpoint import BUNDLED
+from align_tf.evaluate_command import class_folders, class_labels, read_templates
+
+EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+BROKEN = EXAMPLES[0].read_bytes()[:200]
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    """Runs a task without loading align-tiny anew."""
+    model, processor = (c.from_pretrained("align-tiny") for c in (AlignModel, AlignProcessor))
+
+    def run(task, data, train_data=None, labels=None, templates=None):
+        options = argparse.Namespace(
+            task=task, data=str(data), train_data=train_data, labels=labels, templates=templates
+        )
+        return evaluate_command.evaluate(model, processor, options)
+
+    return run
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """The examples, each with its name as caption."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for path in EXAMPLES:
+        shutil.copy(path, folder)
+        (folder / f"{path.stem}.txt").write_text(path.stem.replace("_", " "))
+    return folder
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """A folder for each example, with six turns of it."""
+    folder = tmp_path / "classes"
+    for path in EXAMPLES:
+        (folder / path.stem).mkdir(parents=True)
+        with Image.open(path) as image:
+            for angle in range(0, 30, 5):
+                turned = image.convert("RGB").rotate(angle, fillcolor="white")
+                turned.save(folder / path.stem / f"{angle}.png")
+    return folder
+
+
+def test_retrieval(evaluate, pairs):
+    (pairs / "broken.png").write_bytes(BROKEN)
+    (pairs / "broken.txt").write_text("a broken picture")
+    Image.new("RGB", (50, 60), "red").save(pairs / "silent.png")
+    # The same picture once more, with a second caption: one image with two captions.
+    shutil.copy(EXAMPLES[1], pairs / "again.png")
+    (pairs / "again.txt").write_text("something else")
+    report = evaluate("retrieval", pairs)
+    assert (report["images"], report["texts"]) == (6, 7)
+    assert {key.split("/")[-1].split(".")[0] for key in report["skipped"]} == {"broken", "silent"}
+    metrics = report["metrics"]
+    assert metrics["r1_i2t"] == 1.0  # its own name is nearest to each
+    assert 6 / 7 <= metrics["r1_t2i"] <= 1.0  # but "something else" may be anything
+    assert metrics["median_rank_t2i"] == 1.0
+
+
+def test_zero_shot(evaluate, classes, tmp_path):
+    (classes / "star" / "bad.jpg").write_bytes(b"no picture")
+    report = evaluate("zero-shot", classes)
+    assert (report["images"], report["classes"], report["templates"]) == (36, 6, 1)
+    assert report["metrics"]["top1"] >= 0.9
+    assert [os.path.basename(key) for key in report["skipped"]] == ["bad.jpg"]
+    # Labels that are exchanged are wrong for the two.
+    names = [path.stem for path in EXAMPLES]
+    exchanged = tmp_path / "labels.txt"
+    spoken = dict(zip(names, [names[1], names[0], *names[2:]], strict=True))
+    exchanged.write_text("".join(f"{k}\t{v.replace('_', ' ')}\n" for k, v in spoken.items()))
+    report = evaluate("zero-shot", classes, labels=[str(exchanged)], templates="imagenet")
+    assert report["templates"] == 80
+    assert 0.5 <= report["metrics"]["top1"] <= 4 / 6
+
+
+@pytest.mark.parametrize("task", ["knn", "linear-probe"])
+def test_learning_from_examples(evaluate, classes, task):
+    report = evaluate(task, classes)
+    assert (report["images"], report["train_images"], report["classes"]) == (6, 30, 6)
+    assert report["metrics"]["top1"] == 1.0
+    report = evaluate(task, classes, train_data=str(classes))
+    assert (report["images"], report["train_images"]) == (36, 36)
+
+
+def test_nothing_to_measure_is_an_error(evaluate, pairs, tmp_path):
+    for text in pairs.glob("*.txt"):
+        text.unlink()
+    with pytest.raises(ValueError, match="caption"):
+        evaluate("retrieval", pairs)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        evaluate("retrieval", tmp_path / "empty")
+    only = tmp_path / "only" / "cat"
+    only.mkdir(parents=True)
+    (only / "0.png").write_bytes(BROKEN)
+    with pytest.raises(ValueError, match=r"none of 1 images can be decoded, such as .*0\.png"):
+        evaluate("zero-shot", tmp_path / "only")
+
+
+def test_class_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        class_folders(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no sub-folders; expected one for each class"):
+        class_folders(str(tmp_path))
+    for name in ("dog/puppies", "cat"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "dog" / "puppies" / "a.JPG").touch()
+    (tmp_path / "dog" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"cat: no images; expected \.jpg"):
+        class_folders(str(tmp_path))
+    (tmp_path / "cat" / "b.png").touch()
+    found = {name: [file.name for file in files] for name, files in class_folders(tmp_path).items()}
+    assert found == {"cat": ["b.png"], "dog": ["a.JPG"]}
+
+
+def test_class_labels(tmp_path):
+    folders = ["cat", "police_car"]
+    assert class_labels(None, folders) == {"cat": "cat", "police_car": "police car"}
+    more = class_labels(["police car", "cat", "dog"], folders)
+    assert more == {"police_car": "police car", "cat": "cat", "dog": "dog"}
+    file = tmp_path / "labels.txt"
+    file.write_text("cat\ta small cat\n\npolice_car\n")
+    named = {"cat": "a small cat", "police_car": "police_car"}
+    assert class_labels([str(file)], folders) == named
+    with pytest.raises(ValueError, match="unknown class 'police_car'"):
+        class_labels(["cat", "dog"], folders)
+    with pytest.raises(ValueError, match="class 'cat' comes twice"):
+        class_labels(["cat", "cat"], folders)
+
+
+def test_templates(tmp_path):
+    assert read_templates(None) == ["{}"]
+    templates = read_templates("imagenet")
+    assert len(set(templates)) == len(templates) == 80
+    assert templates[0] == "a bad photo of a {}."
+    assert templates[1] == "a photo of many {}."
+    assert templates[44] == "a origami {}."
+    assert templates[79] == "a tattoo of the {}."
+    assert all(template.count("{}") == 1 for template in templates)
+    file = tmp_path / "templates.txt"
+    file.write_text("# mine\na {}\nno place\n")
+    with pytest.raises(ValueError, match=r"templates\.txt: template 'no place': expected a {}"):
+        read_templates(str(file))
+    file.write_text("\n")
+    with pytest.raises(ValueError, match=r"templates\.txt: empty"):
+        read_templates(str(file))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_templates(str(tmp_path / "none.txt"))
+
+
+def test_the_command_prints_a_table_and_writes_json(capsys, classes, tmp_path):
+    output = tmp_path / "new" / "figures.json"
+    (classes / "star" / "bad.jpg").write_bytes(b"no picture")
+    arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes), "--output", str(output)]
+    assert cli.main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "top-1" in captured.out and "100.0%" in captured.out
+    assert "left out 1 image" in captured.err and "bad.jpg" in captured.err
+    report = json.loads(output.read_text())
+    assert (report["task"], report["model"], report["images"]) == ("zero-shot", "align-tiny", 36)
+    assert [path.name for path in output.parent.iterdir()] == ["figures.json"]
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_interrupted_it_writes_nothing(classes, tmp_path):
+    output = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "align_tf.cli", "evaluate", "--task", "zero-shot"]
+    process = subprocess.Popen(
+        [*command, "--data", str(classes), "--output", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "Loading" in process.stderr.readline()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.strip().splitlines()[-1] == "align-tf: stopped"
+    assert not output.exists()
