@@ -62,6 +62,7 @@ class Recipe:
 
     batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", COUNT)
     accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
+    remat: bool = _setting(False, "compute activations again for the gradient, to save more", bool)
     steps: int | None = _setting(None, "steps of the whole training", COUNT)
     epochs: int | None = _setting(None, "the same, in passes over the data", COUNT)
     optimizer: str = _setting("lamb", "lamb or adamw", ("lamb", "adamw"))
@@ -80,7 +81,16 @@ class Recipe:
     freeze: Any = _setting(  # noqa: RUF009
         None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
     )
-    label_smoothing: float = _setting(0.1, "of the loss", SHARE)
+    batch_norm: str | None = _setting(
+        None, "frozen or trained (frozen with model, trained with preset)", ("frozen", "trained")
+    )
+    loss: str = _setting(
+        "softmax", "softmax, or sigmoid with a learned bias", ("softmax", "sigmoid")
+    )
+    loss_reduction: str = _setting(
+        "mean", "of the two directions: mean, or sum as the original", ("mean", "sum")
+    )
+    label_smoothing: float = _setting(0.1, "of the softmax loss", SHARE)
     dtype: str = _setting(
         "float32", "of the computation", ("float32", "mixed_bfloat16", "mixed_float16")
     )

@@ -16,6 +16,7 @@ import keras
 from keras import ops
 
 from align_tf import checkpoint, training_state
+from align_tf.callbacks import RetrievalEvaluation
 from align_tf.configuration import AlignConfig
 from align_tf.data import make_dataset
 from align_tf.model import AlignModel
@@ -125,6 +126,13 @@ def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
         config = dataclasses.replace(config, text_config=text_config)
         model = AlignModel(config, dtype=recipe.dtype)
     model.label_smoothing = recipe.label_smoothing
+    model.loss_reduction = recipe.loss_reduction
+    if recipe.loss == "sigmoid":
+        model.use_sigmoid_loss(recipe.batch_size)
+    if recipe.batch_norm == "frozen":
+        model.freeze_batch_norm()
+    elif recipe.batch_norm == "trained":
+        model.unfreeze_batch_norm()
     for tower, blocks in recipe.frozen().items():
         model.freeze(tower, blocks)
     optimizer = make_optimizer(
@@ -141,7 +149,7 @@ def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
         clip_norm=recipe.clip_norm,
         ema_momentum=recipe.ema_momentum,
     )
-    model.compile(optimizer=optimizer)
+    model.compile(optimizer=optimizer, accumulation=recipe.accumulation, remat=recipe.remat)
     model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
     return model
 
@@ -176,9 +184,10 @@ def _fit(
         seed=recipe.seed,
         start_step=step,
     )
-    validation = None
+    validation, evaluations = None, []
     if recipe.validation_data is not None:
         validation = make_dataset(recipe.validation_data, processor, batch_size=recipe.batch_size)
+        evaluations = [RetrievalEvaluation(validation)]
     checkpoints = Checkpoints(recipe, processor, output, step)
     with _signals(checkpoints):
         model.fit(
@@ -187,7 +196,8 @@ def _fit(
             epochs=math.ceil((recipe.steps - step) / recipe.save_every),
             steps_per_epoch=recipe.save_every,
             validation_data=validation,
-            callbacks=[Log(recipe, output, step), checkpoints],
+            # The log reads what the evaluations have found.
+            callbacks=[*evaluations, Log(recipe, output, step), checkpoints],
             shuffle=False,  # the dataset is
             verbose=0,
         )

@@ -67,42 +67,32 @@ def place(tmp_path_factory, tiny_config):
     return folder
 
 
-@pytest.fixture
-def settings(place, tmp_path):
-    """Dropout, drop-connect and a moving average are at work, and BatchNorm's statistics."""
+def settings_of(place, output):
+    """Dropout, drop-connect, BatchNorm's statistics and a moving average are at work."""
     return {
         "model": str(place / "tiny"),
         "data": str(place / "pairs"),
-        "output": str(tmp_path / "out"),
+        "output": str(output),
         "batch_size": 8,
         "steps": STEPS,
         "learning_rate": 0.01,
         "warmup_steps": 3,
         "ema_momentum": 0.5,
+        "batch_norm": "trained",
         "save_every": 6,
         "log_every": 5,
     }
 
 
+@pytest.fixture
+def settings(place, tmp_path):
+    return settings_of(place, tmp_path / "out")
+
+
 @pytest.fixture(scope="module")
 def unbroken(place):
     """The folder of a training that ran through."""
-    output = place / "unbroken"
-    train(
-        Recipe(
-            model=str(place / "tiny"),
-            data=str(place / "pairs"),
-            output=str(output),
-            batch_size=8,
-            steps=STEPS,
-            learning_rate=0.01,
-            warmup_steps=3,
-            ema_momentum=0.5,
-            save_every=6,
-            log_every=5,
-        )
-    )
-    return output
+    return train(Recipe(**settings_of(place, place / "unbroken")))
 
 
 def assert_same_end(output, unbroken):
@@ -272,13 +262,18 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     settings |= {"preset": "mine", "processor": str(place / "tiny"), "epochs": 2, "seed": 5}
     settings |= {"validation_data": settings["data"], "tensorboard": True, "log_every": 2}
     settings |= {"image_size": 12, "freeze": {"text": [0], "vision": [0, 1]}}
+    settings |= {"loss": "sigmoid", "accumulation": 2}
+    del settings["batch_norm"]
     output = train(Recipe(**settings))
 
     err = capsys.readouterr().err
     assert "step 6/6  loss " in err  # 24 pairs twice, 8 at a time
     assert "step 6/6  val_loss " in err
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_loss", "val_r1_i2t"} <= lines[-1].keys()
     model = AlignModel.from_pretrained(output)
     assert model.config.text_config.vocab_size == len(WORDS)
+    assert float(model.logit_bias) == pytest.approx(-np.log(7), abs=0.1)
     processor = AlignProcessor.from_pretrained(output).image_processor
     assert (processor.size, processor.crop_size) == (
         {"height": 15, "width": 15},
