@@ -52,7 +52,7 @@ class _Parts:
         if not isinstance(self.missing, int) or self.missing:
             value = ops.pad(value, [(0, self.missing)] + [(0, 0)] * (len(value.shape) - 1))
         # Row i * count + k is row i of part k.
-        return ops.reshape(value, (-1, self.count, *value.shape[1:]))
+        return ops.reshape(value, (-1, self.count, *ops.shape(value)[1:]))
 
     def start(self) -> list:
         """The values of what a forward pass moves, before the first part."""
