@@ -84,7 +84,7 @@ JOINT_TABLE = (
     *((f"vision_model.{hf}", f"vision_model/{keras}", rows) for hf, keras, rows in VISION_TABLE),
     ("text_projection", "text_projection", _DENSE),
     ("image_projection", "image_projection", _DENSE),
-    ("", "", (("temperature", "temperature", "same"),)),
+    ("", "", (("temperature", "temperature", "same"), ("logit_bias", "logit_bias", "same"))),
 )
 
 # Tensors that a checkpoint may hold and the model has no use for.
@@ -94,8 +94,9 @@ UNUSED = (
     r"\.num_batches_tracked$",  # PyTorch's count of BatchNorm updates
 )
 # The same for a tower taken out of a larger checkpoint.
-UNUSED_BY_TEXT_TOWER = (r"^vision_model\.", r"^(text|image)_projection\.", r"^temperature$")
-UNUSED_BY_VISION_TOWER = (r"^text_model\.", r"^(text|image)_projection\.", r"^temperature$")
+_UNUSED_BY_TOWERS = (r"^(text|image)_projection\.", r"^(temperature|logit_bias)$")
+UNUSED_BY_TEXT_TOWER = (r"^vision_model\.", *_UNUSED_BY_TOWERS)
+UNUSED_BY_VISION_TOWER = (r"^text_model\.", *_UNUSED_BY_TOWERS)
 UNUSED_OF_BERT = (r"^cls\.", r"^classifier\.", r"^qa_outputs\.")
 UNUSED_OF_EFFICIENTNET = (r"^encoder\.top_(conv|bn)\.", r"^classifier\.")
 

@@ -1,6 +1,7 @@
 """The command `align-tf`."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,6 +9,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from align_tf.recipe import Recipe, read_recipe
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
 
@@ -175,6 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--json", action="store_true", help="print the summary as JSON")
 
+    train = command("train", _train, "train by a recipe, or go on with a training")
+    train.add_argument("recipe", nargs="?", metavar="RECIPE", help="a YAML file of the settings")
+    for field in dataclasses.fields(Recipe):
+        flag = f"--{field.name.replace('_', '-')}"
+        train.add_argument(flag, metavar="VALUE", help=_setting_help(field))
+
     serve = command("serve", _serve, "serve SavedModels over gRPC and REST, on one machine")
     serve.add_argument("directory", nargs="?", metavar="DIR", help="a SavedModel folder")
     serve.add_argument("--model-name", default="align")
@@ -303,6 +312,25 @@ def _print_probabilities(results: list[dict]) -> None:
         lines = "\n".join(f"{prob:6.1%}  {label}" for label, prob in ranked[:5])
         rows.append([result["image"], lines])
     _table("Zero-shot classification", ["image", "probability and label"], rows)
+
+
+# --- train ---------------------------------------------------------------------------------
+
+
+def _setting_help(field: dataclasses.Field) -> str:
+    default = "" if field.default is None else f" ({field.default})"
+    return field.metadata["help"] + default
+
+
+def _train(arguments: Any) -> int:
+    flags = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)}
+    given = {key: value for key, value in flags.items() if value is not None}
+    recipe = read_recipe(arguments.recipe, given)
+    _import_tensorflow()
+    from align_tf.training import train
+
+    print(train(recipe))
+    return 0
 
 
 # --- evaluate ------------------------------------------------------------------------------

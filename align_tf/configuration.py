@@ -240,11 +240,13 @@ class AlignTextConfig(_ConfigFile):
 class AlignVisionConfig(_ConfigFile):
     """Configuration of the image tower, an EfficientNet.
 
-    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`, and one more:
-    `first_block_residual` gives the first block of a stage a residual too where its stride is 1
-    and its channels stay as many, as the original implementation does. It makes no difference to
-    EfficientNet-B0 to B7, only to much narrower towers. The lists hold one value for each stage,
-    before scaling by width and depth. `extra` holds the keys this package does not know.
+    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`, and two more:
+    `freeze_batch_norm` says whether BatchNorm trains; None leaves it to train in a new model and
+    not in one from a checkpoint. `first_block_residual` gives the first block of a stage a
+    residual too where its stride is 1 and its channels stay as many, as the original
+    implementation does. It makes no difference to EfficientNet-B0 to B7, only to much narrower
+    towers. The lists hold one value for each stage, before scaling by width and depth. `extra`
+    holds the keys this package does not know.
     """
 
     model_type: ClassVar[str] = "align_vision_model"
@@ -276,6 +278,7 @@ class AlignVisionConfig(_ConfigFile):
     batch_norm_momentum: float = 0.99
     drop_connect_rate: float = 0.2
     first_block_residual: bool = False
+    freeze_batch_norm: bool | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -283,6 +286,8 @@ class AlignVisionConfig(_ConfigFile):
             setattr(self, key, list(getattr(self, key)))
         _require_positive_integers(self, ("num_channels", "depth_divisor", "hidden_dim"))
         _require_rates(self, ("drop_connect_rate",))
+        valid = self.freeze_batch_norm in (None, True, False)
+        _require(valid, "freeze_batch_norm", self.freeze_batch_norm, "true, false or nothing")
         _require_activation(self.hidden_act, VISION_ACTIVATIONS)
         _require(
             self.pooling_type in POOLING_TYPES,
@@ -357,6 +362,8 @@ class AlignVisionConfig(_ConfigFile):
         values["hidden_act"] = _jsonable_activation(self.hidden_act)
         if not self.first_block_residual:
             del values["first_block_residual"]
+        if self.freeze_batch_norm is None:
+            del values["freeze_batch_norm"]
         return values
 
 
@@ -364,7 +371,7 @@ class AlignVisionConfig(_ConfigFile):
 class AlignConfig(_ConfigFile):
     """Configuration of the joint model.
 
-    Arguments and defaults are those of Hugging Face's `AlignConfig`, and one more.
+    Arguments and defaults are those of Hugging Face's `AlignConfig`, and two more.
 
     Args:
         text_config: configuration of the text tower, or its dict.
@@ -374,6 +381,8 @@ class AlignConfig(_ConfigFile):
         initializer_range: standard deviation of the initializers.
         image_projection: ends the image tower in a dense layer of `projection_dim`, as the
             original implementation does for towers other than B7. Hugging Face has none.
+        logit_bias_init_value: initial value of the learned bias of the logits, which goes with
+            the pairwise sigmoid loss; None for the contrastive loss. Hugging Face has none.
         extra: the keys this package does not know.
     """
 
@@ -385,6 +394,7 @@ class AlignConfig(_ConfigFile):
     temperature_init_value: float = 1.0
     initializer_range: float = 0.02
     image_projection: bool = False
+    logit_bias_init_value: float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -394,6 +404,13 @@ class AlignConfig(_ConfigFile):
             self.vision_config = AlignVisionConfig.from_dict(self.vision_config or {})
         _require_positive_integers(self, ("projection_dim",))
         _require_positive_numbers(self, ("temperature_init_value",))
+        bias = self.logit_bias_init_value
+        _require(
+            bias is None or (isinstance(bias, (int, float)) and math.isfinite(bias)),
+            "logit_bias_init_value",
+            bias,
+            "a number, or nothing for the contrastive loss",
+        )
         _require(
             self.image_projection or self.projection_dim == self.vision_config.embed_dim,
             "projection_dim",
@@ -443,6 +460,8 @@ class AlignConfig(_ConfigFile):
         values["vision_config"] = self.vision_config.to_dict()
         if not self.image_projection:
             del values["image_projection"]
+        if self.logit_bias_init_value is None:
+            del values["logit_bias_init_value"]
         return values
 
 

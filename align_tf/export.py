@@ -110,6 +110,8 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         cosines = tf.matmul(image_embeds, embed_text(unique), transpose_b=True)  # (n, unique)
         own = tf.reshape(index, tf.shape(labels))
         logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
+        if model.has_logit_bias:
+            logits += model.logit_bias.value
         empty = tf.equal(labels, "")
         logits = tf.where(empty, EMPTY_LABEL_LOGIT, logits)
         probs = tf.where(empty, 0.0, tf.nn.softmax(logits))

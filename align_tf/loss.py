@@ -1,32 +1,36 @@
 """Contrastive losses of ALIGN, and the gathering of embeddings across replicas."""
 
+import math
 from typing import Any
 
 import keras
 from keras import ops
 
+REDUCTIONS = ("mean", "sum")
+MASKED = -1e30  # a logit that no softmax sees, and finite, so that its weight of 0 makes it 0
 
-def gather_across_replicas(embeds: Any) -> Any:
-    """Concatenates the embeddings of all replicas, with gradient.
+
+def gather_across_replicas(rows: Any) -> Any:
+    """Concatenates the rows of all replicas, with gradient.
 
     Under the JAX backend, and outside a distribution strategy, the batch is already whole.
 
     Args:
-        embeds: (n, d), the embeddings of this replica.
+        rows: (n, ...), the embeddings, ids or weights of this replica, or None.
 
     Returns:
-        (n * replicas, d), in the order of the replicas.
+        (n * replicas, ...), in the order of the replicas; None for None.
     """
-    if keras.backend.backend() != "tensorflow":
-        return embeds
+    if rows is None or keras.backend.backend() != "tensorflow":
+        return rows
     import tensorflow as tf
 
     if tf.distribute.in_cross_replica_context():
-        return embeds
+        return rows
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
-        return embeds
-    return context.all_gather(embeds, axis=0)
+        return rows
+    return context.all_gather(rows, axis=0)
 
 
 def num_replicas() -> int:
@@ -38,33 +42,155 @@ def num_replicas() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def contrastive_loss(logits: Any, label_smoothing: float = 0.1) -> Any:
+def positive_pairs(image_ids: Any = None, text_ids: Any = None) -> Any:
+    """Says which image belongs to which text, beside its own.
+
+    Args:
+        image_ids: (n,), equal where two pairs have the same image.
+        text_ids: (n,), equal where two pairs have the same text.
+
+    Returns:
+        bool (n, n), true where two pairs share the image or the text, and on the diagonal; None
+        where neither is given, for the diagonal alone.
+    """
+    same = [ids[:, None] == ids[None, :] for ids in (image_ids, text_ids) if ids is not None]
+    if len(same) == 2:
+        return ops.logical_or(*same)
+    return same[0] if same else None
+
+
+def contrastive_loss(
+    logits: Any, label_smoothing: float = 0.1, positives: Any = None, sample_weight: Any = None
+) -> Any:
     """Softmax cross-entropy of each row against its own column.
+
+    The target of a row is spread evenly over its positives, and `label_smoothing` of it evenly
+    over all columns. A pair of weight 0 is neither row nor column.
 
     Args:
         logits: (n, n), similarities divided by the temperature; the pairs on the diagonal.
         label_smoothing: share of the target that is spread evenly over all columns.
+        positives: bool (n, n), see `positive_pairs`; None for the diagonal.
+        sample_weight: (n,), weight of each pair; None for 1.
 
     Returns:
-        Scalar, the mean over rows (ALIGN, arXiv 2102.05918, section 4.2).
+        Scalar, the mean over rows by their weights, 0 where all weights are 0 (ALIGN,
+        arXiv 2102.05918, section 4.2).
     """
-    # The target is (1 - s) on the diagonal plus s / n everywhere, so the cross-entropy is a
-    # weighted sum of the two means below; no (n, n) target is made.
-    log_probs = ops.log_softmax(ops.cast(logits, "float32"), axis=-1)
-    matched = ops.mean(ops.diagonal(log_probs))
-    return -(1.0 - label_smoothing) * matched - label_smoothing * ops.mean(log_probs)
+    logits, present = _present(logits, sample_weight)
+    # The target is (1 - s) on the positives plus s / n everywhere, so the cross-entropy is a
+    # weighted sum of the two means below; no target is made.
+    log_probs = ops.log_softmax(logits, axis=-1)
+    if positives is None:
+        matched = ops.diagonal(log_probs)
+    else:
+        positives = positives if present is None else ops.logical_and(positives, present)
+        matched = _mean_where(positives, log_probs)
+    even = ops.mean(log_probs, axis=-1) if present is None else _mean_where(present, log_probs)
+    rows = -(1.0 - label_smoothing) * matched - label_smoothing * even
+    return _weighted_mean(rows, sample_weight)
 
 
-def align_loss(logits_per_text: Any, label_smoothing: float = 0.1) -> Any:
-    """Mean of the text-to-image and the image-to-text loss.
+def sigmoid_loss(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
+    """Binary cross-entropy of every image with every text.
+
+    Args:
+        logits: (n, n), similarities divided by the temperature, plus the learned bias.
+        positives: bool (n, n), the pairs to tell apart from the others; None for the diagonal.
+        sample_weight: (n,), weight of each row; None for 1. A pair of weight 0 is neither row
+            nor column.
+
+    Returns:
+        Scalar, the sum over columns and the mean over rows by their weights, 0 where all weights
+        are 0 (SigLIP, arXiv 2303.15343, section 3.2).
+    """
+    logits = ops.cast(logits, "float32")
+    if positives is None:
+        positives = _diagonal(logits)
+    # -log sigmoid(x) is softplus(-x), and of a negative softplus(x).
+    losses = ops.softplus(ops.where(positives, -logits, logits))
+    if sample_weight is not None:
+        losses = ops.where(sample_weight > 0, losses, 0.0)
+    return _weighted_mean(ops.sum(losses, axis=-1), sample_weight)
+
+
+def in_batch_accuracy(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
+    """Share of the rows whose largest column is a positive; takes what `contrastive_loss` does."""
+    logits, _ = _present(logits, sample_weight)
+    best = ops.argmax(logits, axis=-1)
+    if positives is None:
+        positives = _diagonal(logits)
+    right = ops.take_along_axis(positives, best[:, None], axis=-1)[:, 0]
+    return _weighted_mean(ops.cast(right, "float32"), sample_weight)
+
+
+def align_loss(
+    logits_per_text: Any,
+    label_smoothing: float = 0.1,
+    reduction: str = "mean",
+    positives: Any = None,
+    sample_weight: Any = None,
+) -> Any:
+    """The text-to-image and the image-to-text loss together.
 
     Args:
         logits_per_text: (n, n), text by image.
         label_smoothing: see `contrastive_loss`.
+        reduction: `mean` of the two directions as Hugging Face, or their `sum` as the original.
+        positives: see `contrastive_loss`.
+        sample_weight: see `contrastive_loss`.
 
     Returns:
         Scalar, as `align_loss` of Hugging Face's modeling_align.py.
     """
-    text_to_image = contrastive_loss(logits_per_text, label_smoothing)
-    image_to_text = contrastive_loss(ops.transpose(logits_per_text), label_smoothing)
-    return (text_to_image + image_to_text) / 2.0
+    options = (label_smoothing, positives, sample_weight)
+    text_to_image = contrastive_loss(logits_per_text, *options)
+    image_to_text = contrastive_loss(ops.transpose(logits_per_text), *options)
+    return reduce_directions(text_to_image, image_to_text, reduction)
+
+
+def reduce_directions(text_to_image: Any, image_to_text: Any, reduction: str) -> Any:
+    """Returns the `mean` or the `sum` of the losses of the two directions."""
+    both = text_to_image + image_to_text
+    return both / 2.0 if reduction == "mean" else both
+
+
+def initial_logit_bias(batch_size: int) -> float:
+    """Returns log(p / (1 - p)), p = 1 / batch_size: the bias at which no pair is a surprise.
+
+    Args:
+        batch_size: pairs in a batch, over all replicas.
+
+    Raises:
+        ValueError: there is no negative in such a batch.
+    """
+    if not isinstance(batch_size, int) or batch_size < 2:
+        raise ValueError(f"batch_size={batch_size!r}: expected an integer of 2 or more")
+    return -math.log(batch_size - 1)
+
+
+def _present(logits: Any, sample_weight: Any) -> tuple[Any, Any]:
+    """Takes the columns of weight 0 out of float32 logits; and says which stay, bool (1, n)."""
+    logits = ops.cast(logits, "float32")
+    if sample_weight is None:
+        return logits, None
+    present = sample_weight[None, :] > 0
+    return ops.where(present, logits, MASKED), present
+
+
+def _diagonal(logits: Any) -> Any:
+    rows = ops.arange(ops.shape(logits)[0])
+    return rows[:, None] == rows[None, :]
+
+
+def _mean_where(chosen: Any, values: Any) -> Any:
+    """Mean of each row over its chosen columns; 0 where none is."""
+    count = ops.sum(ops.cast(chosen, "float32"), axis=-1)
+    return ops.sum(ops.where(chosen, values, 0.0), axis=-1) / ops.maximum(count, 1.0)
+
+
+def _weighted_mean(rows: Any, sample_weight: Any) -> Any:
+    if sample_weight is None:
+        return ops.mean(rows)
+    total = ops.sum(sample_weight)
+    return ops.sum(rows * sample_weight) / ops.where(total > 0, total, 1.0)

@@ -7,25 +7,39 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import layers, ops
 
-from align_tf import checkpoint, original_checkpoint
+from align_tf import checkpoint, grad_cache, original_checkpoint
 from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
 from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
 from align_tf.initialization import no_init_weights
-from align_tf.loss import align_loss, gather_across_replicas, num_replicas
+from align_tf.loss import (
+    REDUCTIONS,
+    contrastive_loss,
+    gather_across_replicas,
+    in_batch_accuracy,
+    initial_logit_bias,
+    num_replicas,
+    positive_pairs,
+    reduce_directions,
+    sigmoid_loss,
+)
 from align_tf.outputs import ModelOutput
+from align_tf.remat import rematerialize
 
 logger = logging.getLogger(__name__)
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+# What a batch may hold beside the inputs of the towers; the loss reads it.
+PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
+METRICS = ("loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
 
 
 class _Checkpoint:
@@ -90,6 +104,7 @@ class _Checkpoint:
         with no_init_weights():
             model = cls(config, dtype=dtype)
         model._load(source, prefix=cls.prefix, unused=cls.unused)
+        model._start_fine_tuning()
         return model
 
     @classmethod
@@ -105,6 +120,15 @@ class _Checkpoint:
         if checkpoint.is_original(file):
             values = original_checkpoint.read_config(file, values)
         return cls.config_class.from_dict(values)
+
+    def _vision_tower(self) -> "AlignVisionModel | None":
+        return None
+
+    def _start_fine_tuning(self) -> None:
+        """Freezes BatchNorm, unless the configuration says which it is."""
+        tower = self._vision_tower()
+        if tower is not None and tower.config.freeze_batch_norm is None:
+            tower._set_batch_norm(frozen=True)
 
     def _relative_weights(self) -> dict[str, Any]:
         return {weight.path.removeprefix(f"{self.path}/"): weight for weight in self.weights}
@@ -170,13 +194,19 @@ class _Checkpoint:
     def get_config(self) -> dict[str, Any]:
         layers = self._flatten_layers(include_self=False)
         frozen = [layer.path for layer in layers if layer.weights and not layer.trainable]
-        return {**super().get_config(), "config": self.config.to_dict(), "frozen": frozen}
+        state = {"frozen": frozen}
+        if self._vision_tower() is not None:
+            state["batch_norm"] = self._vision_tower().batch_norm
+        return {**super().get_config(), "config": self.config.to_dict(), **state}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
         config = dict(config)
         frozen, trainable = config.pop("frozen"), config.pop("trainable")
+        batch_norm = config.pop("batch_norm", None)
         model = cls(cls.config_class.from_dict(config.pop("config")), **config)
+        if batch_norm is not None:
+            model._vision_tower()._set_batch_norm(**batch_norm)
         for layer in model._flatten_layers(include_self=False):
             if layer.path in frozen:
                 layer.trainable = False
@@ -248,6 +278,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
             for index in range(config.num_hidden_layers)
         ]
         self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
+        self.remat = False
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -299,7 +330,8 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         x = self.embeddings(**given, training=training)
         hidden_states, attentions = [x], []
         for block in self.blocks:
-            x, probs = block(x, attention_mask, training=training)
+            run = rematerialize(block) if self.remat and training else block
+            x, probs = run(x, attention_mask, training=training)
             hidden_states.append(x)
             attentions.append(probs)
 
@@ -367,17 +399,26 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
 def _replace_layer(parent: layers.Layer, attribute: str, new: layers.Layer, values: list) -> None:
     """Puts a layer of another size in the place of a built one, under the same weight paths."""
     old = getattr(parent, attribute)
-    with contextlib.ExitStack() as scopes:
-        for part in parent.path.split("/"):
-            scopes.enter_context(keras.name_scope(part))
+    with _open_for_change(parent):
         new.build((None, None, values[0].shape[0]))
-    new.set_weights(values)
-    new.trainable = old.trainable
-    # Keras closes a built layer to new sublayers; its own LoRA and quantization open it so.
-    parent._tracker.unlock()
-    parent._tracker.untrack(old)
-    setattr(parent, attribute, new)
-    parent._tracker.lock()
+        new.set_weights(values)
+        new.trainable = old.trainable
+        parent._tracker.untrack(old)
+        setattr(parent, attribute, new)
+
+
+@contextlib.contextmanager
+def _open_for_change(layer: layers.Layer) -> Iterator[None]:
+    """Lets a built layer take new weights and sublayers, under its own path."""
+    # Keras closes a built layer to them; its own LoRA and quantization open it so.
+    layer._tracker.unlock()
+    try:
+        with contextlib.ExitStack() as scopes:
+            for part in layer.path.split("/"):
+                scopes.enter_context(keras.name_scope(part))
+            yield
+    finally:
+        layer._tracker.lock()
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -411,7 +452,9 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
             MBConvBlock(config, spec, name=f"block_{index}", **options)
             for index, spec in enumerate(block_table(config))
         ]
+        self.remat = False
         self.build()
+        self._set_batch_norm(frozen=bool(config.freeze_batch_norm))
 
     def build(self, input_shape: Any = None) -> None:
         self.stem_pad.build((None, None, None, self.config.num_channels))
@@ -439,7 +482,8 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
         x = self.activation(self.stem_bn(self.stem_conv(self.stem_pad(x)), training=training))
         hidden_states = [x]
         for block in self.blocks:
-            x = block(x, training=training)
+            run = rematerialize(block) if self.remat and training else block
+            x = run(x, training=training)
             hidden_states.append(x)
 
         pool = ops.mean if self.config.pooling_type == "mean" else ops.max
@@ -448,6 +492,46 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
         if output_hidden_states:
             output["hidden_states"] = tuple(hidden_states)
         return output
+
+    def freeze_batch_norm(self) -> None:
+        """Keeps every BatchNorm at its moving averages, scale and offset; compile again after it.
+
+        It is the default of a model from `from_pretrained`; in a new one BatchNorm trains. A
+        choice made by this method or by `unfreeze_batch_norm` is kept in `config.json`.
+        """
+        self.config.freeze_batch_norm = True
+        self._set_batch_norm(frozen=True)
+
+    def unfreeze_batch_norm(self, synchronized: bool = False) -> None:
+        """Lets the BatchNorms train of those blocks that do; compile again after it.
+
+        Args:
+            synchronized: under `tf.distribute`, normalise by the statistics of all replicas
+                instead of each by its own. Under JAX they are of the whole batch anyway.
+        """
+        self.config.freeze_batch_norm = False
+        self._set_batch_norm(frozen=False, synchronized=synchronized)
+
+    def _set_batch_norm(self, *, frozen: bool, synchronized: bool = False) -> None:
+        self.batch_norm = {"frozen": frozen, "synchronized": synchronized}
+        for owner, layer in self._batch_norms():
+            layer.trainable = owner.trainable and not frozen
+            layer.synchronized = synchronized and keras.backend.backend() == "tensorflow"
+
+    def _batch_norms(self) -> Iterator[tuple[layers.Layer, layers.Layer]]:
+        """Yields each BatchNorm, after the layer that it freezes and unfreezes with."""
+        yield self.stem_conv, self.stem_bn
+        for block in self.blocks:
+            for layer in block._flatten_layers():
+                if isinstance(layer, layers.BatchNormalization):
+                    yield block, layer
+
+    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
+        super()._set_trainable(blocks, value)
+        self._set_batch_norm(**self.batch_norm)  # a block hands its value down to them
+
+    def _vision_tower(self) -> "AlignVisionModel":
+        return self
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -459,7 +543,11 @@ class AlignModel(_Checkpoint, keras.Model):
 
     Args:
         config: its configuration.
-        label_smoothing: of the loss that `fit` minimises; 0.1 as in the paper.
+        label_smoothing: of the contrastive loss; 0.1 as in the paper.
+        loss_reduction: `mean` of the losses of the two directions, or their `sum` as in the
+            original.
+        temperature_bounds: the least and the largest value that training may give the
+            temperature.
         name: the name of the model.
         dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
             Embeddings, logits and loss are float32 whatever it is.
@@ -467,17 +555,33 @@ class AlignModel(_Checkpoint, keras.Model):
 
     config_class = AlignConfig
     table = checkpoint.JOINT_TABLE
+    tower_inputs = ("pixel_values", *TEXT_INPUTS)
 
     def __init__(
         self,
         config: AlignConfig,
         *,
         label_smoothing: float = 0.1,
+        loss_reduction: str = "mean",
+        temperature_bounds: tuple[float, float] = (0.01, 10.0),
         name: str = "align",
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
+        if loss_reduction not in REDUCTIONS:
+            raise ValueError(
+                f"loss_reduction={loss_reduction!r}: expected one of {', '.join(REDUCTIONS)}"
+            )
+        least, largest = temperature_bounds
+        if not 0 < least <= largest:
+            raise ValueError(
+                f"temperature_bounds={temperature_bounds!r}: expected two positive numbers, "
+                "the smaller one first"
+            )
         self.label_smoothing = label_smoothing
+        self.loss_reduction = loss_reduction
+        self.temperature_bounds = (least, largest)
+        self.accumulation = 1
         self.text_model = AlignTextModel(config.text_config, dtype=self.dtype_policy)
         self.text_model.pooler.trainable = False  # no part of the embedding, so of no gradient
         self.vision_model = AlignVisionModel(config.vision_config, dtype=self.dtype_policy)
@@ -491,6 +595,7 @@ class AlignModel(_Checkpoint, keras.Model):
             self.image_projection = layers.Dense(
                 config.projection_dim, name="image_projection", dtype="float32"
             )
+        self.batch_metrics = {name: keras.metrics.Mean(name=name) for name in METRICS}
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -501,12 +606,29 @@ class AlignModel(_Checkpoint, keras.Model):
             name="temperature",
             shape=(),
             initializer=keras.initializers.Constant(self.config.temperature_init_value),
+            constraint=lambda value: ops.clip(value, *self.temperature_bounds),
+            dtype="float32",
+            autocast=False,
+        )
+        if self.config.logit_bias_init_value is not None:
+            self._add_logit_bias()
+
+    def _add_logit_bias(self) -> None:
+        self.logit_bias = self.add_weight(
+            name="logit_bias",
+            shape=(),
+            initializer=keras.initializers.Constant(self.config.logit_bias_init_value),
             dtype="float32",
             autocast=False,
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+        return {
+            **super().get_config(),
+            "label_smoothing": self.label_smoothing,
+            "loss_reduction": self.loss_reduction,
+            "temperature_bounds": self.temperature_bounds,
+        }
 
     def call(
         self,
@@ -519,8 +641,11 @@ class AlignModel(_Checkpoint, keras.Model):
         """Embeds images and texts and compares all of them.
 
         Args:
-            inputs: `pixel_values` (n, h, w, 3) and what `AlignTextModel` takes, (m, t).
-            return_loss: also return `loss`, the contrastive loss of n = m pairs.
+            inputs: `pixel_values` (n, h, w, 3) and what `AlignTextModel` takes, (m, t). The loss
+                also reads, of n = m pairs, `image_ids` and `text_ids`, int (n,): pairs that share
+                one are positives of one another; and `sample_weight` (n,), 0 for a pair that is
+                not there.
+            return_loss: also return `loss`.
             output_hidden_states: ask both towers for theirs.
             output_attentions: ask the text tower for its attentions.
             training: apply dropout and drop-connect, and BatchNorm by the batch's statistics.
@@ -531,12 +656,9 @@ class AlignModel(_Checkpoint, keras.Model):
             (m, projection_dim) of unit length; `text_model_output` and `vision_model_output`.
 
         Raises:
-            ValueError: `pixel_values` or the texts are missing.
+            ValueError: `pixel_values` or the texts are missing, or an input is not known.
         """
-        if inputs.get("pixel_values") is None:
-            raise ValueError("expected pixel_values; for texts alone call get_text_features")
-        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
-            raise ValueError("expected input_ids; for images alone call get_image_features")
+        _check_inputs(inputs)
         vision_output = self.vision_model(
             inputs["pixel_values"], output_hidden_states=output_hidden_states, training=training
         )
@@ -558,7 +680,10 @@ class AlignModel(_Checkpoint, keras.Model):
             vision_model_output=vision_output,
         )
         if return_loss:
-            output["loss"] = align_loss(logits_per_text, self.label_smoothing)
+            positives = positive_pairs(inputs.get("image_ids"), inputs.get("text_ids"))
+            weight = _product(inputs.get("sample_weight"), None)
+            directions = self._direction_losses(logits_per_text, positives, weight)
+            output["loss"] = reduce_directions(*directions, self.loss_reduction)
         return output
 
     def get_text_features(self, inputs: Any, training: bool = False) -> Any:
@@ -594,7 +719,78 @@ class AlignModel(_Checkpoint, keras.Model):
         return self.image_projection(pooled) if self.config.image_projection else pooled
 
     def _logits_per_text(self, image_embeds: Any, text_embeds: Any) -> Any:
-        return ops.matmul(text_embeds, ops.transpose(image_embeds)) / self.temperature
+        logits = ops.matmul(text_embeds, ops.transpose(image_embeds)) / self.temperature
+        return logits + self.logit_bias if self.has_logit_bias else logits
+
+    # --- training ---
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: None = None,
+        *,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+        accumulation: int = 1,
+        remat: bool = False,
+    ) -> None:
+        """Prepares the model for `fit`; the loss and the metrics are its own.
+
+        Args:
+            optimizer: as Keras takes it, like the next four.
+            loss: None; see `use_sigmoid_loss` for the other loss.
+            run_eagerly: do not compile the step.
+            steps_per_execution: batches that one call runs.
+            jit_compile: compile the step by XLA.
+            auto_scale_loss: scale the loss of a mixed_float16 model.
+            accumulation: parts that a batch goes through the towers in, one after the other, to
+                the step of the whole batch in the memory of a part (GradCache,
+                arXiv 2101.06983); see `align_tf.grad_cache`.
+            remat: compute the activations inside a block again for its gradient instead of
+                keeping them: less memory, more time.
+
+        Raises:
+            ValueError: a loss is given, or accumulation is not a positive integer.
+        """
+        if loss is not None:
+            raise ValueError(
+                f"loss={loss!r}: expected None; AlignModel minimises its contrastive loss, or "
+                "after use_sigmoid_loss(batch_size) the pairwise sigmoid loss"
+            )
+        if not isinstance(accumulation, int) or accumulation < 1:
+            raise ValueError(f"accumulation={accumulation!r}: expected a positive integer")
+        super().compile(
+            optimizer=optimizer,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        self.accumulation = accumulation
+        self.text_model.remat = self.vision_model.remat = remat
+
+    def get_compile_config(self) -> dict[str, Any]:
+        options = {"accumulation": self.accumulation, "remat": self.vision_model.remat}
+        return {**super().get_compile_config(), **options}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        config = keras.saving.deserialize_keras_object(config)
+        for key in ("loss_weights", "metrics", "weighted_metrics"):  # Keras's own, unused here
+            config.pop(key, None)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any):
+        """As Keras's `fit`, which drops the sample_weight of arrays that come without targets."""
+        return super().fit(*_with_weight(x, y, sample_weight), *args, **kw)
+
+    def evaluate(
+        self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any
+    ):
+        """As Keras's `evaluate`; see `fit`."""
+        return super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
 
     def compute_loss(
         self,
@@ -604,16 +800,93 @@ class AlignModel(_Checkpoint, keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """Contrastive loss of a batch of pairs, against the negatives of all replicas.
+        """The loss of a batch of pairs, against the negatives of all replicas.
 
         Each replica takes the whole loss of the global batch and its share of it, so that the
         gradients that a distribution strategy sums are those of one device.
+
+        Args:
+            x: the batch; its `image_ids`, `text_ids` and `sample_weight` count, see `call`.
+            y: not used.
+            y_pred: what `call` returns.
+            sample_weight: (n,), times the one in `x`.
+            training: not used.
         """
+        ids = (gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids"))
+        positives = positive_pairs(*ids)
+        weight = gather_across_replicas(_product(x.get("sample_weight"), sample_weight))
         logits = self._logits_per_text(
             gather_across_replicas(y_pred["image_embeds"]),
             gather_across_replicas(y_pred["text_embeds"]),
         )
-        return (align_loss(logits, self.label_smoothing) + sum(self.losses)) / num_replicas()
+        directions = self._direction_losses(logits, positives, weight)
+        self._update_metrics(logits, directions, positives, weight)
+        loss = reduce_directions(*directions, self.loss_reduction)
+        return (loss + sum(self.losses)) / num_replicas()
+
+    def _direction_losses(self, logits_per_text: Any, positives: Any, weight: Any) -> list:
+        """Returns the text-to-image and the image-to-text loss."""
+        both = (logits_per_text, ops.transpose(logits_per_text))
+        if self.has_logit_bias:
+            return [sigmoid_loss(logits, positives, weight) for logits in both]
+        smoothing = self.label_smoothing
+        return [contrastive_loss(logits, smoothing, positives, weight) for logits in both]
+
+    def _update_metrics(self, logits_per_text: Any, losses: Any, positives: Any, weight: Any):
+        logits_per_image = ops.transpose(logits_per_text)
+        values = {
+            "loss_t2i": losses[0],
+            "loss_i2t": losses[1],
+            "accuracy_t2i": in_batch_accuracy(logits_per_text, positives, weight),
+            "accuracy_i2t": in_batch_accuracy(logits_per_image, positives, weight),
+        }
+        total = ops.shape(logits_per_text)[0] if weight is None else ops.sum(weight)
+        for name, value in values.items():
+            self.batch_metrics[name].update_state(value, sample_weight=total)
+        # Of the temperature the last value is wanted, not the mean.
+        self.batch_metrics["temperature"].reset_state()
+        self.batch_metrics["temperature"].update_state(self.temperature)
+
+    def train_step(self, *state_and_data: Any) -> Any:
+        if self.accumulation == 1:
+            return super().train_step(*state_and_data)
+        return grad_cache.train_step(self, *state_and_data)
+
+    def predict_step(self, *state_and_data: Any) -> Any:
+        """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot."""
+        output = super().predict_step(*state_and_data)
+        output, *state = output if isinstance(output, tuple) else (output,)
+        embeds = {key: output[key] for key in ("image_embeds", "text_embeds")}
+        return (embeds, *state) if state else embeds
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """Whether the model has the learned bias of the sigmoid loss."""
+        return self.config.logit_bias_init_value is not None
+
+    def use_sigmoid_loss(self, batch_size: int) -> None:
+        """Takes the pairwise sigmoid loss (SigLIP, arXiv 2303.15343); compile again after it.
+
+        The logits get a learned bias, the weight `logit_bias`, which is saved with the model:
+        from then on it trains by this loss, also after it is loaded again.
+
+        Args:
+            batch_size: pairs in a batch, over all replicas: the bias starts at
+                log(p / (1 - p)), p = 1 / batch_size.
+
+        Raises:
+            ValueError: batch_size is not an integer of 2 or more.
+        """
+        value = initial_logit_bias(batch_size)
+        added = not self.has_logit_bias
+        self.config.logit_bias_init_value = value
+        if not added:
+            self.logit_bias.assign(value)
+            return
+        with _open_for_change(self):
+            self._add_logit_bias()
+
+    # --- freezing and surgery ---
 
     def freeze(self, tower: str | None = None, blocks: Iterable[int] | None = None) -> None:
         """Stops a tower, or some of its blocks, from training; compile again after it.
@@ -630,6 +903,17 @@ class AlignModel(_Checkpoint, keras.Model):
         for model in self._towers(tower):
             model.unfreeze(blocks)
         self.text_model.pooler.trainable = False
+
+    def freeze_batch_norm(self) -> None:
+        """Keeps the image tower's BatchNorms as they are; see `AlignVisionModel`."""
+        self.vision_model.freeze_batch_norm()
+
+    def unfreeze_batch_norm(self, synchronized: bool = False) -> None:
+        """Lets the image tower's BatchNorms train; see `AlignVisionModel`."""
+        self.vision_model.unfreeze_batch_norm(synchronized)
+
+    def _vision_tower(self) -> AlignVisionModel:
+        return self.vision_model
 
     def _towers(self, tower: str | None) -> list:
         towers = {"text": self.text_model, "vision": self.vision_model}
@@ -699,6 +983,7 @@ class AlignModel(_Checkpoint, keras.Model):
         for source, left_out in ((text, text_left_out), (vision, vision_left_out)):
             if left_out:
                 logger.warning("%s: left out: %s", source, ", ".join(left_out))
+        model._start_fine_tuning()
         return model
 
 
@@ -711,6 +996,35 @@ def _tower_config(config_class: type, folder: pathlib.Path, model_type: str) -> 
         )
     known = {field.name for field in dataclasses.fields(config_class)} - {"extra"}
     return config_class(**{key: value for key, value in values.items() if key in known})
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Says which input is missing or not known."""
+    known = (*AlignModel.tower_inputs, *PAIR_INPUTS)
+    if not isinstance(inputs, dict):
+        raise ValueError(f"inputs of {type(inputs).__name__}: expected a dict of pixel_values, ...")
+    unknown = [key for key in inputs if key not in known]
+    if unknown:
+        raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
+    if inputs.get("pixel_values") is None:
+        raise ValueError("expected pixel_values; for texts alone call get_text_features")
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        raise ValueError("expected input_ids; for images alone call get_image_features")
+
+
+def _with_weight(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+    """Moves the sample weight of arrays into the batch."""
+    if sample_weight is None:
+        return x, y
+    if not isinstance(x, dict):
+        raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
+    return {**x, "sample_weight": _product(x.get("sample_weight"), sample_weight)}, y
+
+
+def _product(*weights: Any) -> Any:
+    """Multiplies those of the sample weights that are given, (n,) or (n, 1); None for none."""
+    given = [ops.reshape(ops.cast(w, "float32"), (-1,)) for w in weights if w is not None]
+    return math.prod(given[1:], start=given[0]) if given else None
 
 
 def _unit(x: Any) -> Any:

@@ -10,11 +10,37 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel
-from align_tf.loss import align_loss, contrastive_loss, gather_across_replicas, num_replicas
+from align_tf.loss import (
+    align_loss,
+    contrastive_loss,
+    gather_across_replicas,
+    in_batch_accuracy,
+    initial_logit_bias,
+    num_replicas,
+    positive_pairs,
+    sigmoid_loss,
+)
 
 # log_softmax of (2, 0): -log(1 + e^-2) = -0.126928 and -log(1 + e^2) = -2.126928
 EYE = np.array([[2.0, 0.0], [0.0, 2.0]], "float32")
 LOPSIDED = np.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 2.0, -1.0]], "float32")
+FIRST_TWO = np.array([[True, True, False], [True, True, False], [False, False, True]])
+WEIGHTS = np.array([1.0, 0.0, 2.0], "float32")
+
+
+def gradient(function, x: np.ndarray) -> np.ndarray:
+    """Gradient of a scalar function at x, on either backend."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return np.asarray(jax.grad(function)(x))
+    import tensorflow as tf
+
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = function(x)
+    return tape.gradient(value, x).numpy()
 
 
 @pytest.mark.parametrize(
@@ -49,6 +75,127 @@ def test_align_loss_is_the_mean_of_both_directions():
     # Columns: log(1 + e^-3 + e^-2), log(e + 1 + e^2) and log(1 + 1 + e^-1) + 1.
     by_hand = (0.169846 + 1.098612 + 3.349012) / 3, (0.169846 + 2.407606 + 1.861995) / 3
     assert float(align_loss(LOPSIDED, 0.0)) == pytest.approx(sum(by_hand) / 2, abs=2e-6)
+
+
+def test_the_original_sums_both_directions():
+    mean, total = (float(align_loss(LOPSIDED, 0.1, reduction)) for reduction in ("mean", "sum"))
+    assert total == pytest.approx(2 * mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("positives", "weights", "label_smoothing", "expected"),
+    [
+        # The first row's target is half and half: log(e^3 + e + 1) - (3 + 1) / 2.
+        (FIRST_TWO, None, 0.0, (1.169846 + 1.098612 + 3.349012) / 3),
+        # Without the second pair: log(1 + e^-3), and 1 + log(e + 1 / e) twice.
+        (None, WEIGHTS, 0.0, (0.048587 + 2 * 2.126928) / 3),
+        (FIRST_TWO, WEIGHTS, 0.0, (0.048587 + 2 * 2.126928) / 3),
+        # A tenth of the target lies evenly on the two columns that are left.
+        (
+            None,
+            WEIGHTS,
+            0.1,
+            (0.9 * 0.048587 + 0.1 * 1.548587 + 2 * (0.9 * 2.126928 + 0.1 * 1.126928)) / 3,
+        ),
+        (None, np.zeros(3, "float32"), 0.1, 0.0),
+        (FIRST_TWO, np.zeros(3, "float32"), 0.1, 0.0),
+        # Weights count by their ratios, however small.
+        (None, 1e-6 * WEIGHTS, 0.0, (0.048587 + 2 * 2.126928) / 3),
+    ],
+)
+def test_contrastive_loss_of_positives_and_weights(positives, weights, label_smoothing, expected):
+    loss = contrastive_loss(LOPSIDED, label_smoothing, positives, weights)
+    assert float(loss) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("logits", "positives", "weights", "expected"),
+    [
+        # softplus(-2) = 0.126928 and softplus(0) = log 2
+        (EYE, None, None, 0.126928 + 0.693147),
+        # softplus of -3, 1, 0; of 0, 0, 0; of 1, 2, 1
+        (LOPSIDED, None, None, (2.054996 + 2.079442 + 4.753452) / 3),
+        # softplus of -3, -1, 0; the others as before
+        (LOPSIDED, FIRST_TWO, None, (1.054996 + 2.079442 + 4.753452) / 3),
+        # softplus of -3, 0 and twice of 1, 1
+        (LOPSIDED, None, WEIGHTS, (0.741734 + 2 * 2.626524) / 3),
+        (LOPSIDED, None, np.zeros(3, "float32"), 0.0),
+    ],
+)
+def test_sigmoid_loss(logits, positives, weights, expected):
+    assert float(sigmoid_loss(logits, positives, weights)) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # (softmax - target) / 2, softmax of (2, 0) = (0.880797, 0.119203)
+        (lambda x: contrastive_loss(x, 0.0), [[-0.059601, 0.059601], [0.059601, -0.059601]]),
+        (lambda x: contrastive_loss(x, 0.1), [[-0.034601, 0.034601], [0.034601, -0.034601]]),
+        # Both columns are positives of the first row: target (1/2, 1/2).
+        (
+            lambda x: contrastive_loss(x, 0.0, np.array([[True, True], [False, True]])),
+            [[0.190399, -0.190399], [0.059601, -0.059601]],
+        ),
+        # (sigmoid - 1) / 2 and sigmoid / 2
+        (lambda x: sigmoid_loss(x), [[-0.059601, 0.25], [0.25, -0.059601]]),
+        # One pair alone has no negative left.
+        (
+            lambda x: contrastive_loss(x, 0.1, None, np.array([1.0, 0.0], "float32")),
+            np.zeros((2, 2)),
+        ),
+        (
+            lambda x: sigmoid_loss(x, None, np.array([1.0, 0.0], "float32")),
+            [[-0.119203, 0.0], [0.0, 0.0]],
+        ),
+        (lambda x: contrastive_loss(x, 0.1, None, np.zeros(2, "float32")), np.zeros((2, 2))),
+        (lambda x: sigmoid_loss(x, None, np.zeros(2, "float32")), np.zeros((2, 2))),
+    ],
+)
+def test_gradients(loss, expected):
+    np.testing.assert_allclose(gradient(loss, EYE), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("positives", "weights", "expected"),
+    [
+        (None, None, 1 / 3),  # a tie goes to the first column
+        (FIRST_TWO, None, 2 / 3),
+        (None, WEIGHTS, 1 / 3),
+        (None, np.zeros(3, "float32"), 0.0),
+    ],
+)
+def test_in_batch_accuracy(positives, weights, expected):
+    found = in_batch_accuracy(LOPSIDED, positives, weights)
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_that_share_an_image_or_a_text_are_positives():
+    image_ids, text_ids = np.array([1, 1, 2, 3]), np.array([4, 5, 6, 5])
+    expected = np.eye(4, dtype=bool)
+    expected[0, 1] = expected[1, 0] = True
+    np.testing.assert_array_equal(positive_pairs(image_ids), expected)
+    expected[1, 3] = expected[3, 1] = True
+    np.testing.assert_array_equal(positive_pairs(image_ids, text_ids), expected)
+    assert positive_pairs() is None
+
+
+@pytest.mark.parametrize("loss", [lambda *x: contrastive_loss(x[0], 0.1, *x[1:]), sigmoid_loss])
+def test_a_pair_of_weight_0_is_as_good_as_not_there(loss):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 6)).astype("float32")
+    positives = positive_pairs(np.array([0, 0, 1, 2, 1, 0]))
+    weights = np.array([1, 0, 3, 2, 0, 0.5], "float32")
+    kept = weights > 0
+    expected = loss(logits[kept][:, kept], np.array(positives)[kept][:, kept], weights[kept])
+    assert float(loss(logits, positives, weights)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_initial_logit_bias():
+    assert initial_logit_bias(2) == 0.0
+    assert initial_logit_bias(32768) == pytest.approx(-10.397177)  # SigLIP rounds it to -10
+    with pytest.raises(ValueError, match="batch_size=1: expected an integer of 2 or more"):
+        initial_logit_bias(1)
 
 
 def test_the_loss_is_float32_and_finite_for_half_precision_logits():

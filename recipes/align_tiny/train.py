@@ -25,8 +25,7 @@ LEARNING_RATE = 1e-3
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.0  # the things are few and each comes often: a sharp target is right
-# A step of AdamW is as large as the learning rate whatever the weight, so that a temperature
-# without bounds could cross zero; and while nothing is learned yet it would rise and rise.
+# While nothing is learned yet the temperature would rise and rise.
 TEMPERATURE, TEMPERATURE_BOUNDS = 0.05, (0.02, 0.07)
 # Small pictures teach faster; the last steps fit filters and BatchNorm to the full size.
 # side in pixels, share of the steps
@@ -39,12 +38,11 @@ def make_model(vocab_size: int) -> AlignModel:
     """Builds a fresh align-tiny."""
     config = AlignConfig.from_preset("align-tiny")
     text_config = dataclasses.replace(config.text_config, vocab_size=vocab_size)
-    model = AlignModel(
-        dataclasses.replace(config, text_config=text_config, temperature_init_value=TEMPERATURE)
+    return AlignModel(
+        dataclasses.replace(config, text_config=text_config, temperature_init_value=TEMPERATURE),
+        label_smoothing=LABEL_SMOOTHING,
+        temperature_bounds=TEMPERATURE_BOUNDS,
     )
-    model.temperature.constraint = lambda value: keras.ops.clip(value, *TEMPERATURE_BOUNDS)
-    model.label_smoothing = LABEL_SMOOTHING
-    return model
 
 
 def make_schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:

@@ -1,0 +1,216 @@
+"""Optimizers and learning rate schedule: LAMB and AdamW with a rate for each tower and depth."""
+
+import math
+import re
+from typing import Any
+
+import keras
+from keras import ops
+
+OPTIMIZERS = ("lamb", "adamw")
+SCHEDULES = ("linear", "cosine", "constant")
+
+# Variables that are no kernel and no embedding: weight decay would only pull them from where
+# normalisation and temperature put them (the original excludes them too).
+NOT_DECAYED = ("gamma", "beta", "bias", "logit_bias", "temperature")
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class WarmupDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A rate that rises in a line from zero, then decays to zero.
+
+    The formulas are those of Hugging Face's `get_linear_schedule_with_warmup`,
+    `get_cosine_schedule_with_warmup` and `get_constant_schedule_with_warmup`.
+
+    Args:
+        learning_rate: the rate at the end of the warmup.
+        warmup_steps: steps of the rise; the very first step has rate zero. 0 starts at the top.
+        total_steps: the step at which the rate is zero again.
+        decay: `linear`, `cosine`, or `constant` for none.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self, learning_rate: float, warmup_steps: int, total_steps: int, decay: str = "linear"
+    ) -> None:
+        super().__init__()
+        if decay not in SCHEDULES:
+            raise ValueError(f"schedule={decay!r}: expected one of {', '.join(SCHEDULES)}")
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(
+                f"warmup_steps={warmup_steps!r}: expected 0 or more, and fewer than the "
+                f"{total_steps} steps of the training"
+            )
+        self.learning_rate = learning_rate
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.decay = decay
+
+    def __call__(self, step: Any) -> Any:
+        step = ops.cast(step, "float32")
+        rise = step / max(1, self.warmup_steps)
+        done = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        done = ops.clip(done, 0.0, 1.0)
+        if self.decay == "linear":
+            fall = 1.0 - done
+        elif self.decay == "cosine":
+            fall = 0.5 * (1.0 + ops.cos(math.pi * done))
+        else:
+            fall = ops.ones_like(done)
+        return self.learning_rate * ops.where(step < self.warmup_steps, rise, fall)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "total_steps": self.total_steps,
+            "decay": self.decay,
+        }
+
+
+class _OwnRates:
+    """Gives each variable a learning rate of its own; Keras's optimizers have one for all.
+
+    `rates` maps a variable's path to what its rate is multiplied by, 1 where it is not named.
+    The weight decay of a variable follows its rate, as in PyTorch's parameter groups, and
+    leaves out `NOT_DECAYED`.
+    """
+
+    rates: dict[str, float] = {}
+
+    def build(self, variables: list) -> None:
+        if self.built:
+            return
+        self._own_rates = [self.rates.get(variable.path, 1.0) for variable in variables]
+        self.exclude_from_weight_decay(var_list=[v for v in variables if v.name in NOT_DECAYED])
+        super().build(variables)
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        learning_rate = learning_rate * self._own_rates[self._get_variable_index(variable)]
+        if self.weight_decay and self._use_weight_decay(variable):
+            rate = ops.cast(learning_rate, variable.dtype)
+            self.assign_sub(variable, variable * self.weight_decay * rate)
+        super().update_step(gradient, variable, learning_rate)
+
+    def _apply_weight_decay(self, variables: list) -> None:
+        pass  # Keras's takes one rate for all; update_step decays instead
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "rates": dict(self.rates)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        config = dict(config)
+        rates = config.pop("rates")
+        optimizer = super().from_config(config, custom_objects)
+        optimizer.rates = rates
+        return optimizer
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class Lamb(_OwnRates, keras.optimizers.Lamb):
+    """Keras's LAMB (arXiv 1904.00962) with a rate for each variable.
+
+    The weight decay is Keras's, `rate * weight_decay * weight` beside the step; Algorithm 2 of
+    the paper has it inside the trust ratio.
+    """
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AdamW(_OwnRates, keras.optimizers.AdamW):
+    """Keras's AdamW (arXiv 1711.05101) with a rate for each variable."""
+
+
+def make_optimizer(
+    model: keras.Model,
+    *,
+    optimizer: str = "lamb",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 1e-5,
+    warmup_steps: int = 0,
+    total_steps: int,
+    schedule: str = "linear",
+    text_rate: float = 1.0,
+    vision_rate: float = 1.0,
+    layer_decay: float = 1.0,
+    clip_norm: float | None = None,
+    ema_momentum: float | None = None,
+) -> keras.optimizers.Optimizer:
+    """Returns the optimizer of the paper's recipe (ALIGN, arXiv 2102.05918, section 5).
+
+    Args:
+        model: an AlignModel; its variables' paths carry the rates.
+        optimizer: `lamb` or `adamw`.
+        learning_rate: the rate after the warmup.
+        weight_decay: of kernels and embeddings; BatchNorm, LayerNorm, biases and temperature
+            have none.
+        warmup_steps: see `WarmupDecay`.
+        total_steps: see `WarmupDecay`.
+        schedule: `linear`, `cosine` or `constant`, after the warmup.
+        text_rate: multiplies the rate of the text tower and its projection.
+        vision_rate: multiplies the rate of the image tower and its projection.
+        layer_decay: multiplies the rate once more for each block that a layer lies below the
+            projection (BEiT, arXiv 2106.08254, appendix); 1 gives all blocks one rate.
+        clip_norm: longest norm of all gradients together; None does not clip.
+        ema_momentum: keep a moving average of the weights, which `fit` puts in their place when
+            it ends; None keeps none.
+
+    Returns:
+        An optimizer for `model.compile`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer={optimizer!r}: expected one of {', '.join(OPTIMIZERS)}")
+    settings = {"text_rate": text_rate, "vision_rate": vision_rate, "layer_decay": layer_decay}
+    for key, value in {**settings, "learning_rate": learning_rate}.items():
+        if not value > 0:
+            raise ValueError(f"{key}={value!r}: expected a positive number")
+    optimizer_class = {"lamb": Lamb, "adamw": AdamW}[optimizer]
+    made = optimizer_class(
+        WarmupDecay(learning_rate, warmup_steps, total_steps, schedule),
+        weight_decay=weight_decay,
+        global_clipnorm=clip_norm,
+        use_ema=ema_momentum is not None,
+        ema_momentum=0.99 if ema_momentum is None else ema_momentum,
+        name=optimizer,
+    )
+    made.rates = learning_rates(model, **settings)
+    return made
+
+
+def learning_rates(
+    model: keras.Model, *, text_rate: float, vision_rate: float, layer_decay: float
+) -> dict[str, float]:
+    """Finds what the learning rate of each variable of an AlignModel is multiplied by.
+
+    Args:
+        model: an AlignModel.
+        text_rate: see `make_optimizer`.
+        vision_rate: see `make_optimizer`.
+        layer_decay: see `make_optimizer`.
+
+    Returns:
+        Variable's path -> multiplier, without those of 1.
+    """
+    # part of the model: its rate, its blocks
+    towers = {
+        "text_model": (text_rate, len(model.text_model.blocks)),
+        "text_projection": (text_rate, 0),
+        "vision_model": (vision_rate, len(model.vision_model.blocks)),
+        "image_projection": (vision_rate, 0),
+    }
+    rates = {}
+    for variable in model.trainable_variables:
+        part, _, rest = variable.path.removeprefix(f"{model.path}/").partition("/")
+        if part not in towers:  # the temperature
+            continue
+        rate, blocks = towers[part]
+        block = re.match(r"(?:layer|block)_(\d+)/", rest)
+        depth = int(block[1]) + 1 if block else 0  # 0: embeddings, stem
+        below = blocks + 1 - depth if blocks else 0
+        rates[variable.path] = rate * layer_decay**below
+    return {path: rate for path, rate in rates.items() if rate != 1.0}

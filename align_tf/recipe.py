@@ -1,0 +1,245 @@
+"""The recipe of a training: its settings, read from YAML or flags, and written back."""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+from typing import Any
+
+RECIPE_NAME = "recipe.yaml"
+
+# Of each two, a recipe states one.
+ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))
+
+POSITIVE = "a number above 0"
+NATURAL = "a whole number of 0 or more"
+COUNT = "a whole number of 1 or more"
+SHARE = "a number of 0 or more, below 1"
+
+CHECKS = {
+    POSITIVE: lambda value: value > 0,
+    NATURAL: lambda value: isinstance(value, int) and value >= 0,
+    COUNT: lambda value: isinstance(value, int) and value >= 1,
+    SHARE: lambda value: 0 <= value < 1,
+    "a number of 0 or more": lambda value: value >= 0,
+}
+
+
+def _setting(default: Any, text: str, expected: Any = str) -> Any:
+    """A field: its default, what `--help` says of it, and what a value must be.
+
+    `expected` is a type, a key of `CHECKS`, or a tuple of the words that it may be.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "expected": expected})
+
+
+@dataclasses.dataclass(kw_only=True)
+class Recipe:
+    """The settings of a training, each a key of the YAML file and a flag of `align-tf train`.
+
+    Exactly one of `model` and `preset` is given. The defaults are the paper's (ALIGN,
+    arXiv 2102.05918, section 5), but for the sizes of batch and training.
+
+    Raises:
+        ValueError: a setting is missing, unknown or out of range; the message names it.
+    """
+
+    model: str | None = _setting(
+        None, "the checkpoint to fine-tune: a folder, a Hugging Face id, or align-tiny"
+    )
+    preset: str | None = _setting(
+        None, "the architecture to train from scratch, such as align-base"
+    )
+    processor: str | None = _setting(
+        None, "the checkpoint whose tokenizer and image settings are used (that of model)"
+    )
+    data: str | None = _setting(None, "pairs to train on: a file, a folder or a glob")
+    validation_data: str | None = _setting(None, "pairs whose loss is watched")
+    output: str | None = _setting(None, "the folder of the checkpoints and the trained model")
+    image_size: int | None = _setting(
+        None, "pixels of an image's side, in training and after (that of processor)", COUNT
+    )
+
+    batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", COUNT)
+    accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
+    remat: bool = _setting(False, "compute activations again for the gradient, to save more", bool)
+    steps: int | None = _setting(None, "steps of the whole training", COUNT)
+    epochs: int | None = _setting(None, "the same, in passes over the data", COUNT)
+    optimizer: str = _setting("lamb", "lamb or adamw", ("lamb", "adamw"))
+    learning_rate: float = _setting(1e-3, "the rate after the warmup", POSITIVE)
+    weight_decay: float = _setting(1e-5, "of kernels and embeddings", "a number of 0 or more")
+    warmup_steps: int = _setting(0, "steps in which the rate rises from 0", NATURAL)
+    schedule: str = _setting(
+        "linear", "how the rate falls to 0 after the warmup", ("linear", "cosine", "constant")
+    )
+    text_rate: float = _setting(1.0, "multiplies the rate of the text tower", POSITIVE)
+    vision_rate: float = _setting(1.0, "multiplies the rate of the image tower", POSITIVE)
+    layer_decay: float = _setting(1.0, "multiplies the rate once more a block down", POSITIVE)
+    clip_norm: float | None = _setting(None, "longest norm of all gradients together", POSITIVE)
+    ema_momentum: float | None = _setting(None, "of a moving average of the weights", SHARE)
+
+    freeze: Any = _setting(  # noqa: RUF009
+        None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
+    )
+    batch_norm: str | None = _setting(
+        None, "frozen or trained (frozen with model, trained with preset)", ("frozen", "trained")
+    )
+    loss: str = _setting(
+        "softmax", "softmax, or sigmoid with a learned bias", ("softmax", "sigmoid")
+    )
+    loss_reduction: str = _setting(
+        "mean", "of the two directions: mean, or sum as the original", ("mean", "sum")
+    )
+    label_smoothing: float = _setting(0.1, "of the softmax loss", SHARE)
+    dtype: str = _setting(
+        "float32", "of the computation", ("float32", "mixed_bfloat16", "mixed_float16")
+    )
+    seed: int = _setting(0, "of new weights, dropout, and the order of the data", NATURAL)
+
+    save_every: int = _setting(1000, "steps between two checkpoints and validations", COUNT)
+    keep: int = _setting(2, "checkpoints that stay", COUNT)
+    log_every: int = _setting(50, "steps between two lines of progress", COUNT)
+    tensorboard: bool = _setting(False, "write TensorBoard's logs too", bool)
+
+    def __post_init__(self) -> None:
+        for key in ("data", "output"):
+            if getattr(self, key) is None:
+                raise ValueError(f"{key}: missing; the recipe has to state it")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                "expected steps or epochs, and one of them; "
+                f"found steps={self.steps!r}, epochs={self.epochs!r}"
+            )
+        if (self.model is None) == (self.preset is None):
+            raise ValueError(
+                "expected model, a checkpoint to fine-tune, or preset, an architecture to train "
+                f"from scratch, and one of them; found model={self.model!r}, preset={self.preset!r}"
+            )
+        if self.preset is not None and self.processor is None:
+            raise ValueError(
+                f"processor: missing; with preset={self.preset!r} it names the checkpoint whose "
+                "tokenizer and image settings are used"
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                setattr(self, field.name, _checked(field, value))
+        for tower, blocks in self.frozen().items():
+            numbers = isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)
+            if tower not in ("text", "vision") or not (blocks is None or numbers):
+                raise ValueError(
+                    f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
+                )
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation={self.accumulation}: expected a divisor of "
+                f"batch_size={self.batch_size}"
+            )
+
+    def frozen(self) -> dict[str, list[int] | None]:
+        """Returns the towers that do not train, each with its frozen blocks, or None for all."""
+        if isinstance(self.freeze, dict):
+            return self.freeze
+        return {} if self.freeze is None else {self.freeze: None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings that differ from their defaults."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {key: value for key, value in values.items() if value != defaults[key]}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the settings as YAML that `read_recipe` reads."""
+        import yaml
+
+        from align_tf import checkpoint  # here, for it loads numpy
+
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        checkpoint.write_text(pathlib.Path(path), text)
+
+
+def read_recipe(
+    path: str | os.PathLike | None = None, flags: dict[str, Any] | None = None
+) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        path: a YAML file of `Recipe`'s keys; relative paths in it are relative to the working
+            directory. None reads the flags alone.
+        flags: settings that override those of the file; a string is read as YAML reads it.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid YAML, or a key is unknown, missing or out of range.
+    """
+    values = {} if path is None else _read_yaml(pathlib.Path(path))
+    flags = flags or {}
+    for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+        if one in flags and other not in flags:
+            values.pop(other, None)
+    values.update({key: _parsed(key, value) for key, value in flags.items()})
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            where = "flags" if path is None else path
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+    try:
+        return Recipe(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected lines of 'key: value', found {values!r}")
+    return values
+
+
+def _parsed(key: str, value: Any) -> Any:
+    import yaml
+
+    field = Recipe.__dataclass_fields__.get(key)
+    if not isinstance(value, str) or field is None or field.metadata["expected"] is str:
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}={value!r}: not valid YAML: {error}") from error
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    expected = field.metadata["expected"]
+    if expected is object:
+        return value
+    if isinstance(expected, type):
+        valid, wanted = isinstance(value, expected), {str: "text", bool: "true or false"}[expected]
+    elif isinstance(expected, tuple):
+        valid, wanted = value in expected, f"one of {', '.join(expected)}"
+    else:
+        wanted = expected
+        if isinstance(value, str):
+            value = _number(value)  # YAML takes 1e-3, which has no point, for text
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        valid = number and CHECKS[expected](value)
+    if not valid:
+        raise ValueError(f"{field.name}={value!r}: expected {wanted}")
+    return value
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,41 @@
+"""Rematerialisation: a block's activations are computed again instead of kept for the gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import layers
+
+from align_tf.state import step_variables
+
+
+def rematerialize(layer: layers.Layer) -> Callable:
+    """Wraps a built layer so that its gradient starts from its inputs alone.
+
+    The second run draws the dropout of the first and moves BatchNorm's averages no further:
+    variables go in as values and come out as values, which `keras.remat` around a layer does not
+    do.
+
+    Args:
+        layer: a block of a tower.
+
+    Returns:
+        What is called as the layer is: with a tensor, then with what no gradient flows to.
+    """
+
+    def call(x: Any, *constants: Any, training: bool = False) -> Any:
+        weights, moving = layer.trainable_variables, step_variables(layer)
+        before = [(variable, variable.value) for variable in layer.variables]
+
+        def run(values: list, x: Any) -> tuple[Any, list]:
+            mapping = [*before, *zip(weights, values, strict=True)]
+            with keras.StatelessScope(state_mapping=mapping) as scope:
+                outputs = layer(x, *constants, training=training)
+            return outputs, [scope.get_current_value(variable) for variable in moving]
+
+        outputs, after = keras.remat(run)([weight.value for weight in weights], x)
+        for variable, value in zip(moving, after, strict=True):
+            variable.assign(value)
+        return outputs
+
+    return call

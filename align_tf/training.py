@@ -1,0 +1,367 @@
+"""Training by a recipe: the model, its data, the steps, and going on where it was stopped."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from align_tf import checkpoint, training_state
+from align_tf.callbacks import RetrievalEvaluation
+from align_tf.configuration import AlignConfig
+from align_tf.data import make_dataset
+from align_tf.model import AlignModel
+from align_tf.optimization import make_optimizer
+from align_tf.processor import AlignProcessor
+from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
+
+METRICS_NAME = "metrics.jsonl"
+
+# Settings that may change when a training goes on: no weight depends on them.
+FREE_SETTINGS = ("output", "validation_data", "save_every", "keep", "log_every", "tensorboard")
+
+
+def train(recipe: Recipe) -> pathlib.Path:
+    """Trains, or goes on with the training that its output folder holds.
+
+    The folder gets `checkpoint-<step>` folders, which `from_pretrained` loads, `metrics.jsonl`,
+    and at the end the trained model itself. A process that is killed at any moment is taken up
+    from its last checkpoint, and reaches the weights that it would have reached unbroken: the
+    checkpoint holds the optimizer and the states of dropout, and the data follow from seed and
+    step. SIGINT and SIGTERM write a checkpoint first.
+
+    Args:
+        recipe: the settings.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ValueError: a setting does not fit, the output folder belongs to another recipe, or the
+            loss is no longer finite.
+        FileNotFoundError: model or data are not there.
+        KeyboardInterrupt: a signal stopped the training, after its checkpoint.
+    """
+    output = _claim(recipe)
+    keras.utils.set_random_seed(recipe.seed)
+    processor = _make_processor(recipe)
+    recipe = _counted(recipe, processor)
+    model = _make_model(recipe, processor)
+    step = _resume(output, model)
+    if step < recipe.steps:
+        _fit(model, processor, recipe, output, step)
+    model.optimizer.finalize_variable_values(model.trainable_variables)  # the averages, if any
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return output
+
+
+def _claim(recipe: Recipe) -> pathlib.Path:
+    """Takes the output folder, or refuses one that belongs to something else."""
+    output = pathlib.Path(recipe.output)
+    path = output / RECIPE_NAME
+    if path.is_file() and training_state.list_checkpoints(output):
+        before = read_recipe(path)
+        for field in dataclasses.fields(Recipe):
+            old, new = getattr(before, field.name), getattr(recipe, field.name)
+            if old != new and field.name not in FREE_SETTINGS:
+                raise ValueError(
+                    f"{output}: belongs to a training with {field.name}={old!r}, this recipe has "
+                    f"{new!r}; expected the same recipe to go on with it, or another output"
+                )
+    elif not path.is_file() and output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: not empty and not of a training; expected another output")
+    recipe.save(path)
+    return output
+
+
+def _make_processor(recipe: Recipe) -> AlignProcessor:
+    processor = AlignProcessor.from_pretrained(recipe.processor or recipe.model)
+    if recipe.image_size is not None:
+        before = processor.image_processor
+        # What is resized keeps its margin around what is cropped, as 346 around 289.
+        share = recipe.image_size / before.crop_size["height"]
+        size = {side: round(pixels * share) for side, pixels in before.size.items()}
+        changed = {"size": size, "crop_size": recipe.image_size}
+        processor.image_processor = type(before).from_dict({**before.to_dict(), **changed})
+    return processor
+
+
+def _counted(recipe: Recipe, processor: AlignProcessor) -> Recipe:
+    """States a recipe's epochs in steps."""
+    if recipe.epochs is None:
+        return recipe
+    dataset = make_dataset(
+        recipe.data,
+        processor,
+        batch_size=recipe.batch_size,
+        training=True,
+        epochs=recipe.epochs,
+    )
+    steps = int(dataset.cardinality())
+    if steps < 0:
+        raise ValueError(
+            f"epochs={recipe.epochs}: {recipe.data} does not say how many pairs it holds; "
+            "expected steps"
+        )
+    return dataclasses.replace(recipe, steps=steps, epochs=None)
+
+
+def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
+    if recipe.model is not None:
+        model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype)
+    else:
+        config = AlignConfig.from_preset(recipe.preset)
+        vocab_size = len(processor.tokenizer)
+        text_config = dataclasses.replace(config.text_config, vocab_size=vocab_size)
+        config = dataclasses.replace(config, text_config=text_config)
+        model = AlignModel(config, dtype=recipe.dtype)
+    model.label_smoothing = recipe.label_smoothing
+    model.loss_reduction = recipe.loss_reduction
+    if recipe.loss == "sigmoid":
+        model.use_sigmoid_loss(recipe.batch_size)
+    if recipe.batch_norm == "frozen":
+        model.freeze_batch_norm()
+    elif recipe.batch_norm == "trained":
+        model.unfreeze_batch_norm()
+    for tower, blocks in recipe.frozen().items():
+        model.freeze(tower, blocks)
+    optimizer = make_optimizer(
+        model,
+        optimizer=recipe.optimizer,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
+        total_steps=recipe.steps,
+        schedule=recipe.schedule,
+        text_rate=recipe.text_rate,
+        vision_rate=recipe.vision_rate,
+        layer_decay=recipe.layer_decay,
+        clip_norm=recipe.clip_norm,
+        ema_momentum=recipe.ema_momentum,
+    )
+    model.compile(optimizer=optimizer, accumulation=recipe.accumulation, remat=recipe.remat)
+    model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
+    return model
+
+
+def _resume(output: pathlib.Path, model: AlignModel) -> int:
+    """Restores the last whole checkpoint and returns its step; 0 where there is none."""
+    training_state.clear_unfinished(output)
+    found = training_state.list_checkpoints(output)
+    for folder in reversed(found):
+        try:
+            step = training_state.restore(folder, model)
+        except checkpoint.CheckpointError as error:
+            _say(f"{folder.name} is broken, so the one before it is taken: {error}")
+            continue
+        _say(f"Going on from step {step}, {folder}")
+        return step
+    if found:
+        raise checkpoint.CheckpointError(
+            f"{output}: none of its checkpoints is whole; another output starts anew"
+        )
+    return 0
+
+
+def _fit(
+    model: AlignModel, processor: AlignProcessor, recipe: Recipe, output: pathlib.Path, step: int
+) -> None:
+    dataset = make_dataset(
+        recipe.data,
+        processor,
+        batch_size=recipe.batch_size,
+        training=True,
+        seed=recipe.seed,
+        start_step=step,
+    )
+    validation, evaluations = None, []
+    if recipe.validation_data is not None:
+        validation = make_dataset(recipe.validation_data, processor, batch_size=recipe.batch_size)
+        evaluations = [RetrievalEvaluation(validation)]
+    checkpoints = Checkpoints(recipe, processor, output, step)
+    with _signals(checkpoints):
+        model.fit(
+            dataset,
+            # An epoch is what lies between two checkpoints; `Checkpoints` ends the last one.
+            epochs=math.ceil((recipe.steps - step) / recipe.save_every),
+            steps_per_epoch=recipe.save_every,
+            validation_data=validation,
+            # The log reads what the evaluations have found.
+            callbacks=[*evaluations, Log(recipe, output, step), checkpoints],
+            shuffle=False,  # the dataset is
+            verbose=0,
+        )
+    if checkpoints.step < recipe.steps:
+        _say(f"Stopped at step {checkpoints.step}; the same command goes on from there.")
+        raise KeyboardInterrupt
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Writes the checkpoints of a training, and ends it.
+
+    Args:
+        recipe: the settings.
+        processor: saved with the model.
+        output: the folder of the training.
+        step: steps taken before.
+    """
+
+    def __init__(
+        self, recipe: Recipe, processor: AlignProcessor, output: pathlib.Path, step: int
+    ) -> None:
+        super().__init__()
+        self.recipe, self.processor, self.output, self.step = recipe, processor, output, step
+        self.stopping = False  # set from outside to end after the running step
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self.step += 1
+        ending = self.stopping or self.step == self.recipe.steps
+        if not ending and self.step % self.recipe.save_every:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(
+                f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
+                "lower learning_rate, a longer warmup or clip_norm may keep it finite"
+            )
+        training_state.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
+        if ending:
+            self.model.stop_training = True
+
+
+@contextlib.contextmanager
+def _signals(checkpoints: Checkpoints) -> Iterator[None]:
+    """Has SIGINT and SIGTERM end the training after a checkpoint, and the second one at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if checkpoints.stopping:
+            raise KeyboardInterrupt
+        checkpoints.stopping = True
+        _say("Stopping after this step and its checkpoint; once more stops at once.")
+
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Log(keras.callbacks.Callback):
+    """Tells how the training goes: on stderr, in `metrics.jsonl` and for TensorBoard.
+
+    Each value is the mean since the line before it.
+
+    Args:
+        recipe: the settings.
+        output: the folder of the training.
+        step: steps taken before; later lines of `metrics.jsonl` are of a run that was killed,
+            and go.
+    """
+
+    def __init__(self, recipe: Recipe, output: pathlib.Path, step: int) -> None:
+        super().__init__()
+        self.recipe, self.step = recipe, step
+        self.path = output / METRICS_NAME
+        self.writer = _summary_writer(output / "tensorboard") if recipe.tensorboard else None
+        self.first: tuple[int, float] | None = None  # step and time when the model is compiled
+        self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        checkpoint.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self.step += 1
+        now = time.monotonic()
+        if self.first is None:
+            self.first = self.marked = (self.step, now)
+        if self.step % self.recipe.log_every and self.step != self.recipe.steps:
+            return
+        model = self.model
+        values = {
+            **logs,
+            "temperature": float(model.temperature),
+            "learning_rate": float(ops.convert_to_numpy(model.optimizer.learning_rate)),
+        }
+        line = f"step {self.step}/{self.recipe.steps}  loss {values['loss']:.4f}  "
+        line += f"temperature {values['temperature']:.4f}  rate {values['learning_rate']:.2e}"
+        if self.step > self.marked[0]:
+            seconds = (now - self.marked[1]) / (self.step - self.marked[0])
+            values["images_per_second"] = self.recipe.batch_size / seconds
+            # With the checkpoints and validations between the steps.
+            seconds = (now - self.first[1]) / (self.step - self.first[0])
+            left = _duration((self.recipe.steps - self.step) * seconds)
+            line += f"  {values['images_per_second']:.1f} images/s  {left} left"
+        self.marked = (self.step, now)
+        _say(line)
+        self._write(values)
+        model.reset_metrics()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if self.first is not None:  # a checkpoint was written, and validated
+            self.marked = (self.step, time.monotonic())
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        values = {key: value for key, value in logs.items() if key.startswith("val_")}
+        if values:
+            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            _say(f"step {self.step}/{self.recipe.steps}  {shown}")
+            self._write(values)
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write(self, values: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if self.writer is not None:
+            import tensorflow as tf
+
+            with self.writer.as_default(self.step):
+                for key, value in values.items():
+                    tf.summary.scalar(key, value)
+            self.writer.flush()
+
+
+def _summary_writer(folder: pathlib.Path) -> Any:
+    try:
+        import tensorboard  # noqa: F401  which tf.summary is made of
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"'
+        ) from error
+    import tensorflow as tf
+
+    return tf.summary.create_file_writer(str(folder))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where a kill has cut it."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,161 @@
+"""Checkpoints of a running training: written whole or not at all, read back to the same step."""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import safetensors
+import safetensors.numpy
+from keras import ops
+
+from align_tf import checkpoint
+
+STATE_NAME = "training_state.safetensors"
+SUMMARY_NAME = "training_state.json"
+FOLDER = "checkpoint-{}"  # as Hugging Face's Trainer names them
+
+
+def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int) -> pathlib.Path:
+    """Writes `checkpoint-<step>`: model and processor for `from_pretrained`, and the state.
+
+    The folder appears under its name when all of it is written.
+
+    Args:
+        output: the folder of the training.
+        step: steps taken, and so the position in the data.
+        model: the model that trains. With a moving average of the weights, `model.safetensors`
+            holds the average.
+        processor: its AlignProcessor.
+        keep: how many checkpoints stay; older ones go.
+
+    Returns:
+        The folder.
+    """
+    folder = output / FOLDER.format(step)
+    temporary = _hidden(folder)
+    temporary.mkdir(parents=True)
+    state = {name: ops.convert_to_numpy(value) for name, value in _variables(model).items()}
+    with checkpoint.replacing(temporary / STATE_NAME) as path:  # for its file mode
+        safetensors.numpy.save_file(state, path)
+    del state
+    summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME)}
+    (temporary / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+    with _averaged(model):
+        model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    if folder.exists():  # broken, so that an older one was resumed
+        _remove(folder)
+    temporary.rename(folder)
+    for old in list_checkpoints(output)[:-keep]:
+        _remove(old)
+    return folder
+
+
+def list_checkpoints(output: pathlib.Path) -> list[pathlib.Path]:
+    """Lists the checkpoints of a training, the latest last."""
+    steps = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")]
+    return [output / FOLDER.format(n) for n in sorted(int(match[1]) for match in steps if match)]
+
+
+def clear_unfinished(output: pathlib.Path) -> None:
+    """Removes what a killed process left half written or half removed."""
+    for folder in output.glob(".*checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+def restore(folder: pathlib.Path, model: Any) -> int:
+    """Puts the state of a checkpoint into a compiled model: all of it, or nothing and an error.
+
+    Args:
+        folder: what `save` wrote.
+        model: the model of the same recipe.
+
+    Returns:
+        The step that the state is of.
+
+    Raises:
+        align_tf.checkpoint.CheckpointError: a file is missing, broken or of another model.
+    """
+    path = folder / STATE_NAME
+    try:
+        summary = checkpoint.read_json(folder / SUMMARY_NAME)
+        if not isinstance(summary.get("step"), int):
+            raise checkpoint.CheckpointError(f"{folder / SUMMARY_NAME}: expected a step")
+        if _sha256(path) != summary.get("sha256"):
+            raise checkpoint.CheckpointError(f"{path}: not as it was written")
+    except OSError as error:
+        raise checkpoint.CheckpointError(str(error)) from error
+    variables = _variables(model)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        names = file.keys()
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        wanted = {name: tuple(variable.shape) for name, variable in variables.items()}
+        if found != wanted:
+            differing = sorted(set(found.items()) ^ set(wanted.items()))
+            raise checkpoint.CheckpointError(f"{path}: of another model: {differing[0]} differs")
+        for name, variable in variables.items():
+            variable.assign(file.get_tensor(name))
+    return summary["step"]
+
+
+def _variables(model: Any) -> dict[str, keras.Variable]:
+    """All that a step depends on and changes, under names that every process gives alike.
+
+    These are the weights, with BatchNorm's averages; the states of dropout, which Keras's own
+    `save_weights` leaves out; and those of the optimizer.
+    """
+    # Keras counts the names of seeds and optimizers up within a process.
+    seeds = [variable for variable in model.variables if variable.name == "seed_generator_state"]
+    return {
+        **{f"model/{weight.path}": weight for weight in model.weights},
+        **{f"seed/{index}": seed for index, seed in enumerate(seeds)},
+        **{
+            f"optimizer/{index}/{variable.name}": variable
+            for index, variable in enumerate(model.optimizer.variables)
+        },
+    }
+
+
+@contextlib.contextmanager
+def _averaged(model: Any) -> Iterator[None]:
+    """Has the moving averages in the place of the weights, where the optimizer keeps some."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not optimizer.use_ema:
+        yield
+        return
+    weights = model.trainable_variables
+    raw = [np.array(ops.convert_to_numpy(weight)) for weight in weights]
+    optimizer.finalize_variable_values(weights)
+    try:
+        yield
+    finally:
+        for weight, value in zip(weights, raw, strict=True):
+            weight.assign(value)
+
+
+def _hidden(folder: pathlib.Path) -> pathlib.Path:
+    """The path beside a checkpoint where it is built and taken apart."""
+    hidden = folder.with_name(f".{folder.name}")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    return hidden
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a checkpoint that a kill does not leave as half of one."""
+    shutil.rmtree(folder.rename(folder.with_name(f".old-{folder.name}")))
+
+
+def _sha256(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

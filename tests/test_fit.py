@@ -1,0 +1,264 @@
+"""Training through Keras's own fit, evaluate and predict, on either backend."""
+
+import dataclasses
+import json
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from keras import ops
+
+from align_tf import AlignConfig, AlignModel
+
+LOGS = {"loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature"}
+
+
+@pytest.fixture(scope="module")
+def steady_config(tiny_config) -> AlignConfig:
+    """Without dropout, with BatchNorm frozen: a step depends on the batch alone."""
+    text = dataclasses.replace(
+        tiny_config.text_config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    vision = dataclasses.replace(
+        tiny_config.vision_config, drop_connect_rate=0.0, freeze_batch_norm=True
+    )
+    return dataclasses.replace(
+        tiny_config, text_config=text, vision_config=vision, temperature_init_value=0.5
+    )
+
+
+@pytest.fixture
+def model(steady_config) -> AlignModel:
+    keras.utils.set_random_seed(0)
+    return AlignModel(steady_config)
+
+
+def twin(model: AlignModel, **options) -> AlignModel:
+    again = AlignModel(model.config, **options)
+    again.set_weights(model.get_weights())
+    return again
+
+
+def rows(pairs: dict, chosen) -> dict:
+    return {key: value[chosen] for key, value in pairs.items()}
+
+
+def weights_apart(one: keras.Model, other: keras.Model) -> float:
+    both = zip(one.get_weights(), other.get_weights(), strict=True)
+    return max(np.abs(a - b).max() for a, b in both)
+
+
+def train(model: AlignModel, pairs: dict, *, batch_size: int = 4, epochs: int = 3, **options):
+    optimizer = options.pop("optimizer", None) or keras.optimizers.SGD(0.3)
+    fit = {key: options.pop(key) for key in ("sample_weight",) if key in options}
+    model.compile(optimizer=optimizer, **options)
+    fitted = model.fit(pairs, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **fit)
+    return fitted.history
+
+
+# --- losses --------------------------------------------------------------------------------
+
+
+def test_logs_of_fit_and_evaluate(model, pairs):
+    start = float(model(pairs, return_loss=True).loss)
+    history = train(model, pairs, epochs=2)
+    assert set(history) == LOGS
+    assert history["loss"][0] == pytest.approx(start, abs=1e-5)
+    both = (np.array(history["loss_i2t"]) + history["loss_t2i"]) / 2
+    np.testing.assert_allclose(history["loss"], both, atol=1e-5)
+    assert history["temperature"][0] == 0.5 != history["temperature"][1]
+
+    logits = ops.convert_to_numpy(model(pairs).logits_per_image)
+    found = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
+    assert set(found) == LOGS
+    assert found["accuracy_i2t"] == (logits.argmax(1) == range(4)).mean()
+    assert found["accuracy_t2i"] == (logits.argmax(0) == range(4)).mean()
+
+
+def test_padding_of_weight_0_changes_nothing(model, pairs):
+    padded = {key: np.concatenate([value, value[:2][::-1]]) for key, value in pairs.items()}
+    padded["pixel_values"][4:] = 0
+    padded["sample_weight"] = np.array([1, 1, 1, 1, 0, 0], "float32")
+    other = twin(model)
+    expected, found = train(model, pairs), train(other, padded, batch_size=6)
+    for key in LOGS:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-5, err_msg=key)
+    assert weights_apart(model, other) < 1e-5
+
+
+def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pairs):
+    before = twin(model)
+    absent = {**pairs, "sample_weight": np.zeros(4, "float32")}
+    assert train(model, absent, epochs=1)["loss"] == [0.0]
+    assert weights_apart(model, before) == 0.0
+    both = {key: np.concatenate([value, value]) for key, value in pairs.items()}
+    both["sample_weight"] = np.array([1, 1, 1, 1, 0, 0, 0, 0], "float32")
+    one = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
+    two = model.evaluate(both, batch_size=4, verbose=0, return_dict=True)
+    for key in LOGS - {"loss"}:  # Keras takes the mean of `loss` over batches by their rows
+        assert two[key] == pytest.approx(one[key], abs=1e-6), key
+
+
+def test_keras_sample_weight_multiplies_the_one_in_the_batch(model, pairs):
+    other = twin(model)
+    weights = np.array([1.0, 2.0, 0.0, 3.0], "float32")
+    train(model, {**pairs, "sample_weight": weights})
+    halves = np.array([2.0, 2.0, 5.0, 1.0], "float32")
+    train(other, {**pairs, "sample_weight": weights / halves}, sample_weight=halves)
+    assert weights_apart(model, other) < 1e-6
+
+
+def test_ids_make_positives(model, pairs):
+    plain = float(model(pairs, return_loss=True).loss)
+    ids = {**pairs, "image_ids": np.array([7, 8, 9, 7]), "text_ids": np.array([1, 2, 3, 1])}
+    logits = ops.convert_to_numpy(model(pairs).logits_per_image).astype("float64")
+    target = np.eye(4) + np.eye(4)[[3, 1, 2, 0]]
+    target = 0.9 * target / target.sum(-1, keepdims=True) + 0.1 / 4
+
+    def cross_entropy(logits):
+        return -(target * (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))).sum(-1).mean()
+
+    expected = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+    assert float(model(ids, return_loss=True).loss) == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - plain) > 1e-3
+    model.compile(optimizer="sgd")
+    found = model.evaluate(ids, batch_size=4, verbose=0, return_dict=True)
+    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sigmoid_loss_has_a_bias_that_is_saved(model, pairs, tmp_path):
+    assert not model.has_logit_bias
+    plain = ops.convert_to_numpy(model(pairs).logits_per_image)
+    model.use_sigmoid_loss(batch_size=4)
+    assert float(model.logit_bias) == pytest.approx(-np.log(3))
+    logits = ops.convert_to_numpy(model(pairs).logits_per_image)
+    np.testing.assert_allclose(logits, plain - np.log(3), atol=1e-6)
+    signs = 2 * np.eye(4) - 1
+    expected = np.log1p(np.exp(-signs * logits)).sum() / 4  # 1 / n of the sum over all pairs
+    history = train(model, pairs)
+    assert set(history) == LOGS
+    assert history["loss"][0] == pytest.approx(expected, abs=1e-5)
+    assert float(model.logit_bias) != pytest.approx(-np.log(3), abs=1e-4)
+
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert tensors["logit_bias"] == float(model.logit_bias)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["logit_bias_init_value"] == pytest.approx(-np.log(3))
+    model.save(tmp_path / "model.keras")
+    for again in (
+        AlignModel.from_pretrained(tmp_path),
+        keras.saving.load_model(tmp_path / "model.keras"),
+    ):
+        assert float(again.logit_bias) == float(model.logit_bias)
+        found = float(again(pairs, return_loss=True).loss)
+        assert found == pytest.approx(float(model(pairs, return_loss=True).loss), abs=1e-6)
+    again.use_sigmoid_loss(batch_size=2)  # starts the bias anew
+    assert float(again.logit_bias) == 0.0
+
+
+def test_the_temperature_stays_within_its_bounds(steady_config, pairs):
+    keras.utils.set_random_seed(0)
+    model = AlignModel(steady_config, temperature_bounds=(0.4, 0.55))
+    train(model, pairs, epochs=1, optimizer=keras.optimizers.SGD(1e3))
+    temperature = float(model.temperature)
+    assert temperature in (pytest.approx(0.4), pytest.approx(0.55))
+    for bounds in ((0.0, 1.0), (0.5, 0.1)):
+        with pytest.raises(ValueError, match=r"temperature_bounds=.*: expected two positive"):
+            AlignModel(steady_config, temperature_bounds=bounds)
+
+
+# --- Keras's own ---------------------------------------------------------------------------
+
+
+def test_steps_per_execution(model, pairs):
+    other = twin(model)
+    one, two = (
+        train(model, pairs, batch_size=2),
+        train(other, pairs, batch_size=2, steps_per_execution=2),
+    )
+    assert weights_apart(model, other) < 1e-6
+    for key in LOGS:
+        np.testing.assert_allclose(two[key], one[key], atol=1e-5, err_msg=key)
+
+
+def test_jit_compile(model, pairs):
+    other = twin(model)
+    train(model, pairs, jit_compile=False)
+    train(other, pairs, jit_compile=True)
+    assert weights_apart(model, other) < 1e-5
+
+
+def test_callbacks_and_validation(model, pairs, tmp_path):
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    history = model.fit(
+        pairs,
+        batch_size=3,  # a ragged last batch
+        epochs=5,
+        validation_data=pairs,
+        validation_batch_size=3,
+        verbose=0,
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "val_loss"),
+            keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 1)
+            ),
+            keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        ],
+    ).history
+    assert set(history) == LOGS | {f"val_{key}" for key in LOGS}
+    assert len(history["loss"]) == 2
+    assert np.isfinite(list(history.values())).all()
+    assert "accuracy_i2t" in (tmp_path / "log.csv").read_text()
+    again = keras.saving.load_model(tmp_path / "best.keras")
+    assert set(again.evaluate(pairs, verbose=0, return_dict=True)) == LOGS
+
+
+def test_clipping_and_average_of_weights(model, pairs):
+    other, start = twin(model), twin(model)
+    clipped = keras.optimizers.SGD(1.0, global_clipnorm=1e-3)
+    train(model, pairs, epochs=1, optimizer=clipped)
+    moved = [a - b for a, b in zip(model.get_weights(), start.get_weights(), strict=True)]
+    norm = np.sqrt(sum((delta**2).sum() for delta in moved))
+    assert norm == pytest.approx(1e-3, rel=0.1)  # a unit weight takes steps of 1e-7
+
+    averaged = keras.optimizers.SGD(0.3, use_ema=True, ema_momentum=0.5)
+    train(other, pairs, epochs=2, optimizer=averaged)
+    plain = twin(start)
+    train(plain, pairs, epochs=2)
+    # What fit leaves is the average, not the last step.
+    assert weights_apart(other, plain) > 1e-4
+    assert 0.01 <= float(other.temperature) <= 1.0
+
+
+def test_mixed_bfloat16(model, pairs):
+    mixed = twin(model, dtype="mixed_bfloat16")
+    found, expected = train(mixed, pairs), train(model, pairs)
+    np.testing.assert_allclose(found["loss"], expected["loss"], atol=0.05)
+    assert {weight.dtype for weight in mixed.weights} == {"float32"}
+
+
+def test_predict_joins_the_embeddings_of_batches(model, pairs):
+    many = rows(pairs, [0, 1, 2, 3, 0])
+    expected = model(many)
+    for steps in (1, 2):
+        model.compile(optimizer="sgd", steps_per_execution=steps)
+        found = model.predict(many, batch_size=2, verbose=0)
+        assert list(found) == ["image_embeds", "text_embeds"]
+        for key, array in found.items():
+            np.testing.assert_allclose(array, ops.convert_to_numpy(expected[key]), atol=1e-6)
+
+
+def test_what_fit_cannot_take_is_told(model, pairs):
+    model.compile(optimizer="sgd")
+    with pytest.raises(ValueError, match="unknown inputs pixels: expected pixel_values, input_ids"):
+        model.fit({**pairs, "pixels": pairs["pixel_values"]}, verbose=0)
+    with pytest.raises(ValueError, match="expected pixel_values; for texts alone"):
+        model.fit({"input_ids": pairs["input_ids"]}, verbose=0)
+    with pytest.raises(ValueError, match="expected a dict of pixel_values"):
+        model.fit(pairs["pixel_values"], verbose=0)
+    with pytest.raises(ValueError, match="loss='mse': expected None; AlignModel minimises"):
+        model.compile(optimizer="sgd", loss="mse")
+    with pytest.raises(ValueError, match="accumulation=0: expected a positive integer"):
+        model.compile(optimizer="sgd", accumulation=0)

@@ -1,0 +1,185 @@
+"""Optimizers and schedule: values worked out by hand, rates by tower and depth, saving."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from align_tf import AlignModel
+from align_tf.optimization import AdamW, Lamb, WarmupDecay, learning_rates, make_optimizer
+
+WEIGHTS = [1.0, -2.0, 2.0]
+GRADIENTS = ([0.1, 0.2, -0.3], [0.3, 0.1, 0.1])
+# In float32, 1 - 0.999 is off by 5e-5 of itself; its root and the rate of 0.1 make 2.5e-6 of it.
+ATOL = 1e-5
+
+
+def run(optimizer, *, rates=None, name="kernel"):
+    """Takes two steps on WEIGHTS and returns the weights after each."""
+    variable = keras.Variable(np.array(WEIGHTS, "float32"), name=name)
+    optimizer.rates = rates or {}
+    optimizer.build([variable])
+    steps = []
+    for gradient in GRADIENTS:
+        optimizer.apply([ops.convert_to_tensor(np.array(gradient, "float32"))], [variable])
+        steps.append(ops.convert_to_numpy(variable).copy())
+    return steps
+
+
+def schedule(steps, **settings):
+    made = WarmupDecay(**settings)
+    return [float(made(step)) for step in steps]
+
+
+def test_warmup_then_linear_decay_to_zero():
+    values = schedule([0, 1, 2, 4, 5, 6, 9], learning_rate=0.8, warmup_steps=2, total_steps=6)
+    np.testing.assert_allclose(values, [0.0, 0.4, 0.8, 0.4, 0.2, 0.0, 0.0], atol=1e-7)
+
+
+def test_warmup_then_cosine_decay_to_zero():
+    settings = {"learning_rate": 0.8, "warmup_steps": 2, "total_steps": 6, "decay": "cosine"}
+    # 0.5 * (1 + cos(pi / 4)) = 0.8535534 a quarter of the way down.
+    values = schedule([1, 2, 3, 4, 6], **settings)
+    np.testing.assert_allclose(values, [0.4, 0.8, 0.6828427, 0.4, 0.0], atol=1e-6)
+
+
+def test_no_warmup_starts_at_the_top():
+    constant = {"learning_rate": 0.5, "warmup_steps": 0, "total_steps": 4, "decay": "constant"}
+    assert schedule([0, 1, 4, 9], **constant) == [0.5] * 4
+    assert schedule([0, 1], learning_rate=0.5, warmup_steps=0, total_steps=4) == [0.5, 0.375]
+
+
+def test_schedule_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"warmup_steps=6: .* fewer than the 6 steps"):
+        WarmupDecay(0.1, 6, 6)
+    with pytest.raises(ValueError, match=r"schedule='step': expected one of linear, cosine"):
+        WarmupDecay(0.1, 0, 6, "step")
+
+
+def test_adamw_by_hand():
+    # Decay first: w = w - 0.1 * 0.01 * w = (0.999, -1.998, 1.998). Then step 1: m/(1-b1) = g and
+    # v/(1-b2) = g^2, so each weight moves by the rate against the sign of its gradient.
+    first, second = run(AdamW(0.1, weight_decay=0.01))
+    np.testing.assert_allclose(first, [0.899, -2.098, 2.098], atol=ATOL)
+    # Step 2, first weight: decayed 0.898101; m = 0.9*0.01 + 0.1*0.3 = 0.039, / 0.19 = 0.2052632;
+    # v = 0.999*1e-5 + 1e-3*0.09 = 9.999e-5, / 0.001999 = 0.0500200, root 0.2236515;
+    # 0.898101 - 0.1 * 0.2052632 / 0.2236515 = 0.8063228.
+    # second: -2.095902 - 0.1 * (0.028 / 0.19) / sqrt(4.996e-5 / 0.001999) = -2.1891186
+    # third: 2.095902 + 0.1 * (0.017 / 0.19) / sqrt(9.991e-5 / 0.001999) = 2.1359242
+    np.testing.assert_allclose(second, [0.8063228, -2.1891186, 2.1359242], atol=ATOL)
+
+
+def test_lamb_by_hand():
+    # |w| = 3 and, in step 1, each element of the update is 1 or -1, so |update| = sqrt(3) and the
+    # trust ratio is sqrt(3) = 1.7320508: every weight moves by 0.17320508.
+    first, second = run(Lamb(0.1))
+    np.testing.assert_allclose(first, [0.8267949, -2.1732051, 2.1732051], atol=ATOL)
+    # Step 2: update (0.2052632 / 0.2236515, 0.1473684 / 0.1580902, -0.0894737 / 0.2235619) =
+    # (0.9177813, 0.9321791, -0.4002188), its length 1.3679963; |w| = 3.1826577, the ratio
+    # 2.3265105.
+    np.testing.assert_allclose(second, [0.6132722, -2.3900776, 2.2663163], atol=ATOL)
+
+
+def test_lamb_decays_the_weights_as_keras_does():
+    np.testing.assert_allclose(
+        run(Lamb(0.1, weight_decay=0.01))[0],
+        # w decayed to 0.999 w, |w| = 2.997, the ratio 2.997 / sqrt(3) = 1.7303187
+        np.array(WEIGHTS) * 0.999 - 0.17303187 * np.sign(GRADIENTS[0]),
+        atol=ATOL,
+    )
+
+
+@pytest.mark.parametrize(("ours", "keras_own"), [(Lamb, "Lamb"), (AdamW, "AdamW")])
+def test_a_rate_of_one_is_keras_own_step(ours, keras_own):
+    settings = {"learning_rate": 0.05, "weight_decay": 0.02}
+    expected = run(getattr(keras.optimizers, keras_own)(**settings))
+    np.testing.assert_array_equal(run(ours(**settings)), expected)
+
+
+@pytest.mark.parametrize("optimizer_class", [Lamb, AdamW])
+def test_a_rate_of_half_is_half_the_learning_rate_and_decay(optimizer_class):
+    halved = run(optimizer_class(0.1, weight_decay=0.02), rates={"kernel": 0.5})
+    np.testing.assert_array_equal(halved, run(optimizer_class(0.05, weight_decay=0.02)))
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "bias", "temperature", "logit_bias"])
+def test_norms_biases_and_temperature_do_not_decay(name):
+    plain = run(AdamW(0.1, weight_decay=0.0), name=name)
+    np.testing.assert_array_equal(run(AdamW(0.1, weight_decay=0.5), name=name), plain)
+    assert np.abs(run(AdamW(0.1, weight_decay=0.5))[0] - plain[0]).max() > 0.04
+
+
+def test_rates_by_tower_and_depth(tiny_config):
+    model = AlignModel(tiny_config)
+    rates = learning_rates(model, text_rate=0.1, vision_rate=1.0, layer_decay=0.5)
+    # Two layers over the embeddings, three blocks over the stem, then the projections.
+    assert rates["text_model/embeddings/word_embeddings/embeddings"] == pytest.approx(0.0125)
+    assert rates["text_model/layer_0/attention/query/kernel"] == pytest.approx(0.025)
+    assert rates["text_model/layer_1/output/bias"] == pytest.approx(0.05)
+    assert rates["align/text_projection/kernel"] == pytest.approx(0.1)
+    assert rates["vision_model/stem_conv/kernel"] == 0.0625
+    assert rates["vision_model/block_0/depthwise_conv/kernel"] == 0.125
+    assert rates["vision_model/block_2/project_bn/gamma"] == 0.5
+    assert "align/temperature" not in rates
+    assert learning_rates(model, text_rate=1.0, vision_rate=1.0, layer_decay=1.0) == {}
+
+
+def fitted(tiny_config, pairs, dtype="float32", **settings):
+    keras.utils.set_random_seed(0)
+    model = AlignModel(tiny_config, dtype=dtype)
+    settings = {"learning_rate": 0.01, "total_steps": 8, "schedule": "constant", **settings}
+    model.compile(optimizer=make_optimizer(model, **settings))
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0, shuffle=False)
+    return model
+
+
+def weights_of(model):
+    return {w.path: ops.convert_to_numpy(w) for w in model.weights}
+
+
+def test_fit_moves_each_tower_by_its_rate(tiny_config, pairs):
+    """Under LAMB, from the same weights, a rate of 1e-6 hardly moves the text tower."""
+    start = weights_of(fitted(tiny_config, pairs, learning_rate=1e-12))
+    end = weights_of(fitted(tiny_config, pairs, text_rate=1e-6))
+
+    def moved(path):
+        return np.abs(end[path] - start[path]).max()
+
+    assert moved("vision_model/stem_conv/kernel") > 1e-3
+    assert 0 < moved("text_model/layer_0/attention/query/kernel") < 1e-6
+
+
+def test_saved_model_goes_on_training_alike(tiny_config, pairs, tmp_path):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = dataclasses.replace(
+        tiny_config,
+        text_config=dataclasses.replace(tiny_config.text_config, **still),
+        vision_config=dataclasses.replace(tiny_config.vision_config, drop_connect_rate=0.0),
+    )
+    settings = {"weight_decay": 0.1, "text_rate": 0.5, "layer_decay": 0.5}
+    model = fitted(config, pairs, optimizer="adamw", **settings)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.rates["text_model/layer_1/output/bias"] == 0.25
+    for one in (model, loaded):
+        one.fit(pairs, batch_size=4, verbose=0, shuffle=False)
+    expected = weights_of(model)
+    for path, value in weights_of(loaded).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_mixed_float16_and_averages_train(tiny_config, pairs):
+    settings = {"ema_momentum": 0.5, "clip_norm": 1.0, "vision_rate": 0.5}
+    model = fitted(tiny_config, pairs, dtype="mixed_float16", **settings)
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert all(np.isfinite(value).all() for value in weights_of(model).values())
+
+
+def test_make_optimizer_says_what_is_wrong(tiny_config):
+    model = AlignModel(tiny_config)
+    with pytest.raises(ValueError, match=r"optimizer='sgd': expected one of lamb, adamw"):
+        make_optimizer(model, optimizer="sgd", total_steps=3)
+    with pytest.raises(ValueError, match=r"layer_decay=0: expected a positive number"):
+        make_optimizer(model, layer_decay=0, total_steps=3)

@@ -1,0 +1,96 @@
+"""The recipe: defaults, YAML and flags, and mistakes that are named."""
+
+import pathlib
+
+import pytest
+
+from align_tf.recipe import Recipe, read_recipe
+
+RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
+LEAST = {"model": "align-tiny", "data": "pairs", "output": "out", "steps": 100}
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_papers():
+    recipe = Recipe(**LEAST)
+    assert (recipe.optimizer, recipe.schedule) == ("lamb", "linear")
+    assert (recipe.learning_rate, recipe.weight_decay) == (1e-3, 1e-5)
+    assert recipe.label_smoothing == 0.1
+
+
+def test_yaml_and_flags_make_a_recipe(tmp_path):
+    path = written(
+        tmp_path,
+        "model: align-tiny\ndata: pairs\nsteps: 100\nlearning_rate: 1e-4\n"
+        "freeze: {text: [0, 1]}\nclip_norm: 1\n",
+    )
+    recipe = read_recipe(path, {"output": "out", "steps": "200", "tensorboard": "true"})
+    assert recipe.learning_rate == 1e-4  # for YAML, 1e-4 is text
+    assert recipe.steps == 200
+    assert recipe.tensorboard is True
+    assert recipe.frozen() == {"text": [0, 1]}
+    recipe = read_recipe(path, {"output": "out", "preset": "align-mini", "processor": "align-tiny"})
+    assert recipe.model is None
+    assert read_recipe(path, {"output": "out", "epochs": "2"}).steps is None
+    assert Recipe(**LEAST, freeze="vision").frozen() == {"vision": None}
+
+
+def test_a_saved_recipe_reads_back_alike(tmp_path):
+    recipe = Recipe(**LEAST, freeze={"vision": [0]}, ema_momentum=0.9, learning_rate=2e-5)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+    assert "weight_decay" not in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_example_recipes_are_read():
+    recipe = read_recipe(RECIPES / "finetune.yaml", {"output": "out"})
+    assert recipe.model == "kakaobrain/align-base"
+    recipe = read_recipe(RECIPES / "pretrain.yaml", {"output": "out"})
+    assert (recipe.preset, recipe.batch_size, recipe.steps) == ("align-base", 16384, 1200000)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"lr_scheduler": 1}, "unknown key 'lr_scheduler'; did you mean 'schedule'?"),
+        ({"steps": 0}, "steps=0: expected a whole number of 1 or more"),
+        ({"steps": None}, "expected steps or epochs, and one of them"),
+        ({"epochs": 2}, "expected steps or epochs, and one of them"),
+        ({"data": None}, "data: missing"),
+        ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
+        ({"batch_size": "many"}, "batch_size='many': expected a whole number"),
+        ({"batch_size": True}, "batch_size=True: expected a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': expected a number above 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0: expected a number of 0 or more, below 1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd': expected one of lamb, adamw"),
+        ({"freeze": "both"}, "freeze='both': expected text, vision, or"),
+        ({"freeze": {"text": 3}}, "freeze={'text': 3}: expected text, vision, or"),
+        ({"preset": "align-mini"}, "expected model, a checkpoint to fine-tune, or preset"),
+        ({"model": None}, "expected model, a checkpoint to fine-tune, or preset"),
+        ({"model": None, "preset": "align-mini"}, "processor: missing"),
+        ({"accumulation": 5}, "accumulation=5: expected a divisor of batch_size=64"),
+        ({"tensorboard": "maybe"}, "tensorboard='maybe': expected true or false"),
+        ({"schedule": None}, "schedule=None: expected one of linear"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ValueError) as error:
+        read_recipe(None, {**LEAST, **change})
+    assert message in str(error.value)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe file"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+        read_recipe(written(tmp_path, "data: [1"))
+    with pytest.raises(ValueError, match=r"expected lines of 'key: value', found 'model'"):
+        read_recipe(written(tmp_path, "model"))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: data: missing"):
+        read_recipe(written(tmp_path, "model: align-tiny"))

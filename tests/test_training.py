@@ -1,0 +1,285 @@
+"""Training by a recipe: resumes to the same weights after a kill, a signal, a broken file."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from align_tf import (
+    AlignConfig,
+    AlignImageProcessor,
+    AlignModel,
+    AlignProcessor,
+    AlignTokenizer,
+    cli,
+    configuration,
+)
+from align_tf.checkpoint import CheckpointError
+from align_tf.recipe import Recipe
+from align_tf.training import train
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "dark",
+    "bright",
+    "red",
+    "green",
+    "blue",
+]
+STEPS = 20
+CLI = [sys.executable, "-c", "import sys; from align_tf.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_config):
+    """A folder with the checkpoint `tiny` and 24 pairs in `pairs`."""
+    folder = tmp_path_factory.mktemp("training")
+    values = tiny_config.to_dict()
+    values["text_config"] |= {"vocab_size": len(WORDS)}
+    keras.utils.set_random_seed(3)
+    AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
+    image_processor = AlignImageProcessor(size=20, crop_size=16)
+    AlignProcessor(image_processor, AlignTokenizer(WORDS)).save_pretrained(folder / "tiny")
+    (folder / "pairs").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        pixels = rng.integers(0, 100, (20, 24, 3), np.uint8)
+        pixels[..., index % 3] += 60 + 70 * (index % 2)
+        caption = f"a {('dark', 'bright')[index % 2]} {('red', 'green', 'blue')[index % 3]}"
+        Image.fromarray(pixels).save(folder / "pairs" / f"{index:02}.png")
+        (folder / "pairs" / f"{index:02}.txt").write_text(caption)
+    return folder
+
+
+def settings_of(place, output):
+    """Dropout, drop-connect, BatchNorm's statistics and a moving average are at work."""
+    return {
+        "model": str(place / "tiny"),
+        "data": str(place / "pairs"),
+        "output": str(output),
+        "batch_size": 8,
+        "steps": STEPS,
+        "learning_rate": 0.01,
+        "warmup_steps": 3,
+        "ema_momentum": 0.5,
+        "batch_norm": "trained",
+        "save_every": 6,
+        "log_every": 5,
+    }
+
+
+@pytest.fixture
+def settings(place, tmp_path):
+    return settings_of(place, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    """The folder of a training that ran through."""
+    return train(Recipe(**settings_of(place, place / "unbroken")))
+
+
+def assert_same_end(output, unbroken):
+    """Weights, and the whole state of the last step, are equal bit for bit."""
+    last = f"checkpoint-{STEPS}"
+    for name in (
+        "model.safetensors",
+        f"{last}/model.safetensors",
+        f"{last}/training_state.safetensors",
+    ):
+        found = safetensors.numpy.load_file(output / name)
+        expected = safetensors.numpy.load_file(unbroken / name)
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            np.testing.assert_array_equal(value, expected[key], err_msg=f"{name}: {key}")
+
+
+def flags(settings):
+    return [
+        part
+        for key, value in settings.items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+
+
+def start(settings):
+    return subprocess.Popen(
+        [*CLI, "train", *flags(settings)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill_when(process, seen):
+    """Kills -9 as soon as `seen()`; the process must not have ended before."""
+    while not seen():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_training_leaves_what_from_pretrained_reads(unbroken):
+    assert sorted(path.name for path in unbroken.iterdir() if path.is_dir()) == [
+        "checkpoint-18",
+        "checkpoint-20",
+    ]
+    for folder in (unbroken, unbroken / "checkpoint-18"):
+        AlignModel.from_pretrained(folder)
+        assert AlignProcessor.from_pretrained(folder).tokenizer.vocab_size == len(WORDS)
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[0]["learning_rate"] == pytest.approx(0.01 * 15 / 17)
+    assert lines[-1]["learning_rate"] == 0.0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"temperature", "images_per_second"} <= lines[1].keys()
+
+
+def test_the_state_holds_what_a_step_changes(unbroken):
+    state = safetensors.numpy.load_file(unbroken / "checkpoint-18" / "training_state.safetensors")
+    assert state["optimizer/0/iteration"] == 18
+    # Each dropout and drop-connect has drawn once a step; that of an encoder layer twice.
+    draws = [value[1] for key, value in state.items() if key.startswith("seed/")]
+    assert set(draws) == {18, 36}
+    assert any(key.endswith("average") for key in state)
+    moving = state["model/vision_model/stem_bn/moving_mean"]
+    assert np.abs(moving).max() > 0
+    # The checkpoint that users load holds the averages, not the weights that train.
+    model = safetensors.numpy.load_file(unbroken / "checkpoint-18" / "model.safetensors")
+    raw = state["model/align/text_projection/bias"]
+    assert np.abs(model["text_projection.bias"] - raw).max() > 1e-5
+
+
+def test_killed_trainings_reach_the_weights_of_an_unbroken_one(settings, unbroken):
+    """Killed somewhere between two checkpoints, then while one is written, then left alone."""
+    output = pathlib.Path(settings["output"])
+    first = start(settings)
+    kill_when(first, lambda: "step 10/" in first.stderr.readline())
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+
+    second = start(settings)
+    kill_when(second, lambda: any((output / ".checkpoint-18").glob("*")))
+    assert not (output / "checkpoint-18").exists()
+
+    third = start(settings)
+    out, err = third.communicate()
+    assert third.returncode == 0, err
+    assert out.strip() == settings["output"]
+    assert "Going on from step 12" in err
+    assert_same_end(output, unbroken)
+    assert not list(output.glob(".*checkpoint*"))
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(settings, unbroken, capsys):
+    output = pathlib.Path(settings["output"])
+
+    def interrupt():
+        while not (output / "checkpoint-6").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    assert cli.main(["train", *flags(settings)]) == 130
+    err = capsys.readouterr().err
+    assert "the same command goes on from there" in err
+    assert signal.getsignal(signal.SIGINT) is handler
+    step = max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+    assert 6 < step < STEPS
+    assert f"Stopped at step {step};" in err
+
+    assert cli.main(["train", *flags(settings)]) == 0
+    assert f"Going on from step {step}" in capsys.readouterr().err
+    assert_same_end(output, unbroken)
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(settings, unbroken, capsys):
+    output = pathlib.Path(settings["output"])
+    shutil.copytree(unbroken, output)
+    state = output / "checkpoint-20" / "training_state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    train(Recipe(**settings))
+    err = capsys.readouterr().err
+    assert "checkpoint-20 is broken, so the one before it is taken" in err
+    assert "Going on from step 18" in err
+    assert_same_end(output, unbroken)
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(settings, unbroken):
+    output = pathlib.Path(settings["output"])
+    shutil.copytree(unbroken, output)
+    for folder in output.glob("checkpoint-*"):
+        os.truncate(folder / "training_state.safetensors", 1000)
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+        train(Recipe(**settings))
+
+
+def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
+    other = {**settings, "output": str(unbroken), "learning_rate": 0.02}
+    with pytest.raises(ValueError, match=r"belongs to a training with learning_rate=0\.01, this"):
+        train(Recipe(**other))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty and not of a training"):
+        train(Recipe(**{**settings, "output": str(tmp_path)}))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings):
+    settings |= {"learning_rate": 1e30, "warmup_steps": 0, "optimizer": "adamw"}
+    with pytest.raises(ValueError, match=r"step 6: the loss is nan"):
+        train(Recipe(**settings))
+    assert not list(pathlib.Path(settings["output"]).glob("checkpoint-*"))
+
+
+def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, capsys, tiny_config):
+    """A preset, epochs for steps, a smaller image, frozen blocks, TensorBoard."""
+    pytest.importorskip("tensorboard")
+    towers = (tiny_config.text_config.to_dict(), tiny_config.vision_config.to_dict())
+    monkeypatch.setitem(configuration.PRESETS, "mine", (*towers, {"projection_dim": 8}))
+    del settings["model"], settings["steps"], settings["ema_momentum"]
+    settings |= {"preset": "mine", "processor": str(place / "tiny"), "epochs": 2, "seed": 5}
+    settings |= {"validation_data": settings["data"], "tensorboard": True, "log_every": 2}
+    settings |= {"image_size": 12, "freeze": {"text": [0], "vision": [0, 1]}}
+    settings |= {"loss": "sigmoid", "accumulation": 2}
+    del settings["batch_norm"]
+    output = train(Recipe(**settings))
+
+    err = capsys.readouterr().err
+    assert "step 6/6  loss " in err  # 24 pairs twice, 8 at a time
+    assert "step 6/6  val_loss " in err
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_loss", "val_r1_i2t"} <= lines[-1].keys()
+    model = AlignModel.from_pretrained(output)
+    assert model.config.text_config.vocab_size == len(WORDS)
+    assert float(model.logit_bias) == pytest.approx(-np.log(7), abs=0.1)
+    processor = AlignProcessor.from_pretrained(output).image_processor
+    assert (processor.size, processor.crop_size) == (
+        {"height": 15, "width": 15},
+        {"height": 12, "width": 12},
+    )
+    state = safetensors.numpy.load_file(output / "checkpoint-6" / "training_state.safetensors")
+    assert not state["model/text_model/layer_0/output/bias"].any()  # as it began
+    assert state["model/text_model/layer_1/output/bias"].any()
+    assert list((output / "tensorboard").glob("events.*"))
