@@ -257,7 +257,7 @@ def _embed_images(
 
     def contents() -> Iterator[bytes]:
         for key, content, texts in records:
-            same = hashlib.blake2b(content).digest() if merge else key
+            same = hashlib.blake2b(content).digest() if merge and content else key
             if same in seen:
                 captions[seen[same]].extend(texts)
             elif texts:

@@ -74,6 +74,15 @@ def test_retrieval(evaluate, pairs):
     assert metrics["median_rank_t2i"] == 1.0
 
 
+def test_files_that_are_missing_are_each_named(evaluate, pairs):
+    table = pairs / "table.csv"
+    rows = [f"{path.name},{path.stem}\n" for path in EXAMPLES[:2]]
+    table.write_text("".join(["image,caption\n", *rows, "none.png,a\n", "gone.png,b\n"]))
+    report = evaluate("retrieval", table)
+    assert (report["images"], report["texts"], len(report["skipped"])) == (2, 2, 2)
+    assert all("no image" in reason for reason in report["skipped"].values())
+
+
 def test_zero_shot(evaluate, classes, tmp_path):
     (classes / "star" / "bad.jpg").write_bytes(b"no picture")
     report = evaluate("zero-shot", classes)
