@@ -62,7 +62,9 @@ def evaluate(model: Any, processor: AlignProcessor, options: Any) -> dict[str, A
 
 
 def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
-    images = _embed_images(embedder, processor, captioned_images(options.data), merge=True)
+    records = data.records(options.data)
+    count = int(records.cardinality())
+    images = _embed_images(embedder, processor, captioned_images(records), count, merge=True)
     captions = sorted({caption for captions in images.captions for caption in captions})
     rows = {caption: row for row, caption in enumerate(captions)}
     pairs = [(i, rows[c]) for i, captions in enumerate(images.captions) for c in captions]
@@ -126,14 +128,14 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
 # --- reading -------------------------------------------------------------------------------
 
 
-def captioned_images(source: str) -> Iterator[Record]:
-    """Reads images with their captions, from what `align_tf.data.make_dataset` takes."""
+def captioned_images(records: tf.data.Dataset) -> Iterator[Record]:
+    """Reads images with their captions, from what `align_tf.data.records` gives."""
     try:
-        for record in data.records(source).as_numpy_iterator():
+        for record in records.as_numpy_iterator():
             captions = [caption.decode(errors="replace") for caption in record["captions"]]
             yield record["key"].decode(errors="replace"), record["image_bytes"], captions
     except tf.errors.OpError as error:
-        raise ValueError(f"{source}: {error.message}") from error
+        raise ValueError(f"the data cannot be read: {error.message}") from error
 
 
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
@@ -178,8 +180,8 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
     unknown = [name for name in folders if name not in classes]
     if unknown:
         raise ValueError(
-            f"unknown class {unknown[0]!r}: the folder is not among the labels, nor are "
-            f"{len(unknown) - 1} others of {len(folders)}"
+            f"unknown class {unknown[0]!r}: {len(unknown)} of {len(folders)} folders are not among "
+            "the labels"
         )
     return classes
 
@@ -230,7 +232,7 @@ def _embed_classes(
     """Embeds the images of class folders: (n, d), their classes (n,), and what is skipped."""
     files = [(name, file) for name, found in folders.items() for file in found]
     records = ((str(file), file.read_bytes(), [name]) for name, file in files)
-    images = _embed_images(embedder, processor, records, total=len(files))
+    images = _embed_images(embedder, processor, records, len(files))
     return images.image_embeds, np.concatenate(images.captions), images.skipped
 
 
@@ -238,8 +240,7 @@ def _embed_images(
     embedder: Embedder,
     processor: AlignProcessor,
     records: Iterable[Record],
-    *,
-    total: int | None = None,
+    total: int,
     merge: bool = False,
 ) -> Embedded:
     """Embeds the images of records.
@@ -248,7 +249,7 @@ def _embed_images(
         embedder: of the model.
         processor: of the model.
         records: what to read.
-        total: how many there are, for the progress; None is unknown.
+        total: how many there are, for the progress; negative where that is not known.
         merge: records whose image files hold the same bytes are one image with the captions of
             all of them.
     """
@@ -256,7 +257,7 @@ def _embed_images(
 
     def contents() -> Iterator[bytes]:
         for key, content, texts in records:
-            same = hashlib.blake2b(content).digest() if merge else key
+            same = hashlib.blake2b(content).digest() if merge and content else key
             if same in seen:
                 captions[seen[same]].extend(texts)
             elif texts:
@@ -273,7 +274,7 @@ def _embed_images(
         return pixel_values, np.where(absent, data.NO_IMAGE, problems)
 
     embeds, problems = [], []
-    batches = None if total is None else -(-total // BATCH_SIZE)
+    batches = None if total < 0 else -(-total // BATCH_SIZE)
     decoded = _ahead(decode, _batched(contents()))
     for pixel_values, problem in track(decoded, "Embedding images", batches):
         embeds.append(embedder.images(pixel_values))
