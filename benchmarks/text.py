@@ -16,7 +16,20 @@ from collections.abc import Callable
 WORDS = 12
 MAX_LENGTH = 64
 # What a caption of the second kind has in place of two of its words.
-OTHER_WORDS = ("café", "naïve", "São", "Zürich", "😀", "❤️", "👩‍🚀", "猫", "写真", "東京", "Привет", "שלום")
+OTHER_WORDS = (
+    "café",
+    "naïve",
+    "São",
+    "Zürich",
+    "😀",
+    "❤️",
+    "👩‍🚀",
+    "猫",
+    "写真",
+    "東京",
+    "Привет",
+    "שלום",
+)
 
 
 def captions(vocab: list[str], count: int, others: bool) -> list[str]:

@@ -47,7 +47,7 @@ def ids(tokenizer: AlignTokenizer, text: str | bytes) -> list[int]:
         ("[[SEP]]", [11, SEP, 12]),
         ("[sep]", [11, 10, 12]),
         ("[SE\ue000P]", [11, 10, 12]),  # no special token before the text is cleaned
-        ("[SE\U0010fff1P] \U0010fff1", [11, 10, 12]),
+        ("[SE\U0010ff01P] \U0010ff01", [11, 10, 12]),
         ("a" * 100, [5] + [6] * 99),
         ("a" * 101, [UNK]),
         ("ä" * 100 + " ä" + "\u0308" * 200, [5] + [6] * 99 + [5]),
