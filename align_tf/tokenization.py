@@ -17,7 +17,7 @@ from align_tf.bert_normalizer import BertNormalizer, placeholder
 MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
 # Of an added token, as Hugging Face names them; what lstrip and rstrip concern are blanks alone.
-FLAGS = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_WORD_LENGTH = 100  # in characters; a longer word is unknown
 SUFFIX = "##"
 PADDINGS = ("max_length", "longest", "do_not_pad")
@@ -88,7 +88,8 @@ class AlignTokenizer:
                 raise ValueError(f"{role}={getattr(self, role)!r}: not in the vocabulary")
             added.setdefault(self._ids[getattr(self, role)], {"special": True})
         self.added_tokens_decoder = {
-            i: {**FLAGS, **token, "content": self._tokens[i]} for i, token in sorted(added.items())
+            i: {"content": self._tokens[i], **{name: bool(token.get(name)) for name in FLAGS}}
+            for i, token in sorted(added.items())
         }
         self._extra: dict[str, Any] = {}  # keys of tokenizer_config.json without a use here
         # What is found in a text by itself has a placeholder each: the raw ones, then the others.
@@ -286,7 +287,8 @@ class AlignTokenizer:
         """Takes strings to ids in TensorFlow operations, for tf.data and tf.function.
 
         Args:
-            texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out.
+            texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out. Time and memory grow
+                with the length of the strings alone, whatever is in them.
             max_length: the longest sequence, special tokens included; what is longer is cut.
             padding: "longest" (t is the length of the longest sequence) or "max_length".
 
@@ -296,7 +298,10 @@ class AlignTokenizer:
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding={padding!r}: expected 'longest' or 'max_length'")
         _check_max_length(max_length)
-        return self._encode(texts, max_length, max_length if padding == "max_length" else 0)
+        if padding == "longest":
+            return self._encode(texts, max_length, 0)
+        output = self._encode(texts, max_length, max_length)
+        return {k: tf.ensure_shape(v, [None, max_length]) for k, v in output.items()}
 
     def _tokenize(
         self,

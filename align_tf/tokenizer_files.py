@@ -63,11 +63,17 @@ def read(folder: pathlib.Path) -> tuple[list[str], dict[str, Any], dict[str, Any
             i: {"content": token, "normalized": token not in names, "special": token in names}
             for token, i in _read_if_there(folder / ADDED_TOKENS_NAME).items()
         }
-        listed |= {token["id"]: token for token in serialized.get("added_tokens") or ()}
+        listed |= {token.get("id"): token for token in serialized.get("added_tokens") or ()}
     for name in (*SETTINGS, *ROLES):
         if stated.get(name) is not None:
             settings[name] = _content(stated[name])
-    settings["added_tokens_decoder"] = _added_tokens(vocab, listed, stated)
+    try:
+        settings["added_tokens_decoder"] = _added_tokens(vocab, listed, stated)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: the added tokens are not in the form of an id and "
+            '{"content": ..., "normalized": ..., "special": ...}'
+        ) from error
     used = (*SETTINGS, *ROLES, *EXTRA_TOKENS, "added_tokens_decoder")
     return vocab, settings, {k: v for k, v in config.items() if k not in used}
 

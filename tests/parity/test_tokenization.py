@@ -6,6 +6,7 @@ takes half an hour; without it a sample is taken.
 
 import importlib.util
 import itertools
+import json
 import os
 import pathlib
 import random
@@ -278,6 +279,128 @@ def test_unicode_tables_that_differ():
             first, _, last = entry.partition("-")
             named |= {chr(c) for c in range(int(first, 16), int(last or first, 16) + 1)}
         assert {c for c in CODE_POINTS if differs(c)} == named, name
+
+
+# Tokens of which one begins, ends or holds another, in the order of their ids.
+OVERLAPPING = ("<s>", "</s>", "<s><s>", "s></s", "É[", "<New York>", "中文", "new york", "Ünï", "a")
+PIECES = (
+    *OVERLAPPING,
+    "New York",
+    "new\tyork",
+    "NEW  YORK",
+    "ünï",
+    "u\u0308ni\u0308",
+    "A",
+    "É",
+    " ",
+)
+
+
+def test_custom_special_tokens(vocab):
+    roles = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    settings = dict(zip(roles, OVERLAPPING, strict=False))
+    pair = make_pair([*vocab, *OVERLAPPING[:5]], **settings)
+    assert not mismatches(pair, random_texts(2000, 2, PIECES))
+    assert not mismatches(pair, random_texts(200))
+
+
+@pytest.mark.parametrize("settings", SETTINGS[::3], ids=str)
+def test_added_tokens(vocab, settings):
+    """Raw and normalized tokens, of the vocabulary ("a") and beyond it."""
+    added = {
+        vocab.index(token) if token in vocab else len(vocab) + i: {
+            "content": token,
+            "normalized": i >= 4,
+            "special": i % 2 == 0,
+        }
+        for i, token in enumerate(OVERLAPPING)
+    }
+    ours = AlignTokenizer(vocab, added_tokens_decoder=added, **settings)
+    theirs = transformers.BertTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)},
+        added_tokens_decoder={i: tokenizers.AddedToken(**t) for i, t in added.items()},
+        **settings,
+    )
+    assert {i: t.content for i, t in theirs.added_tokens_decoder.items()} == {
+        i: t["content"] for i, t in ours.added_tokens_decoder.items()
+    }
+    assert len(ours) == len(theirs)
+    assert not mismatches((ours, theirs), random_texts(3000, 3, PIECES))
+    assert not mismatches((ours, theirs), [*PIECES, *(f"xa{p}中b\u0301" for p in PIECES)])
+
+
+def raw(content: str, **flags) -> dict:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, **flags}
+
+
+SPECIAL = raw("<s>", normalized=False, special=True)
+WORDS = raw("New York", normalized=True, special=False)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config": {}},
+        {"config": {"do_lower_case": False}},
+        {"config": {"added_tokens_decoder": {"12": SPECIAL, "13": WORDS}}},
+        {"config": {"additional_special_tokens": ["<s>", "cat"]}},
+        {"config": {"extra_special_tokens": {"obj_token": "<s>"}}, "map": {}},
+        {"config": {"mask_token": "<s>"}},
+        {"config": {"mask_token": raw("[MASK]", normalized=True, __type="AddedToken")}},
+        {"map": {"mask_token": "<s>", "additional_special_tokens": ["Ünï"]}},
+        {"map": {"mask_token": raw("[MASK]", normalized=True)}},
+        {"map": {"mask_token": "<s>"}, "config": {"added_tokens_decoder": {"12": WORDS}}},
+        {"added": {"New York": 12, "<s>": 13}, "map": {"additional_special_tokens": ["<s>"]}},
+        {"tokenizer": [{"id": 12, **SPECIAL}, {"id": 13, **WORDS}]},
+        {"config": {"never_split": ["<s>", "New"], "do_basic_tokenize": False}},
+    ],
+    ids=str,
+)
+def test_files_of_transformers(tmp_path, files):
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "cat",
+        "new",
+        "york",
+        "<",
+        "s",
+        ">",
+        "中",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    if "tokenizer" in files:
+        reference = transformers.BertTokenizer(vocab={token: i for i, token in enumerate(vocab)})
+        values = json.loads(reference.backend_tokenizer.to_str())
+        values["added_tokens"] += files["tokenizer"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    for key, name in (
+        ("config", "tokenizer_config.json"),
+        ("map", "special_tokens_map.json"),
+        ("added", "added_tokens.json"),
+    ):
+        if key in files:
+            (tmp_path / name).write_text(json.dumps(files[key]))
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    ours = AlignTokenizer.from_pretrained(tmp_path)
+    texts = [*random_texts(300, 4, PIECES), "cat [MASK] [mask] [Mask]s <s>new york"]
+    assert not mismatches((ours, theirs), texts)
+    assert len(ours) == len(theirs)
+    # transformers decodes a normalized token as its normalized form, here it keeps its own.
+    normalized = {i for i, token in ours.added_tokens_decoder.items() if token["normalized"]}
+    ids = [i for i in range(len(ours)) if i not in normalized]
+    for skip in (False, True):
+        assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+    ours.save_pretrained(tmp_path / "ours")
+    for again in (
+        transformers.BertTokenizer.from_pretrained(tmp_path / "ours"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "ours"),
+    ):
+        assert not mismatches((AlignTokenizer.from_pretrained(tmp_path / "ours"), again), texts)
+        assert not mismatches((ours, again), texts)
 
 
 def test_transformers_reads_what_we_write(vocab, tmp_path):
