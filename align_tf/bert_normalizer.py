@@ -60,8 +60,6 @@ class BertNormalizer:
             raise ValueError(f"{count} special and added tokens: expected {MAX_TOKENS} at most")
         self.strip_accents = strip_accents
         self._special_tokens = list(special_tokens)
-        placeholders = [placeholder(i) for i in range(count)]
-        words = {character: f" {character} " for character in placeholders}
         # ASCII text in which no special token begins needs the table alone.
         begins = "".join(sorted({token[0] for token in special_tokens}))
         ascii_rest = [chr(c) for c in range(1, 128) if chr(c) not in begins]
@@ -69,17 +67,13 @@ class BertNormalizer:
         if strip_accents:
             self._mark_starts, self._mark_ranks = _mark_ranges()
             self._marks = f"(?s).*[{_character_class(_marks())}].*"
-            changes = _reorder_changes()
-            self._reorder_model = _model({k: v for k, v in changes.items() if k not in words})
-        changes = _changes(lowercase, strip_accents, handle_chinese_chars)
+        settings = (lowercase, strip_accents, handle_chinese_chars)
         self._normalized_tokens: list[str] = []
         if normalized_tokens:  # the table in two steps
-            kept = {k: v for k, v in changes.items() if k not in words}
-            self._unsplit_model = _model(kept)
+            self._unsplit_model = _unsplit_model(*settings)
             forms = _apply(self._unsplit_model, self._prepare(tf.constant(normalized_tokens), ()))
             self._normalized_tokens = [form.decode("utf-8") for form in forms.numpy()]
-            changes = {}
-        self._model = _model({**_set_apart(changes), **words})
+        self._model = _split_model() if normalized_tokens else _whole_model(*settings)
 
     def normalize(self, texts: tf.Tensor) -> tf.Tensor:
         """Takes UTF-8 strings (n,) to normalized ones, in which blanks separate the words."""
@@ -105,7 +99,7 @@ class BertNormalizer:
 
         A run of marks is sorted by combining class; the sort is stable.
         """
-        points = tf.strings.unicode_decode(_apply(self._reorder_model, texts), "UTF-8")
+        points = tf.strings.unicode_decode(_apply(_reorder_model(), texts), "UTF-8")
         flat = points.flat_values
         place = tf.searchsorted(tf.constant(self._mark_starts), flat, side="right") - 1
         rank = tf.cast(tf.gather(tf.constant(self._mark_ranks), place), tf.int64)
@@ -218,6 +212,36 @@ def _character_class(characters: Iterable[str]) -> str:
 
 
 # --- the FastBertNormalize model -----------------------------------------------------------
+
+
+@functools.cache
+def _whole_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
+    changes = _changes(lowercase, strip_accents, handle_chinese_chars)
+    return _model({**_set_apart(changes), **_placeholder_words()})
+
+
+@functools.cache
+def _unsplit_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
+    return _model(_but_placeholders(_changes(lowercase, strip_accents, handle_chinese_chars)))
+
+
+@functools.cache
+def _split_model() -> np.ndarray:
+    return _model({**_set_apart({}), **_placeholder_words()})
+
+
+@functools.cache
+def _reorder_model() -> np.ndarray:
+    return _model(_but_placeholders(_reorder_changes()))
+
+
+def _placeholder_words() -> dict[str, str]:
+    return {placeholder(i): f" {placeholder(i)} " for i in range(MAX_TOKENS)}
+
+
+def _but_placeholders(changes: Mapping[str, str]) -> dict[str, str]:
+    words = _placeholder_words()
+    return {k: v for k, v in changes.items() if k not in words}
 
 
 def _model(changes: Mapping[str, str]) -> np.ndarray:
