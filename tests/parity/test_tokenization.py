@@ -191,20 +191,7 @@ def test_bytes_that_are_not_utf8(pair):
 
 
 # What a word's characters become: themselves, two others, none (accents, controls).
-LETTERS = (
-    "a",
-    "é",
-    "\u212b",
-    "ß",
-    "İ",
-    "中",
-    "한",
-    "\U0001d4b3",
-    "\U0001d165",
-    "\U0001d15e",
-    "ﬃ",
-    "😀",
-)
+LETTERS = tuple("aé\u212bßİ中한\U0001d4b3\U0001d165\U0001d15eﬃ😀")
 NOTHING = ("\u0301", "\u200b", "\x00", "\ufffd", "\ue000", "\u0345")
 
 
