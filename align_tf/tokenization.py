@@ -387,8 +387,11 @@ class AlignTokenizer:
             raise ValueError(f"padding={padding!r}: expected one of {', '.join(PADDINGS)}")
         max_length = self.model_max_length if max_length is None else max_length
         _check_max_length(max_length)
+        if not isinstance(truncation, bool):
+            raise ValueError(f"truncation={truncation!r}: expected True or False")
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
         texts = [texts] if isinstance(texts, str | bytes) else texts
-        if not isinstance(texts, list | tuple | np.ndarray):
+        if not isinstance(texts, list | tuple):
             raise ValueError(
                 f"text: expected a string or a list of them, found {type(texts).__name__}"
             )
@@ -421,8 +424,8 @@ def _check_added(vocab: Sequence[str], added: Mapping[int, Mapping[str, Any]]) -
 
 
 def _check_max_length(max_length: int) -> None:
-    if max_length < 2:
-        raise ValueError(f"max_length={max_length}: expected 2 or more, for the special tokens")
+    if not isinstance(max_length, int | np.integer) or max_length < 2:
+        raise ValueError(f"max_length={max_length!r}: expected 2 or more, for the special tokens")
 
 
 def _utf8(text: Any) -> bytes:

@@ -47,6 +47,7 @@ def ids(tokenizer: AlignTokenizer, text: str | bytes) -> list[int]:
         ("[SEP]cat[MASK]", [SEP, 7, MASK]),
         ("[[SEP]]", [11, SEP, 12]),
         ("[sep]", [11, 10, 12]),
+        (b"[SE\xffP]", [11, 10, 12]),
         ("[SE\ue000P]", [11, 10, 12]),  # no special token before the text is cleaned
         ("[SE\U0010ff01P] \U0010ff01", [11, 10, 12]),
         ("a" * 100, [5] + [6] * 99),
@@ -94,6 +95,9 @@ def test_padding_and_truncation(tokenizer):
     whole = tokenizer(texts, padding="max_length", max_length=4, truncation=False)
     assert whole["input_ids"].shape == (2, 6)
     assert tokenizer([], padding=True)["input_ids"].shape == (0, 2)
+    for array in (np.array(texts), np.array([text.encode() for text in texts])):
+        assert tokenizer(array, padding=True)["input_ids"].numpy()[1, :3].tolist() == [CLS, 5, SEP]
+    assert tokenizer(np.array("a"), padding=True)["input_ids"].shape == (1, 3)
 
 
 def add(i: int, content: str, **flags: bool) -> AlignTokenizer:
@@ -105,6 +109,8 @@ def add(i: int, content: str, **flags: bool) -> AlignTokenizer:
     [
         (lambda t: t("a", padding="both"), "padding='both': expected one of max_length"),
         (lambda t: t("a", max_length=1), "max_length=1: expected 2 or more"),
+        (lambda t: t("a", max_length="64"), "max_length='64': expected 2 or more"),
+        (lambda t: t("a", truncation="do_not_truncate"), "expected True or False"),
         (lambda t: t([3]), "expected strings, found int"),
         (lambda t: t(["a", None]), "expected strings, found NoneType"),
         (lambda t: t(None), "expected a string or a list of them, found NoneType"),
