@@ -15,10 +15,11 @@ import tensorflow_text as tf_text
 # older one leaves unassigned, the younger combining marks among them.
 TABLE = pathlib.Path(__file__).with_name("bert_normalizer.npz")
 
-# Private-use code points, all of which the normalizer deletes from a text, so that they can stand
-# for the special tokens inside the graph.
-FIRST_PLACEHOLDER = 0x10FFF0
-MAX_SPECIAL_TOKENS = 14
+# Private-use code points, all of which the normalizer deletes from a text, so that inside the graph
+# they can stand for a token that is taken out of it, and enclose one that is found.
+FIRST_PLACEHOLDER = 0x10FF00
+MAX_TOKENS = 250
+OPEN, CLOSE = "\U0010fffc", "\U0010fffd"
 
 # How a FastBertNormalize model stores what a code point becomes: a flag, the offset in the pool of
 # strings, the length (tensorflow_text/core/kernels/fast_bert_normalizer.h).
@@ -27,7 +28,7 @@ LENGTH_BITS = 6
 
 
 def placeholder(index: int) -> str:
-    """Returns the character that stands for a special token in normalized text."""
+    """Returns the character that stands for a token in normalized text."""
     return chr(FIRST_PLACEHOLDER + index)
 
 
@@ -41,6 +42,8 @@ class BertNormalizer:
         handle_chinese_chars: makes each CJK ideograph a word.
         special_tokens: strings that are taken out of the text before it is normalized; each comes
             out as a word of its own, `placeholder(index)`.
+        normalized_tokens: strings that are taken out of the normalized text, before its words are
+            set apart, as their own normalized forms; their placeholders come after the others.
     """
 
     def __init__(
@@ -50,16 +53,13 @@ class BertNormalizer:
         strip_accents: bool,
         handle_chinese_chars: bool,
         special_tokens: Sequence[str],
+        normalized_tokens: Sequence[str] = (),
     ):
-        if len(special_tokens) > MAX_SPECIAL_TOKENS:
-            raise ValueError(
-                f"{len(special_tokens)} special tokens: expected {MAX_SPECIAL_TOKENS} at most"
-            )
+        count = len(special_tokens) + len(normalized_tokens)
+        if count > MAX_TOKENS:
+            raise ValueError(f"{count} special and added tokens: expected {MAX_TOKENS} at most")
         self.strip_accents = strip_accents
         self._special_tokens = list(special_tokens)
-        words = {placeholder(i): f" {placeholder(i)} " for i in range(len(special_tokens))}
-        changes = _changes(lowercase, strip_accents, handle_chinese_chars)
-        self._model = _model({**changes, **words})
         # ASCII text in which no special token begins needs the table alone.
         begins = "".join(sorted({token[0] for token in special_tokens}))
         ascii_rest = [chr(c) for c in range(1, 128) if chr(c) not in begins]
@@ -67,22 +67,28 @@ class BertNormalizer:
         if strip_accents:
             self._mark_starts, self._mark_ranks = _mark_ranges()
             self._marks = f"(?s).*[{_character_class(_marks())}].*"
-            changes = _reorder_changes()
-            self._reorder_model = _model({k: v for k, v in changes.items() if k not in words})
+        settings = (lowercase, strip_accents, handle_chinese_chars)
+        self._normalized_tokens: list[str] = []
+        if normalized_tokens:  # the table in two steps
+            self._unsplit_model = _unsplit_model(*settings)
+            forms = _apply(self._unsplit_model, self._prepare(tf.constant(normalized_tokens), ()))
+            self._normalized_tokens = [form.decode("utf-8") for form in forms.numpy()]
+        self._model = _split_model() if normalized_tokens else _whole_model(*settings)
 
     def normalize(self, texts: tf.Tensor) -> tf.Tensor:
         """Takes UTF-8 strings (n,) to normalized ones, in which blanks separate the words."""
         plain = tf.reduce_all(tf.strings.regex_full_match(texts, self._plain))
-        texts = tf.cond(plain, lambda: texts, lambda: self._prepare(texts))
+        texts = tf.cond(plain, lambda: texts, lambda: self._prepare(texts, self._special_tokens))
+        if self._normalized_tokens:
+            texts = _apply(self._unsplit_model, texts)
+            texts = _take_out(texts, self._normalized_tokens, len(self._special_tokens))
         return _apply(self._model, texts)
 
-    def _prepare(self, texts: tf.Tensor) -> tf.Tensor:
+    def _prepare(self, texts: tf.Tensor, special_tokens: Sequence[str]) -> tf.Tensor:
         # Invalid bytes become U+FFFD, which the table deletes.
         texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace")
-        stand_ins = "".join(placeholder(i) for i in range(len(self._special_tokens)))
-        texts = tf.strings.regex_replace(texts, f"[{stand_ins}]", "\ufffd")
-        for index, token in enumerate(self._special_tokens):
-            texts = tf.strings.regex_replace(texts, re.escape(token), placeholder(index))
+        texts = tf.strings.regex_replace(texts, f"[{placeholder(0)}-{CLOSE}]", "\ufffd")
+        texts = _take_out(texts, special_tokens, 0)
         if not self.strip_accents:
             return texts
         marked = tf.reduce_any(tf.strings.regex_full_match(texts, self._marks))
@@ -93,7 +99,7 @@ class BertNormalizer:
 
         A run of marks is sorted by combining class; the sort is stable.
         """
-        points = tf.strings.unicode_decode(_apply(self._reorder_model, texts), "UTF-8")
+        points = tf.strings.unicode_decode(_apply(_reorder_model(), texts), "UTF-8")
         flat = points.flat_values
         place = tf.searchsorted(tf.constant(self._mark_starts), flat, side="right") - 1
         rank = tf.cast(tf.gather(tf.constant(self._mark_ranks), place), tf.int64)
@@ -103,6 +109,22 @@ class BertNormalizer:
         run = tf.cumsum(tf.cast((rank == 0) | new_row, tf.int64))
         order = tf.argsort(run * 256 + rank, stable=True)
         return tf.strings.unicode_encode(points.with_flat_values(tf.gather(flat, order)), "UTF-8")
+
+
+def _take_out(texts: tf.Tensor, tokens: Sequence[str], first: int) -> tf.Tensor:
+    """Puts `placeholder(first + i)` for tokens[i]: the leftmost first, and there the longest.
+
+    Two steps, as one regex replaces by one string: all are enclosed, then each is replaced.
+    """
+    by_length = sorted(filter(None, tokens), key=len, reverse=True)
+    if not by_length:
+        return texts
+    found = "|".join(map(re.escape, by_length))
+    texts = tf.strings.regex_replace(texts, f"({found})", rf"{OPEN}\1{CLOSE}")
+    for index, token in enumerate(tokens, first):
+        enclosed = f"{OPEN}{re.escape(token)}{CLOSE}"
+        texts = tf.strings.regex_replace(texts, enclosed, placeholder(index))
+    return texts
 
 
 def _apply(model: np.ndarray, texts: tf.Tensor) -> tf.Tensor:
@@ -136,15 +158,13 @@ def _marks() -> dict[str, int]:
 
 
 def _changes(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> dict[str, str]:
-    """Returns what each code point becomes that does not stay as it is."""
+    """Returns what normalizing makes of each code point that does not stay as it is."""
     stripped = _mapping("decomposed") if strip_accents else {}
     lowered = _mapping("lower") if lowercase else {}
-    isolated = set(_characters("isolated"))
     changes = {}
-    for character in {*stripped, *lowered, *isolated}:
+    for character in {*stripped, *lowered}:
         out = stripped.get(character, character)
-        out = "".join(lowered.get(c, c) for c in out)
-        changes[character] = "".join(f" {c} " if c in isolated else c for c in out)
+        changes[character] = "".join(lowered.get(c, c) for c in out)
     if handle_chinese_chars:
         for character in _characters("chinese"):
             changes[character] = f" {changes.get(character, character)} "
@@ -152,6 +172,15 @@ def _changes(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -
     changes.update(dict.fromkeys(_characters("blank"), " "))
     changes.update(dict.fromkeys(_characters("deleted"), ""))
     return {k: v for k, v in changes.items() if k != v}
+
+
+def _set_apart(changes: Mapping[str, str]) -> dict[str, str]:
+    """Returns changes with blanks around each character that is a word of its own."""
+    isolated = {c: f" {c} " for c in _characters("isolated")}
+    return {
+        **{c: blanks for c, blanks in isolated.items() if c not in changes},
+        **{c: "".join(isolated.get(o, o) for o in out) for c, out in changes.items()},
+    }
 
 
 def _reorder_changes() -> dict[str, str]:
@@ -183,6 +212,36 @@ def _character_class(characters: Iterable[str]) -> str:
 
 
 # --- the FastBertNormalize model -----------------------------------------------------------
+
+
+@functools.cache
+def _whole_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
+    changes = _changes(lowercase, strip_accents, handle_chinese_chars)
+    return _model({**_set_apart(changes), **_placeholder_words()})
+
+
+@functools.cache
+def _unsplit_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
+    return _model(_but_placeholders(_changes(lowercase, strip_accents, handle_chinese_chars)))
+
+
+@functools.cache
+def _split_model() -> np.ndarray:
+    return _model({**_set_apart({}), **_placeholder_words()})
+
+
+@functools.cache
+def _reorder_model() -> np.ndarray:
+    return _model(_but_placeholders(_reorder_changes()))
+
+
+def _placeholder_words() -> dict[str, str]:
+    return {placeholder(i): f" {placeholder(i)} " for i in range(MAX_TOKENS)}
+
+
+def _but_placeholders(changes: Mapping[str, str]) -> dict[str, str]:
+    words = _placeholder_words()
+    return {k: v for k, v in changes.items() if k not in words}
 
 
 def _model(changes: Mapping[str, str]) -> np.ndarray:

@@ -11,37 +11,16 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from align_tf import checkpoint
+from align_tf import checkpoint, tokenizer_files
 from align_tf.bert_normalizer import BertNormalizer, placeholder
-
-VOCAB_NAME = "vocab.txt"
-CONFIG_NAME = "tokenizer_config.json"
-SPECIAL_TOKENS_NAME = "special_tokens_map.json"
-TOKENIZER_NAME = "tokenizer.json"
 
 MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
+# Of an added token, as Hugging Face names them; what lstrip and rstrip concern are blanks alone.
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MAX_WORD_LENGTH = 100  # in characters; a longer word is unknown
 SUFFIX = "##"
 PADDINGS = ("max_length", "longest", "do_not_pad")
-
-# role: default token
-SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length")
-
-# The names that tokenizer.json's normalizer has for the settings.
-# setting: key
-NORMALIZER_KEYS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
 
 # Tokens that decoded text attaches to the word before them (tokenizers' WordPiece decoder).
 ATTACHED = {".", ",", "?", "!", "n't", "'m", "'s", "'ve", "'re"}
@@ -62,9 +41,13 @@ class AlignTokenizer:
         mask_token: a word left out, in masked language modeling.
         model_max_length: the longest sequence, special tokens included; where a file gives none
             (1e30), 64.
+        added_tokens_decoder: tokens to find in a text before its words, besides those above:
+            id -> {"content": str, "normalized": bool, "special": bool}. A normalized one is found
+            in the normalized text, another in the text as it is. The id is the vocabulary's, or
+            comes after it.
 
     Raises:
-        ValueError: a special token is not in the vocabulary.
+        ValueError: a special token is not in the vocabulary, or an added one cannot be kept.
     """
 
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
@@ -82,6 +65,7 @@ class AlignTokenizer:
         cls_token: str = "[CLS]",
         mask_token: str = "[MASK]",
         model_max_length: int = MAX_LENGTH,
+        added_tokens_decoder: Mapping[int, Mapping[str, Any]] | None = None,
     ):
         self.vocab = list(vocab)
         self.do_lower_case = do_lower_case
@@ -95,20 +79,34 @@ class AlignTokenizer:
         self.model_max_length = (
             int(model_max_length) if model_max_length <= NO_LIMIT else MAX_LENGTH
         )
-        self._ids = {token: i for i, token in enumerate(self.vocab)}
-        self._extra: dict[str, Any] = {}  # keys of tokenizer_config.json without a use here
-        for role in SPECIAL_TOKENS:
+        added = dict(added_tokens_decoder or {})
+        _check_added(self.vocab, added)
+        self._tokens = dict(enumerate(self.vocab)) | {i: t["content"] for i, t in added.items()}
+        self._ids = {token: i for i, token in self._tokens.items()}
+        for role in tokenizer_files.ROLES:
             if getattr(self, role) not in self._ids:
                 raise ValueError(f"{role}={getattr(self, role)!r}: not in the vocabulary")
+            added.setdefault(self._ids[getattr(self, role)], {"special": True})
+        self.added_tokens_decoder = {
+            i: {"content": self._tokens[i], **{name: bool(token.get(name)) for name in FLAGS}}
+            for i, token in sorted(added.items())
+        }
+        self._extra: dict[str, Any] = {}  # keys of tokenizer_config.json without a use here
+        # What is found in a text by itself has a placeholder each: the raw ones, then the others.
+        flags = sorted(self.added_tokens_decoder.values(), key=lambda token: token["normalized"])
+        self._found = [token["content"] for token in flags]
+        raw = sum(not token["normalized"] for token in flags)
         normalizer = BertNormalizer(
             lowercase=do_lower_case,
             strip_accents=do_lower_case if strip_accents is None else strip_accents,
             handle_chinese_chars=tokenize_chinese_chars,
-            special_tokens=self.all_special_tokens,
+            special_tokens=self._found[:raw],
+            normalized_tokens=self._found[raw:],
         )
-        self._token_ids = tf.function(
+        scalar = tf.TensorSpec([], tf.int32)
+        self._encode = tf.function(
             functools.partial(self._tokenize, normalizer),
-            input_signature=[tf.TensorSpec([None], tf.string), tf.TensorSpec([], tf.int32)],
+            input_signature=[tf.TensorSpec([None], tf.string), scalar, scalar],
             autograph=False,
         )
 
@@ -144,19 +142,7 @@ class AlignTokenizer:
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        settings, extra = {}, {}
-        if (folder / VOCAB_NAME).is_file():
-            vocab = _read_vocab(folder / VOCAB_NAME)
-        elif (folder / TOKENIZER_NAME).is_file():
-            vocab, settings = _read_tokenizer(folder / TOKENIZER_NAME)
-        else:
-            raise FileNotFoundError(f"{folder}: expected {VOCAB_NAME} or {TOKENIZER_NAME}")
-        if (folder / CONFIG_NAME).is_file():
-            for name, value in checkpoint.read_json(folder / CONFIG_NAME).items():
-                if name not in SETTINGS and name not in SPECIAL_TOKENS:
-                    extra[name] = value
-                elif value is not None:
-                    settings[name] = _content(value)
+        vocab, settings, extra = tokenizer_files.read(folder)
         tokenizer = cls(vocab, **settings)
         tokenizer._extra = extra
         return tokenizer
@@ -164,18 +150,20 @@ class AlignTokenizer:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json."""
         folder = pathlib.Path(folder)
-        special = {role: getattr(self, role) for role in SPECIAL_TOKENS}
+        special = {role: getattr(self, role) for role in tokenizer_files.ROLES}
         config = {
             **self._extra,
             "tokenizer_class": "BertTokenizer",
-            **{name: getattr(self, name) for name in SETTINGS},
+            **{name: getattr(self, name) for name in tokenizer_files.SETTINGS},
             **special,
+            "added_tokens_decoder": {str(i): t for i, t in self.added_tokens_decoder.items()},
         }
-        checkpoint.write_text(folder / VOCAB_NAME, "".join(f"{t}\n" for t in self.vocab))
+        vocab = "".join(f"{token}\n" for token in self.vocab)
+        checkpoint.write_text(folder / tokenizer_files.VOCAB_NAME, vocab)
         for name, values in (
-            (CONFIG_NAME, config),
-            (SPECIAL_TOKENS_NAME, special),
-            (TOKENIZER_NAME, self._tokenizer_json()),
+            (tokenizer_files.CONFIG_NAME, config),
+            (tokenizer_files.SPECIAL_TOKENS_NAME, special),
+            (tokenizer_files.TOKENIZER_NAME, self._tokenizer_json()),
         ):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             checkpoint.write_text(folder / name, text)
@@ -188,20 +176,19 @@ class AlignTokenizer:
             return {kind: {"id": name, "type_id": type_id}}
 
         cls_token, sep_token = self.cls_token, self.sep_token
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         single = [piece(cls_token, 0), piece("A", 0), piece(sep_token, 0)]
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [
-                {"id": self._ids[token], "content": token, **flags, "special": True}
-                for token in sorted(self.all_special_tokens, key=self._ids.get)
-            ],
+            "added_tokens": [{"id": i, **token} for i, token in self.added_tokens_decoder.items()],
             "normalizer": {
                 "type": "BertNormalizer",
                 "clean_text": True,
-                **{key: getattr(self, name) for name, key in NORMALIZER_KEYS.items()},
+                **{
+                    key: getattr(self, name)
+                    for name, key in tokenizer_files.NORMALIZER_KEYS.items()
+                },
             },
             "pre_tokenizer": {"type": "BertPreTokenizer"},
             "post_processor": {
@@ -219,7 +206,7 @@ class AlignTokenizer:
                 "unk_token": self.unk_token,
                 "continuing_subword_prefix": SUFFIX,
                 "max_input_chars_per_word": MAX_WORD_LENGTH,
-                "vocab": self._ids,
+                "vocab": {token: i for i, token in enumerate(self.vocab)},
             },
         }
 
@@ -230,7 +217,7 @@ class AlignTokenizer:
         return len(self.vocab)
 
     def __len__(self) -> int:
-        return len(self.vocab)
+        return len(self._tokens)
 
     @property
     def unk_token_id(self) -> int:
@@ -254,7 +241,9 @@ class AlignTokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        return list(dict.fromkeys(getattr(self, role) for role in SPECIAL_TOKENS))
+        roles = [getattr(self, role) for role in tokenizer_files.ROLES]
+        added = [t["content"] for t in self.added_tokens_decoder.values() if t["special"]]
+        return list(dict.fromkeys([*roles, *added]))
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -262,7 +251,7 @@ class AlignTokenizer:
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns the token of each id."""
-        return [self.vocab[i] for i in np.asarray(ids).tolist()]
+        return [self._tokens[i] for i in np.asarray(ids).tolist()]
 
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
         """Returns the id of each token, [UNK]'s for one that is not in the vocabulary."""
@@ -298,7 +287,8 @@ class AlignTokenizer:
         """Takes strings to ids in TensorFlow operations, for tf.data and tf.function.
 
         Args:
-            texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out.
+            texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out. Time and memory grow
+                with the length of the strings alone, whatever is in them.
             max_length: the longest sequence, special tokens included; what is longer is cut.
             padding: "longest" (t is the length of the longest sequence) or "max_length".
 
@@ -308,22 +298,38 @@ class AlignTokenizer:
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding={padding!r}: expected 'longest' or 'max_length'")
         _check_max_length(max_length)
-        return self._pad(*self._token_ids(texts, max_length), padding, max_length)
+        if padding == "longest":
+            return self._encode(texts, max_length, 0)
+        output = self._encode(texts, max_length, max_length)
+        return {k: tf.ensure_shape(v, [None, max_length]) for k, v in output.items()}
 
     def _tokenize(
-        self, normalizer: BertNormalizer, texts: tf.Tensor, max_length: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Takes strings (n,) to int32 ids (n, longest) and lengths (n,), special tokens included.
+        self,
+        normalizer: BertNormalizer,
+        texts: tf.Tensor,
+        max_length: tf.Tensor,
+        min_width: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Takes strings (n,) to int32 ids and masks (n, t); t is min_width or more.
 
         All it needs are constants of its graph.
         """
         words = tf.strings.split(normalizer.normalize(texts))  # (n, words)
         words = words[:, : max_length - 2]  # a word gives at least one token
         some_long = tf.reduce_any(tf.strings.length(words.values) > MAX_WORD_LENGTH)
-        flat = tf.cond(some_long, lambda: _mark_long_words(words.values), lambda: words.values)
+        unknown = placeholder(self._found.index(self.unk_token))
+        flat = tf.cond(
+            some_long,
+            lambda: tf.where(
+                tf.strings.length(words.values, "UTF8_CHAR") > MAX_WORD_LENGTH,
+                unknown,
+                words.values,
+            ),
+            lambda: words.values,
+        )
 
-        # A special token's placeholder is a word of its own, with an id after the vocabulary's.
-        placeholders = [placeholder(i) for i in range(len(self.all_special_tokens))]
+        # A placeholder is a word of its own, with an id after the vocabulary's.
+        placeholders = [placeholder(i) for i in range(len(self._found))]
         wordpiece = tf_text.FastWordpieceTokenizer(
             [*_distinct(self.vocab), *placeholders],
             suffix_indicator=SUFFIX,
@@ -334,29 +340,21 @@ class AlignTokenizer:
         )
         pieces = words.with_values(wordpiece.tokenize(flat)).merge_dims(1, 2)  # (n, tokens)
         index = tf.maximum(pieces.values - self.vocab_size, 0)
-        special = tf.gather(tf.constant(self.all_special_ids), index)
-        ids = tf.where(pieces.values < self.vocab_size, pieces.values, special)
+        found = tf.gather(tf.constant([self._ids[token] for token in self._found]), index)
+        ids = tf.where(pieces.values < self.vocab_size, pieces.values, found)
 
         lengths = tf.minimum(tf.cast(pieces.row_lengths(), tf.int32), max_length - 2)
-        longest = tf.reduce_max(tf.concat([lengths, [0]], 0))
-        shape = tf.stack([tf.shape(texts)[0], longest])
+        width = tf.reduce_max(tf.concat([lengths + 2, [2, min_width]], 0))
+        shape = tf.stack([tf.shape(texts)[0], width - 2])
         body = pieces.with_values(ids).to_tensor(self.pad_token_id, shape=shape)
         body = tf.pad(body, [[0, 0], [1, 1]], constant_values=self.pad_token_id)
-        column, end = tf.range(longest + 2)[None], lengths[:, None] + 1
+        column, end = tf.range(width)[None], lengths[:, None] + 1
         body = tf.where(column == 0, self.cls_token_id, body)
-        body = tf.where(column == end, self.sep_token_id, body)
-        return body, lengths + 2
-
-    def _pad(
-        self, input_ids: tf.Tensor, lengths: tf.Tensor, padding: str, max_length: int
-    ) -> dict[str, tf.Tensor]:
-        if padding == "max_length":
-            missing = tf.maximum(max_length - tf.shape(input_ids)[1], 0)
-            input_ids = tf.pad(input_ids, [[0, 0], [0, missing]], constant_values=self.pad_token_id)
+        input_ids = tf.where(column == end, self.sep_token_id, body)
         return {
             "input_ids": input_ids,
             "token_type_ids": tf.zeros_like(input_ids),
-            "attention_mask": tf.sequence_mask(lengths, tf.shape(input_ids)[1], tf.int32),
+            "attention_mask": tf.cast(column <= end, tf.int32),
         }
 
     # --- the call --------------------------------------------------------------------------
@@ -389,23 +387,21 @@ class AlignTokenizer:
             raise ValueError(f"padding={padding!r}: expected one of {', '.join(PADDINGS)}")
         max_length = self.model_max_length if max_length is None else max_length
         _check_max_length(max_length)
+        if not isinstance(truncation, bool):
+            raise ValueError(f"truncation={truncation!r}: expected True or False")
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
         texts = [texts] if isinstance(texts, str | bytes) else texts
-        if not isinstance(texts, list | tuple | np.ndarray):
+        if not isinstance(texts, list | tuple):
             raise ValueError(
                 f"text: expected a string or a list of them, found {type(texts).__name__}"
             )
         texts = tf.constant([_utf8(text) for text in texts], tf.string, shape=[len(texts)])
         limit = max_length if truncation else np.iinfo(np.int32).max
-        input_ids, lengths = self._token_ids(texts, limit)
-        output = self._pad(input_ids, lengths, padding, max_length)
+        output = self._encode(texts, limit, max_length if padding == "max_length" else 0)
         if padding == "do_not_pad":
+            lengths = tf.reduce_sum(output["attention_mask"], axis=1)
             return {k: tf.RaggedTensor.from_tensor(v, lengths) for k, v in output.items()}
         return output
-
-
-def _mark_long_words(words: tf.Tensor) -> tf.Tensor:
-    unknown = placeholder(list(SPECIAL_TOKENS).index("unk_token"))
-    return tf.where(tf.strings.length(words, "UTF8_CHAR") > MAX_WORD_LENGTH, unknown, words)
 
 
 def _distinct(vocab: Sequence[str]) -> list[str]:
@@ -414,36 +410,22 @@ def _distinct(vocab: Sequence[str]) -> list[str]:
     return [t if t and last[t] == i else f"\x11{i}" for i, t in enumerate(vocab)]
 
 
-def _read_vocab(path: pathlib.Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, one token a line") from error
-    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-
-
-def _read_tokenizer(path: pathlib.Path) -> tuple[list[str], dict[str, Any]]:
-    """Reads the vocabulary and the normalizer's settings of a tokenizer.json."""
-    values = checkpoint.read_json(path)
-    model, normalizer = values.get("model") or {}, values.get("normalizer") or {}
-    ids = model.get("vocab")
-    if model.get("type") != "WordPiece" or not isinstance(ids, dict):
-        raise ValueError(f"{path}: expected a WordPiece model, found {model.get('type')!r}")
-    vocab = [""] * (max(ids.values(), default=-1) + 1)
-    for token, i in ids.items():
-        vocab[i] = token
-    settings = {name: normalizer[key] for name, key in NORMALIZER_KEYS.items() if key in normalizer}
-    return vocab, settings
-
-
-def _content(value: Any) -> Any:
-    """Returns a setting of tokenizer_config.json, where a token may be an object of its own."""
-    return value["content"] if isinstance(value, Mapping) else value
+def _check_added(vocab: Sequence[str], added: Mapping[int, Mapping[str, Any]]) -> None:
+    ids = {token: i for i, token in enumerate(vocab)}
+    for i, token in added.items():
+        content = token["content"]
+        where = f"the added token {content!r}"
+        if not content:
+            raise ValueError(f"{where}, id {i}: expected some text")
+        if token.get("single_word"):
+            raise ValueError(f"{where}: single_word=True, expected False")
+        if i != ids.get(content, max(i, len(vocab))):
+            raise ValueError(f"{where}: id {i}, expected {ids.get(content, len(vocab))}")
 
 
 def _check_max_length(max_length: int) -> None:
-    if max_length < 2:
-        raise ValueError(f"max_length={max_length}: expected 2 or more, for the special tokens")
+    if not isinstance(max_length, int | np.integer) or max_length < 2:
+        raise ValueError(f"max_length={max_length!r}: expected 2 or more, for the special tokens")
 
 
 def _utf8(text: Any) -> bytes:

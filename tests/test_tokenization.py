@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -46,8 +47,9 @@ def ids(tokenizer: AlignTokenizer, text: str | bytes) -> list[int]:
         ("[SEP]cat[MASK]", [SEP, 7, MASK]),
         ("[[SEP]]", [11, SEP, 12]),
         ("[sep]", [11, 10, 12]),
+        (b"[SE\xffP]", [11, 10, 12]),
         ("[SE\ue000P]", [11, 10, 12]),  # no special token before the text is cleaned
-        ("[SE\U0010fff1P] \U0010fff1", [11, 10, 12]),
+        ("[SE\U0010ff01P] \U0010ff01", [11, 10, 12]),
         ("a" * 100, [5] + [6] * 99),
         ("a" * 101, [UNK]),
         ("ä" * 100 + " ä" + "\u0308" * 200, [5] + [6] * 99 + [5]),
@@ -93,6 +95,13 @@ def test_padding_and_truncation(tokenizer):
     whole = tokenizer(texts, padding="max_length", max_length=4, truncation=False)
     assert whole["input_ids"].shape == (2, 6)
     assert tokenizer([], padding=True)["input_ids"].shape == (0, 2)
+    for array in (np.array(texts), np.array([text.encode() for text in texts])):
+        assert tokenizer(array, padding=True)["input_ids"].numpy()[1, :3].tolist() == [CLS, 5, SEP]
+    assert tokenizer(np.array("a"), padding=True)["input_ids"].shape == (1, 3)
+
+
+def add(i: int, content: str, **flags: bool) -> AlignTokenizer:
+    return AlignTokenizer(VOCAB, added_tokens_decoder={i: {"content": content, **flags}})
 
 
 @pytest.mark.parametrize(
@@ -100,9 +109,19 @@ def test_padding_and_truncation(tokenizer):
     [
         (lambda t: t("a", padding="both"), "padding='both': expected one of max_length"),
         (lambda t: t("a", max_length=1), "max_length=1: expected 2 or more"),
+        (lambda t: t("a", max_length="64"), "max_length='64': expected 2 or more"),
+        (lambda t: t("a", truncation="do_not_truncate"), "expected True or False"),
         (lambda t: t([3]), "expected strings, found int"),
+        (lambda t: t(["a", None]), "expected strings, found NoneType"),
+        (lambda t: t(None), "expected a string or a list of them, found NoneType"),
+        (lambda t: t([["a", "b"]]), "expected strings, found list"),
+        (lambda t: t({"a": 1}), "expected a string or a list of them, found dict"),
         (lambda t: t("\ud800"), "lone surrogate"),
         (lambda t: AlignTokenizer(["a"]), r"unk_token='\[UNK\]': not in the vocabulary"),
+        (lambda t: add(5, "cat"), "the added token 'cat': id 5, expected 7"),
+        (lambda t: add(3, "<x>"), "the added token '<x>': id 3, expected 22"),
+        (lambda t: add(22, ""), "the added token '', id 22: expected some text"),
+        (lambda t: add(22, "x", single_word=True), "'x': single_word=True, expected False"),
     ],
 )
 def test_errors(tokenizer, call, message):
@@ -117,13 +136,33 @@ def test_encode_inside_tf_data(tokenizer):
     assert last["attention_mask"].numpy().tolist() == [[1, 1, 1, 1]]
 
 
-def test_encode_is_constants_and_operations_alone(tokenizer):
+# Those of the stock TensorFlow Serving images, in both versions of tf-text they are built with.
+SERVED_TEXT_OPS = {"FastBertNormalize", "FastWordpieceTokenizeWithOffsets"}
+
+
+def test_saved_model_of_the_tokenizer_alone(tmp_path):
+    # As many words as align-base's vocabulary has, and of their length.
+    words = [f"word{i:x}" if i % 5 else f"##word{i:x}" for i in range(30_522 - len(VOCAB))]
     function = tf.function(
-        lambda texts: tokenizer.encode(texts, padding="max_length")["input_ids"],
+        lambda texts: AlignTokenizer([*VOCAB, *words]).encode(texts, padding="max_length"),
         input_signature=[tf.TensorSpec([None], tf.string)],
     ).get_concrete_function()
+    assert function.structured_outputs["input_ids"].shape.as_list() == [None, 64]
     assert not function.captured_inputs
-    assert len(function.graph.as_graph_def().SerializeToString()) < 8 << 20
+    tf.saved_model.save(tf.Module(), str(tmp_path), signatures=function)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 8_000_000
+    saved = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    assert saved(tf.constant(["cat word1"]))["input_ids"][0, :5].numpy().tolist() == [
+        *(CLS, 7, len(VOCAB) + 1, SEP, PAD)
+    ]
+
+    graph = function.graph.as_graph_def()
+    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+    core = set(dir(tf.raw_ops))
+    assert {node.op for node in nodes} - core - {
+        f.signature.name for f in graph.library.function
+    } == (SERVED_TEXT_OPS)
 
 
 @pytest.mark.parametrize("kept", ["vocab.txt", "tokenizer.json"])
@@ -158,6 +197,91 @@ def test_absent_and_absurd_files(tmp_path):
 def test_repeated_and_blank_lines_of_a_vocabulary():
     tokenizer = AlignTokenizer([*VOCAB, "", "cat"])
     assert ids(tokenizer, "cat") == [len(VOCAB) + 1]
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens() -> AlignTokenizer:
+    added = {22: "<New>", 23: "<New><New>", 24: "New York", 25: "Ä!", 7: "cat"}
+    return AlignTokenizer(
+        VOCAB,
+        added_tokens_decoder={
+            i: {"content": token, "normalized": i in (24, 25), "special": i == 22}
+            for i, token in added.items()
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a<New>a", [5, 22, 5]),
+        ("<New><New><New>", [23, 22]),  # the longest, from the left
+        ("<new>", [UNK, UNK, UNK]),  # found in the text as it is
+        ("NEW YORKs New\tYork new  york", [24, UNK, 24, UNK, UNK]),  # in normalized text
+        ("aa\u0308! ä!", [5, 25, 25]),
+        ("xcaty", [UNK, 7, UNK]),  # inside a word
+    ],
+)
+def test_added_tokens(with_added_tokens, text, expected):
+    assert ids(with_added_tokens, text) == expected
+
+
+def test_added_tokens_in_files(with_added_tokens, tmp_path):
+    with_added_tokens.save_pretrained(tmp_path)
+    again = AlignTokenizer.from_pretrained(tmp_path)
+    assert again.added_tokens_decoder == with_added_tokens.added_tokens_decoder
+    assert len(again) == 26 and again.vocab_size == 22
+    assert again.convert_tokens_to_ids(["<New>", "New York"]) == [22, 24]
+    assert again.decode([22, 24, 5], skip_special_tokens=True) == "New York a"
+    # Files of older versions list them elsewhere.
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"additional_special_tokens": ["<New>"]}))
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"New York": 22}))
+    old = AlignTokenizer.from_pretrained(tmp_path)
+    assert ids(old, "<New> new york") == [23, 22]
+    config.write_text(json.dumps({"added_tokens_decoder": {"22": "New York"}}))
+    with pytest.raises(ValueError, match="the added tokens are not in the form of an id"):
+        AlignTokenizer.from_pretrained(tmp_path)
+    config.write_text(json.dumps({"padding_side": "left"}))
+    with pytest.raises(ValueError, match="padding_side='left', expected 'right'"):
+        AlignTokenizer.from_pretrained(tmp_path)
+
+
+def mutated(rng: np.random.Generator, text: bytes) -> bytes:
+    """Cuts, repeats, swaps and overwrites parts of a text."""
+    for _ in range(rng.integers(1, 5)):
+        first, last = sorted(rng.integers(0, len(text) + 1, 2))
+        part = text[first:last]
+        put = [b"", part * 2, part[::-1], rng.bytes(len(part) % 9), b"[SEP]", b"\x00"]
+        text = (text[:first] + put[rng.integers(len(put))] + text[last:])[:4000]
+    return text
+
+
+def test_random_and_mutated_bytes(tokenizer):
+    rng = np.random.default_rng(0)
+    seeds = ["a cat [SEP] photo!", "中文 Cät\u0301\u08d4\U0001d165", "[MASK]" * 9, "s" * 150]
+    texts = [rng.bytes(rng.integers(0, 200)) for _ in range(1500)]
+    texts += [mutated(rng, seeds[i % 4].encode()) for i in range(3000)]
+    rows = tokenizer(texts, padding=False, max_length=64)["input_ids"].to_list()
+    assert all(r[0] == CLS and r[-1] == SEP and len(r) <= 64 for r in rows)
+    assert all(0 <= i < len(VOCAB) for r in rows for i in r)
+    # What Python reads in their place gives the same, and neighbours change nothing.
+    read = [text.decode("utf-8", "replace") for text in texts]
+    assert tokenizer(read, padding=False, max_length=64)["input_ids"].to_list() == rows
+    assert [ids_of[1:-1] for ids_of in rows[::150]] == [
+        row[:62] for row in (ids(tokenizer, text) for text in texts[::150])
+    ]
+
+
+@pytest.mark.parametrize(
+    "unit", ["z", "a ", "[CLS]", "é", "中", "\u0301", "a\u08d4\U0001d165", b"\xff"]
+)
+def test_a_megabyte(tokenizer, unit):
+    unit = unit if isinstance(unit, bytes) else unit.encode()
+    output = tokenizer.encode(tf.constant([unit * (1_000_000 // len(unit)), "cat"]))
+    assert output["input_ids"].shape[1] <= 64
+    assert output["input_ids"][1, :3].numpy().tolist() == [CLS, 7, SEP]
 
 
 def test_decode(tokenizer):

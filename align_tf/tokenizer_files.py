@@ -1,0 +1,125 @@
+"""The files of a tokenizer's folder, read as Hugging Face's BertTokenizer reads them."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from align_tf import checkpoint
+
+VOCAB_NAME = "vocab.txt"
+TOKENIZER_NAME = "tokenizer.json"
+CONFIG_NAME = "tokenizer_config.json"
+SPECIAL_TOKENS_NAME = "special_tokens_map.json"
+ADDED_TOKENS_NAME = "added_tokens.json"
+
+ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length")
+
+# The names that tokenizer.json's normalizer has for the settings.
+# setting: key
+NORMALIZER_KEYS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+
+# Settings of tokenizer_config.json that have one value here.
+FIXED = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+# Keys that list tokens by name: the vocabulary's id is theirs, or the next one after it.
+EXTRA_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def read(folder: pathlib.Path) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Reads vocab.txt, or tokenizer.json in its absence, and the settings beside it.
+
+    Returns:
+        the vocabulary, the settings as AlignTokenizer takes them, and the keys of
+        tokenizer_config.json that have no use here.
+
+    Raises:
+        FileNotFoundError: the folder holds no vocabulary.
+        ValueError: a file cannot be read, or states what cannot be kept.
+    """
+    config = _read_if_there(folder / CONFIG_NAME)
+    for name, expected in FIXED.items():
+        if config.get(name) not in (None, expected):
+            path = folder / CONFIG_NAME
+            raise ValueError(f"{path}: {name}={config[name]!r}, expected {expected!r}")
+    serialized = _read_if_there(folder / TOKENIZER_NAME)
+    settings = {}
+    if (folder / VOCAB_NAME).is_file():
+        vocab = _read_vocab(folder / VOCAB_NAME)
+    elif serialized:
+        vocab, settings = _read_tokenizer(folder / TOKENIZER_NAME, serialized)
+    else:
+        raise FileNotFoundError(f"{folder}: expected {VOCAB_NAME} or {TOKENIZER_NAME}")
+
+    stated = dict(config)
+    listed = stated.pop("added_tokens_decoder", None)
+    if listed is None:  # older files state it in several places
+        stated |= _read_if_there(folder / SPECIAL_TOKENS_NAME)
+        names = {_content(stated.get(role)) for role in ROLES}
+        listed = {
+            i: {"content": token, "normalized": token not in names, "special": token in names}
+            for token, i in _read_if_there(folder / ADDED_TOKENS_NAME).items()
+        }
+        listed |= {token.get("id"): token for token in serialized.get("added_tokens") or ()}
+    for name in (*SETTINGS, *ROLES):
+        if stated.get(name) is not None:
+            settings[name] = _content(stated[name])
+    try:
+        settings["added_tokens_decoder"] = _added_tokens(vocab, listed, stated)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: the added tokens are not in the form of an id and "
+            '{"content": ..., "normalized": ..., "special": ...}'
+        ) from error
+    used = (*SETTINGS, *ROLES, *EXTRA_TOKENS, "added_tokens_decoder")
+    return vocab, settings, {k: v for k, v in config.items() if k not in used}
+
+
+def _added_tokens(
+    vocab: list[str], listed: Mapping[Any, Mapping[str, Any]], stated: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """Puts the tokens listed with an id and those stated by name alone into one table."""
+    added = {int(i): dict(token) for i, token in listed.items()}
+    known = {token: i for i, token in enumerate(vocab)}
+    known |= {token["content"]: i for i, token in added.items()}
+    by_name = [stated.get(role) for role in ROLES]
+    for key in EXTRA_TOKENS:
+        extra = stated.get(key) or ()
+        by_name += extra.values() if isinstance(extra, Mapping) else extra
+    for token in filter(None, by_name):
+        flags = dict(token) if isinstance(token, Mapping) else {"content": token}
+        i = known.setdefault(flags["content"], max([len(vocab) - 1, *added]) + 1)
+        added.setdefault(i, {**flags, "special": True})
+    return added
+
+
+def _read_if_there(path: pathlib.Path) -> dict[str, Any]:
+    return checkpoint.read_json(path) if path.is_file() else {}
+
+
+def _read_vocab(path: pathlib.Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, one token a line") from error
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def _read_tokenizer(path: pathlib.Path, values: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Takes the vocabulary and the normalizer's settings from a tokenizer.json."""
+    model, normalizer = values.get("model") or {}, values.get("normalizer") or {}
+    ids = model.get("vocab")
+    if model.get("type") != "WordPiece" or not isinstance(ids, dict):
+        raise ValueError(f"{path}: expected a WordPiece model, found {model.get('type')!r}")
+    vocab = [""] * (max(ids.values(), default=-1) + 1)
+    for token, i in ids.items():
+        vocab[i] = token
+    return vocab, {name: normalizer[k] for name, k in NORMALIZER_KEYS.items() if k in normalizer}
+
+
+def _content(value: Any) -> Any:
+    """Returns a setting of tokenizer_config.json, where a token may be an object of its own."""
+    return value["content"] if isinstance(value, Mapping) else value
