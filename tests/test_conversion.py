@@ -149,8 +149,6 @@ def test_image_settings(folder, tmp_path):
         (folder, None, "original", ("original", 16)),
         (folder, words, None, ("hf", 16)),
         (None, words, None, ("hf", 289)),
-        (None, words, "original", ("original", 289)),
-        (None, folder, None, ("hf", 16)),
     ):
         notes = []
         processor = conversion._read_processor(source, given, mode, model, notes)
