@@ -107,17 +107,18 @@ def test_an_original_checkpoint_becomes_a_keras_file(tmp_path):
     assert model.config.image_projection
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_dtype_of_each_format(dtype, folder, pairs, tmp_path):
-    expected = logits(AlignModel.from_pretrained(folder), pairs)
-    assert convert(folder, "hf", tmp_path / "hf", dtype=dtype)["dtype"] == dtype
+def test_the_dtype_of_a_folder(file, tmp_path):
+    assert convert(file, "hf", tmp_path / "hf", dtype="bfloat16")["dtype"] == "bfloat16"
     stored = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
-    assert {str(a.dtype) for n, a in stored.items() if "num_batches" not in n} == {dtype}
+    assert {str(a.dtype) for n, a in stored.items() if "num_batches" not in n} == {"bfloat16"}
 
-    convert(folder, "keras", tmp_path / "tiny.keras", dtype=dtype)
-    model = keras.saving.load_model(tmp_path / "tiny.keras")
+
+def test_the_dtype_of_a_keras_file(folder, file, pairs, tmp_path):
+    convert(file, "keras", tmp_path / "half.keras", dtype="float16")
+    model = keras.saving.load_model(tmp_path / "half.keras")
     query = model.text_model.blocks[0].attention.query
-    assert (query.kernel.dtype, query.compute_dtype) == (dtype, dtype)
+    assert (query.kernel.dtype, query.compute_dtype) == ("float16", "float16")
+    expected = logits(AlignModel.from_pretrained(folder), pairs)
     np.testing.assert_allclose(logits(model, pairs), expected, atol=0.1)
 
 
@@ -136,23 +137,26 @@ def test_a_saved_model(file, folder, tmp_path):
     expected = features / np.linalg.norm(features)
     np.testing.assert_allclose(served, expected, atol=5e-3)
     assert np.abs(served - expected).max() > 0  # it is float16 that was written
-    assert convert(file, "savedmodel", tmp_path / "align", processor=folder)["output"].endswith("2")
 
 
-def test_image_settings(file, folder, tmp_path):
-    (tmp_path / "words").mkdir()
-    (tmp_path / "words" / "vocab.txt").write_text("\n".join(WORDS))
-    for output, source, processor, mode, expected in (
-        ("a", folder, None, None, ("hf", 16)),
-        ("b", folder, None, "original", ("original", 16)),
-        ("c", folder, tmp_path / "words", None, ("hf", 16)),
-        ("d", file, tmp_path / "words", None, ("hf", 289)),
+def test_image_settings(folder, tmp_path):
+    model = AlignModel.from_pretrained(folder)
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "vocab.txt").write_text("\n".join(WORDS))
+    for source, given, mode, expected in (
+        (folder, None, None, ("hf", 16)),
+        (folder, None, "original", ("original", 16)),
+        (folder, words, None, ("hf", 16)),
+        (None, words, None, ("hf", 289)),
     ):
-        options = {"processor": processor, "image_mode": mode}
-        summary = convert(source, "hf", tmp_path / output, **options)
-        images = AlignImageProcessor.from_pretrained(tmp_path / output)
+        notes = []
+        processor = conversion._read_processor(source, given, mode, model, notes)
+        images = processor.image_processor
         assert (images.mode, images.crop_size["height"]) == expected
-        assert any("align-base" in note for note in summary["notes"]) == (output == "d")
+        assert notes == ["no image settings in the source: those of align-base"] * (
+            expected[1] == 289
+        )
 
 
 def test_without_a_tokenizer_the_weights_are_written_and_it_is_said(file, tmp_path):
@@ -220,7 +224,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_named(folder, tmp_path):
 
 
 def test_a_vocabulary_beyond_the_embeddings_is_refused(file, tmp_path):
-    with pytest.raises(ValueError, match="align-tiny: a vocabulary of 6000 .* the model knows 40"):
+    with pytest.raises(ValueError, match=r"align-tiny: a vocabulary of 6000 .* the model knows 40"):
         convert(file, "hf", tmp_path / "hf", processor="align-tiny")
 
 
@@ -257,13 +261,13 @@ def test_an_output_is_replaced_only_on_demand(file, folder, tmp_path):
 
     copy = tmp_path / "copy.keras"
     copy.write_bytes(b"old")
-    with pytest.raises(FileExistsError, match="copy.keras: it is there already"):
+    with pytest.raises(FileExistsError, match=r"copy\.keras: it is there already"):
         convert(folder, "keras", copy)
     assert copy.read_bytes() == b"old"
     convert(folder, "keras", copy, overwrite=True)
     keras.saving.load_model(copy)
     for to in ("hf", "savedmodel"):
-        with pytest.raises(FileExistsError, match="copy.keras: a file; expected a folder"):
+        with pytest.raises(FileExistsError, match=r"copy\.keras: a file; expected a folder"):
             convert(folder, to, copy, overwrite=True)
 
 
@@ -300,7 +304,7 @@ def test_the_command_prints_a_summary(capsys, folder, tmp_path):
         f"from        {folder} (hf)",
         f"to          {tmp_path / 'hf'} (hf)",
         "tensors     99",
-        "parameters  7,082",
+        "parameters  7,311",
         "dtype       bfloat16",
         "unused      num_batches_tracked (9)",
     ]
@@ -308,18 +312,13 @@ def test_the_command_prints_a_summary(capsys, folder, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(capsys, folder, tmp_path):
-    for to, name in (("hf", "hf"), ("keras", "m.keras"), ("savedmodel", "align")):
-        output = tmp_path / name
-        code, out, _ = run(
-            capsys, "--from", folder, "--to", to, "--output", output, "--dry-run", "--json"
-        )
-        summary = json.loads(out)
-        assert (code, summary["dry_run"], summary["tensors"]) == (0, True, 99)
+    arguments = ("--from", folder, "--output", tmp_path / "out", "--dry-run")
+    code, out, _ = run(capsys, *arguments, "--to", "savedmodel", "--json")
+    summary = json.loads(out)
+    assert (code, summary["dry_run"], summary["tensors"]) == (0, True, 99)
+    code, out, _ = run(capsys, *arguments, "--to", "hf")
+    assert (code, out.splitlines()[-1]) == (0, "dry run     nothing was written")
     assert names(tmp_path) == []
-    code, out, _ = run(
-        capsys, "--from", folder, "--to", "hf", "--output", tmp_path / "hf", "--dry-run"
-    )
-    assert out.splitlines()[-1] == "dry run     nothing was written"
 
 
 def test_the_command_reads_keys_of_the_config(capsys, tmp_path):
