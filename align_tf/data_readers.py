@@ -412,14 +412,14 @@ def _count_tfrecord(file: pathlib.Path) -> int:
     """Counts records by their headers; the one that a cut-off file ends in is a record too."""
     count, zipped = 0, file.suffix == ".gz"
     left = float("inf") if zipped else file.stat().st_size
-    with gzip.open(file) if zipped else open(file, "rb") as data:
-        with contextlib.suppress(*READ_ERRORS):
-            while left > 0 and len(header := data.read(12)) == 12:  # length, and its checksum
-                count += 1
-                length = int.from_bytes(header[:8], "little") + 4
-                left -= 12 + length
-                if left > 0:
-                    data.seek(length, os.SEEK_CUR)
+    open_file = gzip.open if zipped else open
+    with open_file(file, "rb") as data, contextlib.suppress(*READ_ERRORS):
+        while left > 0 and len(header := data.read(12)) == 12:  # length, and its checksum
+            count += 1
+            length = int.from_bytes(header[:8], "little") + 4
+            left -= 12 + length
+            if left > 0:
+                data.seek(length, os.SEEK_CUR)
     return count
 
 

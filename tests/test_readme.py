@@ -17,13 +17,11 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_python_examples_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving")
-    import tensorflow as tf
     from PIL import Image
 
-    from align_tf import AlignProcessor
     from align_tf.server import ModelServer
 
-    classify, fine_tune, export, client = re.findall(
+    classify, data, fine_tune, export, client = re.findall(
         r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
@@ -33,9 +31,12 @@ def test_python_examples_run(tmp_path, monkeypatch):
     names = {}
     exec(classify, names)
     assert names["outputs"].logits_per_image.shape == (1, 2)
-    processor = AlignProcessor.from_pretrained("align-tiny")
-    pairs = processor(images=["photo.jpg"] * 2, text=["a cat", "a dog"])
-    names["dataset"] = tf.data.Dataset.from_tensors(pairs)
+    for name, caption in (("a", "a cat"), ("b", "a dog")):
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        shutil.copy("photo.jpg", f"pets/{name}.jpg")
+        (tmp_path / "pets" / f"{name}.txt").write_text(caption)
+    exec(data, names)
+    assert len(names["validation"]) == 1
     exec(fine_tune, names)
     assert (tmp_path / "my-align" / "model.safetensors").is_file()
     exec(export, names)
