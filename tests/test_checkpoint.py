@@ -221,6 +221,15 @@ def test_a_policy_may_be_given(policy, folder):
     assert query.variable_dtype == ("float32" if "mixed" in policy else policy)
 
 
+def test_keys_of_the_config_may_be_given(folder):
+    given = {"text_config": {"hidden_dropout_prob": 0.5}}
+    config = AlignTextModel.from_pretrained(folder, config=given).config
+    assert (config.hidden_dropout_prob, config.vocab_size) == (0.5, 40)
+    assert AlignTextModel.from_pretrained(folder, config=config).config == config
+    with pytest.raises(CheckpointError, match=r"\(40, 16\) does not fit .*/embeddings \(41, 16\)"):
+        AlignTextModel.from_pretrained(folder, config={"text_config": {"vocab_size": 41}})
+
+
 def test_loaded_weights_share_no_memory(folder, pairs):
     model = AlignModel.from_pretrained(folder)
     before = [ops.convert_to_numpy(weight).copy() for weight in model.weights]
