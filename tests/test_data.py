@@ -406,8 +406,18 @@ def test_buckets_change_no_embedding(batches, source, tiny_config):
 
 # Seed 0, batches of 4: the order of two epochs.
 ORDER = {
-    "folder": [],
-    "tar": [],
+    "folder": [
+        ["bee", "gnu", "jay", "fox"],
+        ["eel", "hen", "cat", "ibis"],
+        ["gnu", "bee", "jay", "ibis"],
+        ["eel", "ant", "dog", "fox"],
+    ],
+    "tar": [
+        ["eel", "gnu", "cat", "dog"],
+        ["hen", "jay", "fox", "ibis"],
+        ["bee", "hen", "ibis", "cat"],
+        ["dog", "jay", "ant", "fox"],
+    ],
 }
 
 
