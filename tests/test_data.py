@@ -406,8 +406,18 @@ def test_buckets_change_no_embedding(batches, source, tiny_config):
 
 # Seed 0, batches of 4: the order of two epochs.
 ORDER = {
-    "folder": [],
-    "tar": [],
+    "folder": [
+        ["bee", "gnu", "jay", "fox"],
+        ["eel", "hen", "cat", "ibis"],
+        ["gnu", "bee", "jay", "ibis"],
+        ["eel", "ant", "dog", "fox"],
+    ],
+    "tar": [
+        ["eel", "gnu", "cat", "dog"],
+        ["hen", "jay", "fox", "ibis"],
+        ["bee", "hen", "ibis", "cat"],
+        ["dog", "jay", "ant", "fox"],
+    ],
 }
 
 
@@ -603,13 +613,11 @@ from align_tf.data import make_dataset
 
 model = AlignModel(AlignConfig.from_pretrained(sys.argv[1]))
 processor = AlignProcessor.from_pretrained(sys.argv[1])
-options = {"batch_size": 4, "length_buckets": (4, 8, 16)}
-train = make_dataset(sys.argv[2], processor, training=True, **options)
-valid = make_dataset(sys.argv[2], processor, **options)
+train = make_dataset(sys.argv[2], processor, batch_size=4, training=True, length_buckets=(8,))
 model.compile(optimizer=keras.optimizers.SGD(0.01))
-history = model.fit(train, epochs=2, steps_per_epoch=3, validation_data=valid, verbose=0).history
-assert len(history["loss"]) == len(history["val_loss"]) == 2
-assert np.isfinite(history["loss"] + history["val_loss"]).all(), history
+history = model.fit(train, epochs=2, steps_per_epoch=2, verbose=0).history
+assert len(history["loss"]) == 2
+assert np.isfinite(history["loss"]).all(), history
 print(keras.backend.backend())
 """
 
