@@ -45,14 +45,14 @@ class _Parts:
         self.fixed = fixed  # (variable, value) of all but the weights that train
         self.rows = ops.shape(x["pixel_values"])[0]
         self.missing = -self.rows % self.count  # rows of padding, which the loss does not see
-        inputs = {key: x[key] for key in model.tower_inputs if key in x}
+        inputs = {key: x[key] for key in model.tower_inputs if x.get(key) is not None}
         self.x = {key: self._split(value) for key, value in inputs.items()}
 
     def _split(self, value: Any) -> Any:
         if not isinstance(self.missing, int) or self.missing:
             value = ops.pad(value, [(0, self.missing)] + [(0, 0)] * (len(value.shape) - 1))
         # Row i * count + k is row i of part k.
-        return ops.reshape(value, (-1, self.count, *value.shape[1:]))
+        return ops.reshape(value, (-1, self.count, *ops.shape(value)[1:]))
 
     def start(self) -> list:
         """The values of what a forward pass moves, before the first part."""

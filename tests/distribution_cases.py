@@ -1,14 +1,16 @@
 """Trains the same batches on several devices; test_distribution.py starts it in processes.
 
-    distribution_cases.py tensorflow     1, 2 and 4 virtual CPU devices
-    distribution_cases.py jax            1, 2, 4 and 8
-    distribution_cases.py worker PATH    one of the processes that TF_CONFIG names
+    distribution_cases.py tensorflow COUNT    1 and COUNT virtual CPU devices
+    distribution_cases.py jax COUNT
+    distribution_cases.py worker PATH         one of the processes that TF_CONFIG names
+    distribution_cases.py alone PATH          one device
 
 Prints one line for each case: its name, and how far its weights after 5 steps are from those of
-one device. A worker writes its weights to PATH.
+one device. PATH takes the weights.
 """
 
 import sys
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -83,57 +85,58 @@ def apart(one: list, other: list) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
-def compare(within, counts: list[int]) -> None:
+def compare(within: Callable, count: int) -> None:
     """Prints the cases; within(n) is the scope of n devices."""
 
     def run(count: int, **options):
         with within(count):
             return train(**options)
 
+    def show(name: str, value: float) -> None:
+        print(name, value, flush=True)
+
     alone, logs = run(1)
-    for count in counts:
-        weights, found = run(count)
-        print(f"{count}-devices", apart(alone, weights), flush=True)
-        off = max(abs(found[key] - logs[key]) for key in logs)
-        print(f"{count}-devices-logs", off, flush=True)
-    print("accumulation", apart(alone, run(2, accumulation=4)[0]), flush=True)
+    weights, found = run(count)
+    show("weights", apart(alone, weights))
+    show("logs", max(abs(found[key] - logs[key]) for key in logs))
+    if count > 2:
+        return
+    show("accumulation", apart(alone, run(count, accumulation=4)[0]))
     alone, _ = run(1, sigmoid=True, batch_norm="own")
-    options = {"sigmoid": True, "batch_norm": "synchronized"}
-    print("synchronized", apart(alone, run(2, **options)[0]), flush=True)
-    print("own-statistics", apart(alone, run(2, sigmoid=True, batch_norm="own")[0]), flush=True)
-    weights, _ = run(2, accumulation=2, dropout=0.1)
-    print("dropout", 0.0 if all(np.isfinite(w).all() for w in weights) else 1.0, flush=True)
+    for batch_norm in ("synchronized", "own"):
+        show(batch_norm, apart(alone, run(count, sigmoid=True, batch_norm=batch_norm)[0]))
+    weights, _ = run(count, accumulation=2, dropout=0.1)
+    show("dropout", 0.0 if all(np.isfinite(w).all() for w in weights) else 1.0)
 
 
-def main(mode: str, path: str | None = None) -> None:
+def main(mode: str, argument: str) -> None:
     if mode == "jax":
         import jax
 
         def within(count: int):
             return keras.distribution.DataParallel(devices=jax.devices("cpu")[:count]).scope()
 
-        compare(within, [2, 4, 8])
+        compare(within, int(argument))
         return
     import tensorflow as tf
 
     if mode == "worker":
         with tf.distribute.MultiWorkerMirroredStrategy().scope():
-            np.savez(path, *train()[0])
-        return
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
-    )
-
-    def within(count: int):
-        devices = [f"CPU:{index}" for index in range(count)]
-        return (
-            tf.distribute.MirroredStrategy(devices) if count > 1 else tf.distribute.get_strategy()
-        ).scope()
-
-    if mode == "alone":
-        np.savez(path, *train()[0])
+            np.savez(argument, *train()[0])
+    elif mode == "alone":
+        np.savez(argument, *train()[0])
     else:
-        compare(within, [2, 4])
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * int(argument),
+        )
+
+        def within(count: int):
+            if count == 1:
+                return tf.distribute.get_strategy().scope()
+            return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)]).scope()
+
+        compare(within, int(argument))
 
 
 if __name__ == "__main__":
