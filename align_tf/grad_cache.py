@@ -45,7 +45,7 @@ class _Parts:
         self.fixed = fixed  # (variable, value) of all but the weights that train
         self.rows = ops.shape(x["pixel_values"])[0]
         self.missing = -self.rows % self.count  # rows of padding, which the loss does not see
-        inputs = {key: x[key] for key in model.tower_inputs if key in x}
+        inputs = {key: x[key] for key in model.tower_inputs if x.get(key) is not None}
         self.x = {key: self._split(value) for key, value in inputs.items()}
 
     def _split(self, value: Any) -> Any:

@@ -55,6 +55,9 @@ class Recipe:
     )
     data: str | None = _setting(None, "pairs to train on: a file, a folder or a glob")
     validation_data: str | None = _setting(None, "pairs whose loss is watched")
+    max_errors: int = _setting(
+        100, "pairs that cannot be read and are left out before it is an error", NATURAL
+    )
     output: str | None = _setting(None, "the folder of the checkpoints and the trained model")
     image_size: int | None = _setting(
         None, "pixels of an image's side, in training and after (that of processor)", COUNT

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from align_tf.state import step_variables
 
@@ -25,7 +25,8 @@ def rematerialize(layer: layers.Layer) -> Callable:
 
     def call(x: Any, *constants: Any, training: bool = False) -> Any:
         weights, moving = layer.trainable_variables, step_variables(layer)
-        before = [(variable, variable.value) for variable in layer.variables]
+        # As tensors: TensorFlow would read a variable when the second run does.
+        before = [(v, ops.convert_to_tensor(v.value)) for v in layer.variables]
 
         def run(values: list, x: Any) -> tuple[Any, list]:
             mapping = [*before, *zip(weights, values, strict=True)]
@@ -33,7 +34,7 @@ def rematerialize(layer: layers.Layer) -> Callable:
                 outputs = layer(x, *constants, training=training)
             return outputs, [scope.get_current_value(variable) for variable in moving]
 
-        outputs, after = keras.remat(run)([weight.value for weight in weights], x)
+        outputs, after = keras.remat(run)([ops.convert_to_tensor(w.value) for w in weights], x)
         for variable, value in zip(moving, after, strict=True):
             variable.assign(value)
         return outputs

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from align_tf import checkpoint, training_state
@@ -26,8 +28,14 @@ from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
 
 METRICS_NAME = "metrics.jsonl"
 
+# Of what a validation finds, these are shown; `metrics.jsonl` has all.
+VALIDATION_SHOWN = ("val_loss", "val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")
+
 # Settings that may change when a training goes on: no weight depends on them.
-FREE_SETTINGS = ("output", "validation_data", "save_every", "keep", "log_every", "tensorboard")
+FREE_SETTINGS = (
+    *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
+    "tensorboard",
+)
 
 
 def train(recipe: Recipe) -> pathlib.Path:
@@ -37,7 +45,8 @@ def train(recipe: Recipe) -> pathlib.Path:
     and at the end the trained model itself. A process that is killed at any moment is taken up
     from its last checkpoint, and reaches the weights that it would have reached unbroken: the
     checkpoint holds the optimizer and the states of dropout, and the data follow from seed and
-    step. SIGINT and SIGTERM write a checkpoint first.
+    step. On one CPU they are equal bit for bit; on a GPU as far as its kernels are deterministic,
+    see `tf.config.experimental.enable_op_determinism`. SIGINT and SIGTERM write a checkpoint first.
 
     Args:
         recipe: the settings.
@@ -183,13 +192,19 @@ def _fit(
         training=True,
         seed=recipe.seed,
         start_step=step,
+        max_errors=recipe.max_errors,
     )
     validation, evaluations = None, []
     if recipe.validation_data is not None:
-        validation = make_dataset(recipe.validation_data, processor, batch_size=recipe.batch_size)
+        validation = make_dataset(
+            recipe.validation_data,
+            processor,
+            batch_size=recipe.batch_size,
+            max_errors=recipe.max_errors,
+        )
         evaluations = [RetrievalEvaluation(validation)]
     checkpoints = Checkpoints(recipe, processor, output, step)
-    with _signals(checkpoints):
+    with _signals(checkpoints), _data_errors():
         model.fit(
             dataset,
             # An epoch is what lies between two checkpoints; `Checkpoints` ends the last one.
@@ -201,9 +216,6 @@ def _fit(
             shuffle=False,  # the dataset is
             verbose=0,
         )
-    if checkpoints.step < recipe.steps:
-        _say(f"Stopped at step {checkpoints.step}; the same command goes on from there.")
-        raise KeyboardInterrupt
 
 
 class Checkpoints(keras.callbacks.Callback):
@@ -234,8 +246,23 @@ class Checkpoints(keras.callbacks.Callback):
                 "lower learning_rate, a longer warmup or clip_norm may keep it finite"
             )
         training_state.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
+        if self.stopping:
+            _say(f"Stopped at step {self.step}; the same command goes on from there.")
+            raise KeyboardInterrupt  # past the validation
         if ending:
             self.model.stop_training = True
+
+
+@contextlib.contextmanager
+def _data_errors() -> Iterator[None]:
+    """Has data that cannot be read end in an error of one line, as other mistakes do."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(r"assertion failed: \[b?'?(.*?)'?\]", error.message)
+        if found is None:
+            raise
+        raise ValueError(found[1]) from error
 
 
 @contextlib.contextmanager
@@ -315,7 +342,7 @@ class Log(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         values = {key: value for key, value in logs.items() if key.startswith("val_")}
         if values:
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+            shown = "  ".join(f"{key} {values[key]:.4f}" for key in VALIDATION_SHOWN)
             _say(f"step {self.step}/{self.recipe.steps}  {shown}")
             self._write(values)
 
@@ -327,8 +354,6 @@ class Log(keras.callbacks.Callback):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
         if self.writer is not None:
-            import tensorflow as tf
-
             with self.writer.as_default(self.step):
                 for key, value in values.items():
                     tf.summary.scalar(key, value)
@@ -342,8 +367,6 @@ def _summary_writer(folder: pathlib.Path) -> Any:
         raise ModuleNotFoundError(
             'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"'
         ) from error
-    import tensorflow as tf
-
     return tf.summary.create_file_writer(str(folder))
 
 

@@ -1,8 +1,6 @@
 """The contrastive losses, against figures worked out by hand."""
 
 import dataclasses
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -244,54 +242,3 @@ def test_one_device_gathers_nothing():
     embeds = np.ones((2, 3), "float32")
     np.testing.assert_array_equal(ops.convert_to_numpy(gather_across_replicas(embeds)), embeds)
     assert num_replicas() == 1
-
-
-TWO_REPLICAS = """
-import sys
-import keras, numpy as np, tensorflow as tf
-from align_tf import AlignConfig, AlignModel
-
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-config = AlignConfig.from_dict(dict(
-    text_config=dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
-                     intermediate_size=20, max_position_embeddings=16, hidden_dropout_prob=0.0,
-                     attention_probs_dropout_prob=0.0),
-    vision_config=dict(width_coefficient=0.25, depth_coefficient=1.0, kernel_sizes=[3],
-                       in_channels=[32], out_channels=[16], strides=[2], num_block_repeats=[1],
-                       expand_ratios=[1], hidden_dim=8, initializer_range=0.5),
-    projection_dim=8, temperature_init_value=0.5,
-))
-rng = np.random.default_rng(0)
-batch = {"pixel_values": rng.random((8, 16, 16, 3), "float32"),
-         "input_ids": rng.integers(1, 40, (8, 6), "int32")}
-
-def train(strategy):
-    keras.utils.set_random_seed(0)
-    with strategy.scope():
-        model = AlignModel(config)
-        # BatchNorm by the moving averages, so that a step depends on the loss alone.
-        for layer in model.vision_model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization):
-                layer.trainable = False
-        model.compile(optimizer=keras.optimizers.SGD(0.5))
-    before = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
-    history = model.fit(tf.data.Dataset.from_tensors(batch).unbatch().batch(8), epochs=3, verbose=0)
-    after = [keras.ops.convert_to_numpy(w) for w in model.trainable_weights]
-    return before, after, history.history["loss"]
-
-before, one, _ = train(tf.distribute.get_strategy())
-_, two, _ = train(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-moved = max(np.abs(a - b).max() for a, b in zip(before, one))
-apart = max(np.abs(a - b).max() for a, b in zip(one, two))
-print(moved, apart)
-sys.exit(0 if moved > 0.05 and apart < 1e-5 else 1)
-"""
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a TensorFlow strategy")
-def test_two_replicas_take_the_steps_of_one():
-    """A process of its own: logical devices are set up before TensorFlow starts."""
-    done = subprocess.run([sys.executable, "-c", TWO_REPLICAS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

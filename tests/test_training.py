@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from align_tf import (
     configuration,
 )
 from align_tf.checkpoint import CheckpointError
-from align_tf.recipe import Recipe
+from align_tf.recipe import Recipe, read_recipe
 from align_tf.training import train
 
 WORDS = [
@@ -159,13 +160,14 @@ def test_the_state_holds_what_a_step_changes(unbroken):
     # Each dropout and drop-connect has drawn once a step; that of an encoder layer twice.
     draws = [value[1] for key, value in state.items() if key.startswith("seed/")]
     assert set(draws) == {18, 36}
-    assert any(key.endswith("average") for key in state)
     moving = state["model/vision_model/stem_bn/moving_mean"]
     assert np.abs(moving).max() > 0
     # The checkpoint that users load holds the averages, not the weights that train.
     model = safetensors.numpy.load_file(unbroken / "checkpoint-18" / "model.safetensors")
-    raw = state["model/align/text_projection/bias"]
-    assert np.abs(model["text_projection.bias"] - raw).max() > 1e-5
+    found = model["text_projection.bias"]
+    (key,) = [key for key in state if key.endswith("text_projection_bias_average")]
+    np.testing.assert_array_equal(found, state[key])
+    assert not np.array_equal(found, state["model/align/text_projection/bias"])
 
 
 def test_killed_trainings_reach_the_weights_of_an_unbroken_one(settings, unbroken):
@@ -173,17 +175,17 @@ def test_killed_trainings_reach_the_weights_of_an_unbroken_one(settings, unbroke
     output = pathlib.Path(settings["output"])
     first = start(settings)
     kill_when(first, lambda: "step 10/" in first.stderr.readline())
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert not (output / "model.safetensors").exists()
 
     second = start(settings)
-    kill_when(second, lambda: any((output / ".checkpoint-18").glob("*")))
-    assert not (output / "checkpoint-18").exists()
+    kill_when(second, lambda: any(output.glob(".checkpoint-*/*")))
+    assert not (output / "model.safetensors").exists()
 
     third = start(settings)
     out, err = third.communicate()
     assert third.returncode == 0, err
     assert out.strip() == settings["output"]
-    assert "Going on from step 12" in err
+    assert "Going on from step " in err
     assert_same_end(output, unbroken)
     assert not list(output.glob(".*checkpoint*"))
     lines = (output / "metrics.jsonl").read_text().splitlines()
@@ -283,3 +285,29 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     assert not state["model/text_model/layer_0/output/bias"].any()  # as it began
     assert state["model/text_model/layer_1/output/bias"].any()
     assert list((output / "tensorboard").glob("events.*"))
+
+
+def test_the_recipe_of_the_readme_runs(settings, tmp_path):
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "finetune.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    small = {key: settings[key] for key in ("model", "data", "output", "batch_size")}
+    flags = {**small, "epochs": 1, "warmup_steps": 1}
+    recipe = read_recipe(tmp_path / "finetune.yaml", flags)
+    assert (recipe.optimizer, recipe.freeze) == ("adamw", "vision")
+    before = AlignModel.from_pretrained(settings["model"])
+    after = AlignModel.from_pretrained(train(recipe))
+    for tower, same in (
+        (lambda m: m.vision_model, True),
+        (lambda m: m.text_model.blocks[0], False),
+    ):
+        pairs = zip(tower(before).get_weights(), tower(after).get_weights(), strict=True)
+        assert all(np.array_equal(old, new) for old, new in pairs) is same
+
+
+def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, capsys):
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    (tmp_path / "pairs" / "07.png").write_bytes(b"no picture")
+    settings |= {"data": str(tmp_path / "pairs"), "max_errors": 0}
+    assert cli.main(["train", *flags(settings)]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"align-tf: error: .*/pairs: 07: not a decodable image .*\n", err)

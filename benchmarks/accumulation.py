@@ -1,0 +1,96 @@
+"""Memory and time of accumulation (GradCache) and of rematerialisation.
+
+    python benchmarks/accumulation.py [--rounds 3] [--json]
+
+Each row is a process of its own, of which the peak of its resident memory is taken, less what it
+held before its first step. The time of the accumulated batch is held against plain steps on its
+parts, in turn in one process.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import keras
+import numpy as np
+from side_by_side import compare, show
+
+from align_tf import AlignConfig, AlignModel
+
+PAIRS, PART, SIDE, TOKENS = 4096, 64, 32, 16
+
+# name: (pairs that train, batch_size, accumulation, remat)
+CASES = {
+    "4,096 pairs in 64 parts": (PAIRS, PAIRS, PAIRS // PART, False),
+    "64 steps of 64 pairs": (PAIRS, PART, 1, False),
+    "512 pairs at once": (512, 512, 1, False),
+    "512 pairs at once, remat": (512, 512, 1, True),
+}
+
+
+def make_data() -> dict[str, np.ndarray]:
+    """PAIRS pictures and texts of noise."""
+    rng = np.random.default_rng(0)
+    return {
+        "pixel_values": rng.random((PAIRS, SIDE, SIDE, 3), "float32"),
+        "input_ids": rng.integers(1, 6000, (PAIRS, TOKENS), "int32"),
+    }
+
+
+def make_step(name: str) -> Callable[[], None]:
+    """Returns what goes once through the pairs of a case, compiled."""
+    pairs, batch_size, accumulation, remat = CASES[name]
+    data = {key: value[:pairs] for key, value in make_data().items()}
+    model = AlignModel(AlignConfig.from_preset("align-tiny"))
+    model.compile(optimizer=keras.optimizers.SGD(1e-3), accumulation=accumulation, remat=remat)
+    steps = pairs // batch_size
+    batches = [
+        {key: value[i * batch_size : (i + 1) * batch_size] for key, value in data.items()}
+        for i in range(steps)
+    ]
+
+    def step() -> None:
+        for batch in batches:
+            model.train_on_batch(batch)
+
+    return step
+
+
+def megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak(name: str) -> float:
+    """Runs a case in a process of its own; returns the megabytes that its steps took."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--case", name], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        step = make_step(arguments.case)
+        before = megabytes()
+        step()
+        print(megabytes() - before)
+        return
+    peaks = {name: peak(name) for name in CASES}
+    names = list(CASES)[:2]
+    steps = {name: make_step(name) for name in names}
+    result = compare("one step of 4,096 pairs", steps, items=PAIRS, rounds=arguments.rounds)
+    show([{**result, "peak_megabytes": peaks}], arguments.json)
+    if not arguments.json:
+        for name, value in peaks.items():
+            print(f"{name}: {value:,.0f} MB beside weights and data")
+
+
+if __name__ == "__main__":
+    main()
