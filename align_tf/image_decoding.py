@@ -1,12 +1,23 @@
 """Encoded images to uint8 RGB, inside the TensorFlow graph, with the pixels that Pillow gives."""
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
-EXPECTED = "JPEG, PNG, GIF, BMP or WebP"
+EXPECTED = "JPEG, PNG, GIF, WebP, or BMP without run-length encoding"
 
-HEADER_BYTES = 64  # holds every field that says how large an image is, except JPEG's
+HEADER_BYTES = 72  # holds every field that says how large an image is, except JPEG's
+EXIF_BYTES = 1 << 17  # EXIF is one of the first segments, and a segment has 64 KB at most
+# A file with more of them is refused, as it would cost more time than its size suggests.
+MAX_BLOCKS = 1000  # segments, chunks or extensions before the first pixels
+MAX_IDATS = 1 << 14  # chunks of a PNG's pixels
+MAX_SCANS = 100  # of a JPEG
+SLACK = 1 << 16  # bytes that a PNG's pixels may take beyond eight each
+BAND_PIXELS = 1 << 20  # of an image, computed at a time
+BLANK = np.zeros([0, 0, 3], np.uint8)
+BYTES = 72  # holds every field that says how large an image is, except JPEG's
 EXIF_BYTES = 1 << 17  # EXIF is one of the first segments, and a segment has 64 KB at most
 MAX_BLOCKS = 1000  # before the first frame of a GIF or a WebP; a file with more is refused
 BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
@@ -15,11 +26,25 @@ BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
 # --- headers -------------------------------------------------------------------------------
 
 
+def _part(image_bytes: tf.Tensor, start: tf.Tensor | int, stop: tf.Tensor | int) -> tf.Tensor:
+    """Returns the bytes from start to stop, as far as the file has them."""
+    end = tf.strings.length(image_bytes)
+    start = tf.clip_by_value(start, 0, end)
+    return tf.strings.substr(image_bytes, start, tf.clip_by_value(stop, start, end) - start)
+
+
+def _read(image_bytes: tf.Tensor, at: tf.Tensor | int, count: tf.Tensor | int) -> tf.Tensor:
+    """Returns `count` bytes from a place on as int32, zeros after the file's end.
+
+    A file is read in such pieces, so that no copy of it as numbers is made.
+    """
+    piece = tf.io.decode_raw(_part(image_bytes, at, at + count), tf.uint8)
+    piece = tf.cast(piece, tf.int32)
+    return tf.pad(piece, [[0, count - tf.size(piece)]])
+
+
 def _header(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Returns the first bytes as int32 (HEADER_BYTES,), zeros after the file's end."""
-    start = tf.strings.substr(image_bytes, 0, HEADER_BYTES)
-    padded = tf.strings.join([start, tf.constant(bytes(HEADER_BYTES))])
-    return tf.cast(tf.io.decode_raw(padded, tf.uint8)[:HEADER_BYTES], tf.int32)
+    return tf.ensure_shape(_read(image_bytes, 0, HEADER_BYTES), [HEADER_BYTES])
 
 
 def _little(data: tf.Tensor, at: tf.Tensor | int, count: int) -> tf.Tensor:
@@ -46,7 +71,9 @@ def image_format(image_bytes: tf.Tensor) -> tf.Tensor:
             _starts(header, 0, b"\x89PNG\r\n\x1a\n"),
             _starts(header, 0, b"GIF87a") | _starts(header, 0, b"GIF89a"),
             _starts(header, 0, b"BM"),
-            _starts(header, 0, b"RIFF") & _starts(header, 8, b"WEBP"),
+            _starts(header, 0, b"RIFF")
+            & _starts(header, 8, b"WEBPVP8")
+            & tf.reduce_any(header[15] == list(b" LX")),
             tf.constant(True),
         ]
     )
@@ -100,14 +127,14 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
 # --- decoding ------------------------------------------------------------------------------
 
 
-def decode(image_bytes: tf.Tensor, dct_method: str = "INTEGER_ACCURATE") -> tf.Tensor:
+def decode(image_bytes: tf.Tensor, exact: bool = True) -> tf.Tensor:
     """Decodes one image to the RGB pixels of Pillow's `convert("RGB")`.
 
     Alpha is dropped. Of an animation it is the first frame, and no other is unpacked.
 
     Args:
         image_bytes: JPEG, PNG, GIF, BMP or WebP, scalar string.
-        dct_method: JPEG's inverse transform; INTEGER_ACCURATE is the one that Pillow takes.
+        exact: as Pillow; otherwise JPEG, PNG and BMP have the pixels of `tf.io.decode_image`.
 
     Returns:
         uint8 (h, w, 3).
@@ -115,23 +142,201 @@ def decode(image_bytes: tf.Tensor, dct_method: str = "INTEGER_ACCURATE") -> tf.T
     Raises:
         tf.errors.InvalidArgumentError: it is none of these, or broken.
     """
+
+    def stock(image_bytes: tf.Tensor) -> tf.Tensor:
+        return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+
     image = tf.switch_case(
         image_format(image_bytes),
         [
-            lambda: tf.io.decode_jpeg(image_bytes, channels=3, dct_method=dct_method),
-            lambda: _decode_png(image_bytes),
+            lambda: _with_few_scans(image_bytes, _decode_jpeg if exact else stock),
+            lambda: (_decode_png if exact else stock)(_pixels_of_png(image_bytes)),
             lambda: _decode_gif(image_bytes),
-            lambda: _decode_bmp(image_bytes),
+            lambda: _decode_bmp(image_bytes) if exact else stock(image_bytes),
             lambda: _decode_webp(image_bytes),
-            lambda: _refuse(f"not an image ({EXPECTED})"),
+            lambda: _checked(False, f"not an image ({EXPECTED})", lambda: BLANK),
         ],
     )
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _refuse(reason: str) -> tf.Tensor:
-    with tf.control_dependencies([tf.debugging.Assert(False, [reason])]):
-        return tf.zeros([0, 0, 3], tf.uint8)
+def _checked(
+    condition: tf.Tensor | bool, reason: str, result: Callable[[], tf.Tensor]
+) -> tf.Tensor:
+    """Computes what follows once a condition holds."""
+    with tf.control_dependencies([tf.debugging.Assert(condition, [reason])]):
+        return tf.identity(result())
+
+
+def in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """Joins function(start, stop), uint8 (?, ?), over bands of an axis, to bound the memory."""
+    band = tf.maximum(BAND_PIXELS // other, 1)
+    count = (length + band - 1) // band
+    results = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=[None, None])
+    _, results = tf.while_loop(
+        lambda i, _: i < count,
+        lambda i, results: (i + 1, results.write(i, function(i * band, (i + 1) * band))),
+        (0, results),
+        parallel_iterations=1,
+    )
+    return results.concat()
+
+
+# --- JPEG ----------------------------------------------------------------------------------
+
+
+def _with_few_scans(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
+    # A progressive file takes a pass over all pixels for each scan, of which a few bytes suffice.
+    scans = tf.size(tf.strings.split([image_bytes], b"\xff\xda").values) - 1
+    return _checked(scans <= MAX_SCANS, "too many scans in the JPEG", lambda: decode(image_bytes))
+
+
+def _decode_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    channels = tf.image.extract_jpeg_shape(image_bytes)[2]
+    return tf.cond(
+        channels == 4, lambda: _decode_cmyk_jpeg(image_bytes), lambda: _accurate_jpeg(image_bytes)
+    )
+
+
+def _accurate_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    # Pillow's inverse transform; TensorFlow's own choice is a faster one.
+    return tf.io.decode_jpeg(image_bytes, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _decode_cmyk_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Decodes a JPEG of four components, of which TensorFlow gives only products.
+
+    With Adobe's marker in the file it gives a = floor(k * c / 255), without it
+    b = floor((255 - k) * (255 - c) / 255), so that k + c = 255 + a - b. The same of the file
+    with c replaced by a constant 128 gives k, and so all of the components.
+    """
+    scan, frame, adobe = _cmyk_segments(image_bytes)
+    is_ycck = (adobe > 0) & (_read(image_bytes, adobe + 15, 1)[0] != 0)
+
+    # A marker that decoders pass over in place of Adobe's own.
+    plain = tf.cond(
+        adobe > 0,
+        lambda: tf.strings.join(
+            [_part(image_bytes, 0, adobe + 1), b"\xef", _part(image_bytes, adobe + 2, scan)]
+        ),
+        lambda: _part(image_bytes, 0, scan),
+    )
+    # Its first three components quantized by a table of zeros, one that the fourth has not.
+    unused = (_read(image_bytes, frame + 21, 1)[0] + 1) % 4
+    slot = tf.gather(tf.constant(BYTES), unused)
+    cuts = [frame + 12, frame + 15, frame + 18]
+    head = [_part(plain, 0, cuts[0])]
+    for cut, end in zip(cuts, [*cuts[1:], scan], strict=True):
+        head += [slot, _part(plain, cut + 1, end)]
+    muted = tf.strings.join([*head, b"\xff\xdb\0\x43", slot, bytes(64)])
+    rest = _part(image_bytes, scan, tf.strings.length(image_bytes))
+
+    images = [
+        _accurate_jpeg(tf.strings.join([head, marker, rest]))
+        for head in (plain, muted)
+        for marker in (b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", b"")
+    ]
+    height, width = tf.unstack(tf.shape(images[0])[:2])
+
+    def rows(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+        a, b, muted_a, muted_b = (tf.cast(image[start:stop], tf.int32) for image in images)
+        k = 127 + muted_a - muted_b
+        c = 255 + a - b - k
+        sane = tf.reduce_all((k * c // 255 == a) & (c >= 0) & (c <= 255))
+        c = _checked(sane, "broken CMYK JPEG", lambda: c)
+        c = tf.cond(is_ycck, lambda: _ycc_to_cmy(c), lambda: c)
+        return tf.reshape(_cmyk_to_rgb(c, k), [-1, width * 3])
+
+    return tf.reshape(in_bands(rows, height, width), [height, width, 3])
+
+
+def _cmyk_segments(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds the first scan of a JPEG, its frame header and Adobe's marker, 0 if there is none."""
+
+    def step(at: tf.Tensor, frame: tf.Tensor, adobe: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        segment = _read(image_bytes, at, 16)
+        marker = segment[1]
+        other = tf.reduce_any(marker == [0xC4, 0xC8, 0xCC])
+        frame = tf.where((marker >= 0xC0) & (marker <= 0xCF) & ~other, at, frame)
+        adobe = tf.where((marker == 0xEE) & _starts(segment, 4, b"Adobe"), at, adobe)
+        return at + 2 + tf.cast(_big(segment, 2, 2), tf.int32), frame, adobe
+
+    def more(at: tf.Tensor, *_) -> tf.Tensor:
+        marker = _read(image_bytes, at, 2)
+        return (marker[0] == 0xFF) & (marker[1] != 0xDA)
+
+    scan, frame, adobe = tf.while_loop(
+        more, step, (tf.constant(2), tf.constant(0), tf.constant(0)), maximum_iterations=MAX_BLOCKS
+    )
+    scan = _checked((frame > 0) & (frame + 22 < scan), "broken CMYK JPEG", lambda: scan)
+    return scan, frame, adobe
+
+
+def _ycc_to_cmy(components: tf.Tensor) -> tf.Tensor:
+    """Takes luma and chroma to the inks they stand for, in libjpeg's 16-bit fixed point."""
+    luma, blue, red = tf.unstack(components - [0, 128, 128], axis=-1)
+    half = 1 << 15
+
+    def scaled(number: tf.Tensor) -> tf.Tensor:
+        return tf.bitwise.right_shift(number + half, 16)
+
+    rgb = [
+        luma + scaled(91881 * red),  # 1.402
+        luma + scaled(-22554 * blue - 46802 * red),  # 0.34414, 0.71414
+        luma + scaled(116130 * blue),  # 1.772
+    ]
+    return tf.clip_by_value(255 - tf.stack(rgb, axis=-1), 0, 255)
+
+
+def _cmyk_to_rgb(c: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Multiplies inks as Pillow does, which takes every CMYK JPEG for an inverted one."""
+    product = (255 - c) * k + 128
+    product = tf.bitwise.right_shift(product + tf.bitwise.right_shift(product, 8), 8)
+    return tf.cast(tf.clip_by_value(k - product, 0, 255), tf.uint8)
+
+
+# --- PNG -----------------------------------------------------------------------------------
+
+
+def _pixels_of_png(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Leaves out of a PNG all but its header, palette and pixels.
+
+    The rest has no part in the pixels, and libpng unpacks texts and profiles to megabytes each.
+    """
+    end = tf.strings.length(image_bytes)
+
+    def kind_is(at: tf.Tensor, kind: bytes) -> tf.Tensor:
+        return _starts(_read(image_bytes, at + 4, 4), 0, kind)
+
+    def size(at: tf.Tensor) -> tf.Tensor:
+        length = _big(_read(image_bytes, at, 4), 0, 4)
+        return tf.cast(tf.minimum(length + 12, tf.cast(end, tf.int64)), tf.int32)
+
+    first, palette = tf.while_loop(
+        lambda at, _: (at < end) & ~kind_is(at, b"IDAT"),
+        lambda at, palette: (at + size(at), tf.where(kind_is(at, b"PLTE"), at, palette)),
+        (tf.constant(33), tf.constant(0)),
+        maximum_iterations=MAX_BLOCKS,
+    )
+    [stop] = tf.while_loop(
+        lambda at: (at < end) & kind_is(at, b"IDAT"),
+        lambda at: [at + size(at)],
+        [first],
+        maximum_iterations=MAX_IDATS,
+    )
+    # What is left over would be unpacked too, a thousand bytes out of one.
+    most = 8 * tf.reduce_prod(declared_size(image_bytes)) + SLACK
+    stop = _checked(
+        tf.cast(stop - first, tf.int64) <= most, "too many bytes in the PNG", lambda: stop
+    )
+    return tf.strings.join(
+        [
+            _part(image_bytes, 0, 33),
+            _part(image_bytes, palette, tf.where(palette > 0, palette + size(palette), 0)),
+            _part(image_bytes, first, stop),
+            b"\0\0\0\0IEND\xae\x42\x60\x82",
+        ]
+    )
 
 
 def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
@@ -140,7 +345,7 @@ def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
     def gray16() -> tf.Tensor:
         # Pillow clips its 16-bit gray mode to 8 bits; all others lose their low byte.
         gray = tf.io.decode_png(image_bytes, channels=1, dtype=tf.uint16)
-        gray = tf.cast(tf.minimum(tf.cast(gray, tf.int32), 255), tf.uint8)
+        gray = tf.cast(tf.minimum(gray, tf.constant(255, tf.uint16)), tf.uint8)
         return tf.repeat(gray, 3, axis=-1)
 
     return tf.cond(
@@ -150,71 +355,94 @@ def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
     )
 
 
+# --- GIF -----------------------------------------------------------------------------------
+
+
 def _decode_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes the first frame alone, from a file rewritten to hold nothing else."""
-    data = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8), tf.int32)
-    end = tf.size(data)
-    has_palette = tf.bitwise.bitwise_and(data[10], 0x80) > 0
-    palette_size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(data[10], 7))
-    first = 13 + tf.where(has_palette, palette_size, 0)
-
-    # Where a chain of sub-blocks ends: each begins with its length, the last has none. Every
-    # place is sent on to the next block, and then twice as far with each turn.
-    place = tf.range(end)
-    after = tf.where(data == 0, place, tf.minimum(place + data + 1, end - 1))
-    _, chain_end = tf.while_loop(
-        lambda last, after: tf.reduce_any(last != after),
-        lambda last, after: (after, tf.gather(after, after)),
-        (place, after),
+    header = _header(image_bytes)
+    has_palette, palette_size = _gif_palette(header[10])
+    first = 13 + palette_size
+    start, transparent = _skip_extensions(image_bytes, first)
+    descriptor = _read(image_bytes, start, 10)
+    has_own, own_size = _gif_palette(descriptor[9])
+    size = tf.cast([_little(header, 8, 2), _little(header, 6, 2)], tf.int32)  # of the canvas
+    # top, left, height, width
+    frame = tf.cast(tf.stack([_little(descriptor, i, 2) for i in (3, 1, 7, 5)]), tf.int32)
+    sane = (descriptor[0] == ord(",")) & (has_own | has_palette)
+    sane &= tf.reduce_all(frame[:2] + frame[2:] <= size)
+    start = _checked(sane, "broken first frame in the GIF", lambda: start)
+    stop = _after_blocks(image_bytes, start + 11 + own_size, 1 << 16)
+    # The frame as a canvas of its own: its size in the header, no offset, no extension.
+    alone = tf.strings.join(
+        [
+            _part(image_bytes, 0, 6),
+            _part(image_bytes, start + 5, start + 9),
+            _part(image_bytes, 10, first),
+            b",\0\0\0\0",
+            _part(image_bytes, start + 5, stop),
+            b";",
+        ]
     )
-
-    def skip_extension(
-        at: tf.Tensor, transparent: tf.Tensor, count: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        control = tf.reduce_all(data[at + 1 : at + 3] == [0xF9, 4]) & (at + 6 < end)
-        flags = data[tf.minimum(at + 3, end - 1)]
-        index = tf.where(flags % 2 == 1, data[tf.minimum(at + 6, end - 1)], -1)
-        transparent = tf.where(control, index, transparent)
-        return tf.gather(chain_end, at + 2) + 1, transparent, count + 1
-
-    start, transparent, _ = tf.while_loop(
-        lambda at, _, count: (at + 2 < end) & (data[at] == 0x21) & (count < MAX_BLOCKS),
-        skip_extension,
-        (first, tf.constant(-1), tf.constant(0)),
-    )
-    with tf.control_dependencies(
-        [tf.debugging.Assert((start + 10 < end) & (data[start] == 0x2C), ["no frame in the GIF"])]
-    ):
-        flags = data[start + 9]
-    own_palette = tf.bitwise.bitwise_and(flags, 0x80) > 0
-    own_size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
-    blocks = start + 11 + tf.where(own_palette, own_size, 0)
-    stop = tf.gather(chain_end, blocks) + 1
-    size = tf.cast([_little(data, 8, 2), _little(data, 6, 2)], tf.int32)  # of the canvas
-    frame = tf.cast(tf.stack([_little(data, start + i, 2) for i in (3, 1, 7, 5)]), tf.int32)
-    inside = tf.reduce_all(frame[:2] + frame[2:] <= size) & (own_palette | has_palette)
-    with tf.control_dependencies([tf.debugging.Assert(inside, ["broken frame in the GIF"])]):
-        # The frame as a canvas of its own: its size in the header, no offset, no extension.
-        alone = tf.strings.join(
-            [
-                tf.strings.substr(image_bytes, 0, 6),
-                tf.strings.substr(image_bytes, start + 5, 4),
-                tf.strings.substr(image_bytes, 10, first - 10),
-                tf.constant(b",\0\0\0\0"),
-                tf.strings.substr(image_bytes, start + 5, stop - start - 5),
-                tf.constant(b";"),
-            ]
-        )
-        pixels = tf.io.decode_image(alone, channels=3, expand_animations=False)
+    pixels = tf.io.decode_image(alone, channels=3, expand_animations=False)
     pixels = tf.ensure_shape(pixels, [None, None, 3])
     # Around a frame smaller than the canvas, Pillow shows the transparent color, or the first.
-    palette_at = tf.where(own_palette, start + 10, 13) + 3 * tf.maximum(transparent, 0)
-    color = tf.cast(tf.gather(data, tf.minimum(palette_at + tf.range(3), end - 1)), tf.uint8)
+    palette_at = tf.where(has_own, start + 10, 13) + 3 * tf.maximum(transparent, 0)
+    color = tf.cast(_read(image_bytes, palette_at, 3), tf.uint8)
     return tf.cond(
         tf.reduce_all(frame[2:] == size),
         lambda: pixels,
         lambda: _paste(pixels, tf.broadcast_to(color, [*tf.unstack(size), 3]), frame),
     )
+
+
+def _gif_palette(flags: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Says whether a palette follows, and its size in bytes."""
+    present = tf.bitwise.bitwise_and(flags, 0x80) > 0
+    size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
+    return present, tf.where(present, size, 0)
+
+
+def _skip_extensions(image_bytes: tf.Tensor, at: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where the first frame begins, and its transparent color or -1."""
+
+    def skip(at: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        block = _read(image_bytes, at, 7)
+        index = tf.where(block[3] % 2 == 1, block[6], -1)
+        transparent = tf.where(_starts(block, 1, b"\xf9\4"), index, transparent)
+        return _after_blocks(image_bytes, at + 2, 1 << 12), transparent
+
+    return tf.while_loop(
+        lambda at, _: _read(image_bytes, at, 1)[0] == ord("!"),
+        skip,
+        (at, tf.constant(-1)),
+        maximum_iterations=MAX_BLOCKS,
+    )
+
+
+def _after_blocks(image_bytes: tf.Tensor, at: tf.Tensor, window: int) -> tf.Tensor:
+    """Returns the place after a chain of sub-blocks: each begins with its length, the last has 0.
+
+    From every place of a window one is sent on to the next block, and then twice as far with
+    each turn, so that the time does not depend on how long the blocks are.
+    """
+    window = tf.minimum(window, tf.strings.length(image_bytes))
+    place = tf.range(window)
+
+    def step(at: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        length = _read(image_bytes, at, window)
+        after = tf.where(length == 0, place, place + length + 1)
+
+        def double(after: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            inside = tf.gather(after, tf.minimum(after, window - 1))
+            further = tf.where(after < window, inside, after)
+            return further, further[0] != after[0]
+
+        after, _ = tf.while_loop(lambda _, moved: moved, double, (after, tf.constant(True)))
+        return at + after[0], after[0] >= window
+
+    at, _ = tf.while_loop(lambda _, more: more, step, (at, tf.constant(True)))
+    return at + 1
 
 
 def _paste(pixels: tf.Tensor, canvas: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
@@ -226,42 +454,97 @@ def _paste(pixels: tf.Tensor, canvas: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
     return tf.where(covered, tf.pad(pixels, padding), canvas)
 
 
+# --- BMP -----------------------------------------------------------------------------------
+
+
 def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Decodes a BMP that is not run-length encoded, of 1, 4, 8, 16, 24 or 32 bits a pixel."""
     header = _header(image_bytes)
-    core = _little(header, 14, 4) == 12
+    core = _little(header, 14, 4) == 12  # the oldest kind, with short fields
     depth = tf.where(core, header[24], header[28])
-
-    def colors() -> tf.Tensor:
-        # TensorFlow reads more formats by channels; a fourth one is alpha.
-        return tf.ensure_shape(tf.io.decode_bmp(image_bytes), [None, None, None])[..., :3]
-
-    plain = core | (_little(header, 30, 4) == 0)  # not run-length encoded
-    return tf.cond(
-        (depth <= 8) & plain, lambda: _decode_palette_bmp(image_bytes, header, core), colors
+    has_masks = ~core & (_little(header, 30, 4) == 3)
+    known = tf.reduce_any(_little(header, 14, 4) == [12, 40, 52, 56, 64, 108, 124])
+    plain = core | (_little(header, 30, 4) == 0) | (has_masks & (depth > 8))
+    size = declared_size(image_bytes)
+    size = _checked(
+        known & plain & tf.reduce_all(size > 0),
+        "a BMP of an unknown or run-length encoded kind",
+        lambda: size,
     )
+    height, width = tf.unstack(size)
+    stride = (width * tf.cast(depth, tf.int64) + 31) // 32 * 4
+    start = _little(header, 10, 4)
+    pixels = _part(image_bytes, _clipped(start), _clipped(start + stride * height))
+    rows = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), [height, stride])
+    depths = (1, 4, 8, 16, 24, 32)
+    known_depth = tf.cast(depth == depths, tf.int32)
+    pixels = tf.switch_case(
+        tf.where(tf.reduce_any(depth == depths), tf.argmax(known_depth, output_type=tf.int32), 6),
+        [
+            *[lambda d=d: _bmp_palette_colors(image_bytes, rows, d, core) for d in (1, 4, 8)],
+            lambda: _bmp_high_colors(rows, header, has_masks),
+            lambda: tf.reshape(rows[:, : width * 3], [height, width, 3])[..., ::-1],
+            lambda: _bmp_true_colors(rows, header, has_masks),
+            lambda: _checked(False, "a BMP of an unknown depth", lambda: BLANK),
+        ],
+    )
+    pixels = pixels[:, :width]
+    from_top = ~core & (header[25] == 0xFF)
+    return tf.cond(from_top, lambda: pixels, lambda: pixels[::-1])
 
 
-def _decode_palette_bmp(image_bytes: tf.Tensor, header: tf.Tensor, core: tf.Tensor) -> tf.Tensor:
-    depth = tf.where(core, header[24], header[28])
-    height, width = tf.unstack(tf.cast(declared_size(image_bytes), tf.int32))
-    data = tf.io.decode_raw(image_bytes, tf.uint8)
-    pixels_at = tf.cast(_little(header, 10, 4), tf.int32)
-    palette_at = 14 + tf.cast(_little(header, 14, 4), tf.int32)
+def _clipped(number: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tf.minimum(number, tf.int32.max), tf.int32)
+
+
+def _bmp_palette_colors(
+    image_bytes: tf.Tensor, rows: tf.Tensor, depth: int, core: tf.Tensor
+) -> tf.Tensor:
+    header = _header(image_bytes)
     entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
-    used = tf.cast(_little(header, 46, 4), tf.int32)
-    full = tf.bitwise.left_shift(1, depth)
+    used = _clipped(_little(header, 46, 4))
+    full = 1 << depth
     count = tf.where(core | (used == 0), full, tf.minimum(used, full))
-    palette = tf.reshape(data[palette_at : palette_at + entry * count], [count, entry])
-    palette = tf.pad(palette[:, 2::-1], [[0, 256 - count], [0, 0]])
-    stride = (width * depth + 31) // 32 * 4
-    rows = tf.reshape(data[pixels_at : pixels_at + stride * height], [height, stride, 1])
-    shifts = tf.range(8 - depth, -1, -depth)  # the leftmost pixel is the highest
-    index = tf.bitwise.right_shift(tf.cast(rows, tf.int32), shifts)
-    index = tf.bitwise.bitwise_and(index, full - 1)  # (height, stride, pixels of a byte)
-    index = tf.reshape(index, [height, -1])[:, :width]
-    from_top = header[25] >= 128
-    index = tf.cond(from_top & ~core, lambda: index, lambda: index[::-1])
-    return tf.gather(palette, index)
+    palette = _read(image_bytes, 14 + _clipped(_little(header, 14, 4)), entry * count)
+    palette = tf.cast(tf.reshape(palette, [count, entry])[:, 2::-1], tf.uint8)
+    palette = tf.pad(palette, [[0, full - count], [0, 0]])
+    shifts = tf.constant([*range(8 - depth, -1, -depth)], tf.uint8)  # the leftmost is the highest
+    index = tf.bitwise.right_shift(rows[..., None], shifts)
+    index = tf.bitwise.bitwise_and(index, tf.constant(full - 1, tf.uint8))
+    return tf.gather(palette, tf.cast(tf.reshape(index, [tf.shape(rows)[0], -1]), tf.int32))
+
+
+def _bmp_high_colors(rows: tf.Tensor, header: tf.Tensor, has_masks: tf.Tensor) -> tf.Tensor:
+    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])
+    has_six_green = has_masks & tf.reduce_all(masks == [0xF800, 0x7E0, 0x1F])
+    sane = ~has_masks | has_six_green | tf.reduce_all(masks == [0x7C00, 0x3E0, 0x1F])
+    has_six_green = _checked(sane, "a BMP of unknown bit masks", lambda: has_six_green)
+    value = tf.range(1 << 16)[:, None]
+
+    def table(shifts: list[int], highest: list[int]) -> tf.Tensor:
+        levels = tf.bitwise.bitwise_and(tf.bitwise.right_shift(value, shifts), highest)
+        return tf.cast(levels * 255 // highest, tf.uint8)
+
+    colors = tf.cond(
+        has_six_green,
+        lambda: table([11, 5, 0], [31, 63, 31]),
+        lambda: table([10, 5, 0], [31, 31, 31]),
+    )
+    pairs = tf.bitcast(tf.reshape(rows, [tf.shape(rows)[0], -1, 2]), tf.uint16)
+    return tf.gather(colors, tf.cast(pairs, tf.int32))
+
+
+def _bmp_true_colors(rows: tf.Tensor, header: tf.Tensor, has_masks: tf.Tensor) -> tf.Tensor:
+    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])
+    masks = tf.where(has_masks & tf.reduce_any(masks != 0), masks, [0xFF0000, 0xFF00, 0xFF])
+    found = masks[:, None] == tf.constant([0xFF << 8 * i for i in range(4)], tf.int64)
+    sane = tf.reduce_all(tf.reduce_any(found, axis=1))
+    order = tf.argmax(tf.cast(found, tf.int32), axis=1)
+    order = _checked(sane, "a BMP of unknown bit masks", lambda: order)
+    return tf.gather(tf.reshape(rows, [tf.shape(rows)[0], -1, 4]), order, axis=2)
+
+
+# --- WebP ----------------------------------------------------------------------------------
 
 
 def _decode_webp(image_bytes: tf.Tensor) -> tf.Tensor:
@@ -277,45 +560,42 @@ def _decode_webp(image_bytes: tf.Tensor) -> tf.Tensor:
     )
 
 
-def _decode_first_webp_frame(image_bytes: tf.Tensor, still) -> tf.Tensor:
+def _decode_first_webp_frame(image_bytes: tf.Tensor, still: Callable) -> tf.Tensor:
     """Decodes an animation's first frame, from a file rewritten as a still image.
 
     Chunks and their fields: developers.google.com/speed/webp/docs/riff_container.
     """
-    data = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8), tf.int32)
-    end = tf.size(data)
+    end = tf.strings.length(image_bytes)
 
     def is_frame(at: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_all(data[at : at + 4] == list(b"ANMF"))
+        return _starts(_read(image_bytes, at, 4), 0, b"ANMF")
 
-    def next_chunk(at: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        size = tf.minimum(_little(data, at + 4, 4), tf.cast(end, tf.int64))
-        return at + 8 + tf.cast(size + size % 2, tf.int32), count + 1
+    def size_of(at: tf.Tensor) -> tf.Tensor:
+        return tf.minimum(_clipped(_little(_read(image_bytes, at + 4, 4), 0, 4)), end)
 
-    at, _ = tf.while_loop(
-        lambda at, count: (at + 24 < end) & ~is_frame(at) & (count < MAX_BLOCKS),
-        next_chunk,
-        (tf.constant(12), tf.constant(0)),
+    [at] = tf.while_loop(
+        lambda at: (at < end) & ~is_frame(at),
+        lambda at: [at + 8 + size_of(at) + size_of(at) % 2],
+        [tf.constant(12)],
+        maximum_iterations=MAX_BLOCKS,
     )
-    with tf.control_dependencies(
-        [tf.debugging.Assert(at + 24 < end, ["no frame in the WebP animation"])]
-    ):
-        length = tf.minimum(_little(data, at + 4, 4) - 16, tf.cast(end - at - 24, tf.int64))
-    place = tf.cast(tf.stack([_little(data, at + i, 3) for i in (11, 8, 17, 14)]), tf.int32)
+    header = _header(image_bytes)
+    size = tf.cast([1 + _little(header, 27, 3), 1 + _little(header, 24, 3)], tf.int32)
+    fields = _read(image_bytes, at, 24)
+    place = tf.cast(tf.stack([_little(fields, i, 3) for i in (11, 8, 17, 14)]), tf.int32)
     frame = place * [2, 2, 1, 1] + [0, 0, 1, 1]  # top, left, height, width
-    size = tf.cast([1 + _little(data, 27, 3), 1 + _little(data, 24, 3)], tf.int32)
-    inside = tf.reduce_all(frame[:2] + frame[2:] <= size)
-    with tf.control_dependencies([tf.debugging.Assert(inside, ["broken frame in the WebP"])]):
-        alone = tf.strings.join(
-            [
-                tf.constant(b"RIFF"),
-                _encode_little(length + 22),
-                tf.constant(b"WEBPVP8X\x0a\0\0\0\x10\0\0\0"),  # 0x10: it may have alpha
-                tf.strings.substr(image_bytes, at + 14, 6),  # width and height, less one
-                tf.strings.substr(image_bytes, at + 24, tf.cast(length, tf.int32)),
-            ]
-        )
-        pixels = still(alone)
+    sane = is_frame(at) & (at + 24 < end) & tf.reduce_all(frame[:2] + frame[2:] <= size)
+    length = _checked(sane, "broken first frame in the WebP", lambda: size_of(at) - 16)
+    alone = tf.strings.join(
+        [
+            b"RIFF",
+            _encode_little(length + 22),
+            b"WEBPVP8X\x0a\0\0\0\x10\0\0\0",  # 0x10: it may have alpha
+            _part(image_bytes, at + 14, at + 20),  # width and height, less one
+            _part(image_bytes, at + 24, at + 24 + length),
+        ]
+    )
+    pixels = still(alone)
     canvas = tf.zeros([*tf.unstack(size), 3], tf.uint8)
     return tf.cond(
         tf.reduce_all(frame[2:] == size), lambda: pixels, lambda: _paste(pixels, canvas, frame)
@@ -324,7 +604,7 @@ def _decode_first_webp_frame(image_bytes: tf.Tensor, still) -> tf.Tensor:
 
 def _encode_little(number: tf.Tensor) -> tf.Tensor:
     """Encodes a number as four little-endian bytes."""
-    digits = tf.bitwise.right_shift(number, tf.constant([0, 8, 16, 24], tf.int64)) % 256
+    digits = tf.bitwise.right_shift(number, tf.constant([0, 8, 16, 24])) % 256
     return tf.strings.reduce_join(tf.gather(tf.constant(BYTES), digits))
 
 
@@ -337,9 +617,7 @@ def exif_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
     Returns:
         int32 scalar, 1 (upright) to 8; 1 where there is no tag.
     """
-    start = tf.strings.join(
-        [tf.strings.substr(image_bytes, 0, EXIF_BYTES), tf.constant(bytes(HEADER_BYTES))]
-    )
+    start = tf.strings.join([_part(image_bytes, 0, EXIF_BYTES), tf.constant(bytes(HEADER_BYTES))])
     data = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)
     end = tf.size(data) - HEADER_BYTES
 

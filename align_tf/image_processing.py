@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,6 @@ NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # as Pillow numbers them
 SUPPORT = {BILINEAR: 1.0, BICUBIC: 2.0}
 # Fractional bits of a resampling coefficient (Pillow's libImaging/Resample.c: 32 - 8 - 2).
 COEFFICIENT_BITS = 22
-BAND_PIXELS = 1 << 20  # of an image, resized at a time
 IMAGES_IN_FLIGHT = 8  # of a batch, decoded at a time
 
 FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
@@ -338,9 +337,7 @@ class AlignImageProcessor:
         return tf.ensure_shape(pixels, [None, *self.output_shape]), problem, size
 
     def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        # The original pipeline took TensorFlow's default, which is faster and less accurate.
-        dct_method = "INTEGER_ACCURATE" if self.mode == "hf" else "INTEGER_FAST"
-        image = image_decoding.decode(image_bytes, dct_method)
+        image = image_decoding.decode(image_bytes, exact=self.mode == "hf")
         if self.apply_exif_orientation:
             orientation = image_decoding.exif_orientation(image_bytes)
             image = image_decoding.turn_upright(image, orientation)
@@ -464,7 +461,7 @@ def _horizontal_first(
         band = tf.transpose(tf.reshape(image[start:stop], [-1, width * 3]))
         return tf.transpose(_apply(columns, band))
 
-    return _apply(rows, _in_bands(resample_rows, height, width))
+    return _apply(rows, image_decoding.in_bands(resample_rows, height, width))
 
 
 def _vertical_first(image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor) -> tf.Tensor:
@@ -474,21 +471,7 @@ def _vertical_first(image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseT
         band = tf.reshape(image[:, start:stop], [height, -1])
         return tf.transpose(_apply(rows, band))
 
-    return tf.transpose(_apply(columns, _in_bands(resample_columns, width, height)))
-
-
-def _in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-    """Joins function(start, stop) over bands of an image's axis, to bound the memory."""
-    band = tf.maximum(BAND_PIXELS // other, 1)
-    count = (length + band - 1) // band
-    results = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=[None, None])
-    _, results = tf.while_loop(
-        lambda i, _: i < count,
-        lambda i, results: (i + 1, results.write(i, function(i * band, (i + 1) * band))),
-        (0, results),
-        parallel_iterations=1,
-    )
-    return results.concat()
+    return tf.transpose(_apply(columns, image_decoding.in_bands(resample_columns, width, height)))
 
 
 def _apply(matrix: tf.SparseTensor, levels: tf.Tensor) -> tf.Tensor:
