@@ -460,11 +460,12 @@ def _paste(pixels: tf.Tensor, canvas: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
 def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes a BMP that is not run-length encoded, of 1, 4, 8, 16, 24 or 32 bits a pixel."""
     header = _header(image_bytes)
-    core = _little(header, 14, 4) == 12  # the oldest kind, with short fields
+    header_size, compression = _little(header, 14, 4), _little(header, 30, 4)
+    core = header_size == 12  # the oldest kind, with short fields
     depth = tf.where(core, header[24], header[28])
-    has_masks = ~core & (_little(header, 30, 4) == 3)
-    known = tf.reduce_any(_little(header, 14, 4) == [12, 40, 52, 56, 64, 108, 124])
-    plain = core | (_little(header, 30, 4) == 0) | (has_masks & (depth > 8))
+    has_masks = ~core & (compression == 3)
+    known = tf.reduce_any(header_size == [12, 40, 52, 56, 64, 108, 124])
+    plain = core | (compression == 0) | (has_masks & (depth > 8))
     size = declared_size(image_bytes)
     size = _checked(
         known & plain & tf.reduce_all(size > 0),
@@ -473,15 +474,29 @@ def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
     )
     height, width = tf.unstack(size)
     stride = (width * tf.cast(depth, tf.int64) + 31) // 32 * 4
-    start = _little(header, 10, 4)
-    pixels = _part(image_bytes, _clipped(start), _clipped(start + stride * height))
+    entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
+    used = _clipped(_little(header, 46, 4))
+    colors = tf.where(core | (used == 0), tf.bitwise.left_shift(1, tf.minimum(depth, 8)), used)
+    colors = tf.minimum(colors, 1 << 16)
+    palette_at = 14 + _clipped(header_size)
+    start = _clipped(_little(header, 10, 4))
+    # Some writers state where the palette begins instead.
+    start += tf.where((start == palette_at) & (depth <= 8), entry * colors, 0)
+    pixels = _part(image_bytes, start, _clipped(tf.cast(start, tf.int64) + stride * height))
     rows = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), [height, stride])
+
+    def palette_colors(depth: int) -> tf.Tensor:
+        palette = tf.reshape(_read(image_bytes, palette_at, entry * colors), [colors, entry])
+        palette = tf.cast(palette[: 1 << depth, 2::-1], tf.uint8)
+        palette = tf.pad(palette, [[0, (1 << depth) - tf.shape(palette)[0]], [0, 0]])
+        return _bmp_palette_colors(rows, depth, palette)
+
     depths = (1, 4, 8, 16, 24, 32)
-    known_depth = tf.cast(depth == depths, tf.int32)
+    branch = tf.reduce_sum(tf.where(depth == depths, range(6), 0))
     pixels = tf.switch_case(
-        tf.where(tf.reduce_any(depth == depths), tf.argmax(known_depth, output_type=tf.int32), 6),
+        tf.where(tf.reduce_any(depth == depths), branch, 6),
         [
-            *[lambda d=d: _bmp_palette_colors(image_bytes, rows, d, core) for d in (1, 4, 8)],
+            *[lambda d=d: palette_colors(d) for d in (1, 4, 8)],
             lambda: _bmp_high_colors(rows, header, has_masks),
             lambda: tf.reshape(rows[:, : width * 3], [height, width, 3])[..., ::-1],
             lambda: _bmp_true_colors(rows, header, has_masks),
@@ -494,23 +509,14 @@ def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _clipped(number: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.minimum(number, tf.int32.max), tf.int32)
+    """Takes int64 to int32; what is too large for it is beyond any file's end."""
+    return tf.cast(tf.minimum(number, tf.int32.max // 4), tf.int32)
 
 
-def _bmp_palette_colors(
-    image_bytes: tf.Tensor, rows: tf.Tensor, depth: int, core: tf.Tensor
-) -> tf.Tensor:
-    header = _header(image_bytes)
-    entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
-    used = _clipped(_little(header, 46, 4))
-    full = 1 << depth
-    count = tf.where(core | (used == 0), full, tf.minimum(used, full))
-    palette = _read(image_bytes, 14 + _clipped(_little(header, 14, 4)), entry * count)
-    palette = tf.cast(tf.reshape(palette, [count, entry])[:, 2::-1], tf.uint8)
-    palette = tf.pad(palette, [[0, full - count], [0, 0]])
+def _bmp_palette_colors(rows: tf.Tensor, depth: int, palette: tf.Tensor) -> tf.Tensor:
     shifts = tf.constant([*range(8 - depth, -1, -depth)], tf.uint8)  # the leftmost is the highest
     index = tf.bitwise.right_shift(rows[..., None], shifts)
-    index = tf.bitwise.bitwise_and(index, tf.constant(full - 1, tf.uint8))
+    index = tf.bitwise.bitwise_and(index, tf.constant((1 << depth) - 1, tf.uint8))
     return tf.gather(palette, tf.cast(tf.reshape(index, [tf.shape(rows)[0], -1]), tf.int32))
 
 
