@@ -446,35 +446,39 @@ def _resize(
     image = image[first_row:last_row, first:last]
     image = tf.cond(
         vertical_first,
-        lambda: _vertical_first(image, rows, columns),
-        lambda: _horizontal_first(image, rows, columns),
+        lambda: _vertical_first(image, rows, columns, resample),
+        lambda: _horizontal_first(image, rows, columns, resample),
     )
     return tf.reshape(image, [height, width, 3])
 
 
 def _horizontal_first(
-    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor
+    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor, resample: int
 ) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
 
     def resample_rows(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
         band = tf.transpose(tf.reshape(image[start:stop], [-1, width * 3]))
-        return tf.transpose(_apply(columns, band))
+        return tf.transpose(_apply(columns, band, resample))
 
-    return _apply(rows, image_decoding.in_bands(resample_rows, height, width))
+    return _apply(rows, image_decoding.in_bands(resample_rows, height, width), resample)
 
 
-def _vertical_first(image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor) -> tf.Tensor:
+def _vertical_first(
+    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor, resample: int
+) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
 
     def resample_columns(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
         band = tf.reshape(image[:, start:stop], [height, -1])
-        return tf.transpose(_apply(rows, band))
+        return tf.transpose(_apply(rows, band, resample))
 
-    return tf.transpose(_apply(columns, image_decoding.in_bands(resample_columns, width, height)))
+    return tf.transpose(
+        _apply(columns, image_decoding.in_bands(resample_columns, width, height), resample)
+    )
 
 
-def _apply(matrix: tf.SparseTensor, levels: tf.Tensor) -> tf.Tensor:
+def _apply(matrix: tf.SparseTensor, levels: tf.Tensor, resample: int) -> tf.Tensor:
     """Multiplies uint8 (n, k) by a sparse matrix, rounds and clips to uint8.
 
     Coefficients are whole numbers over 2^22 and levels whole numbers, so float64 sums are exact.
@@ -484,7 +488,10 @@ def _apply(matrix: tf.SparseTensor, levels: tf.Tensor) -> tf.Tensor:
         indices=matrix.indices, values=matrix.values, dense_shape=matrix.dense_shape
     )
     total = tf.raw_ops.SparseMatrixMatMul(a=compressed, b=tf.cast(levels, tf.float64))
-    return tf.cast(tf.clip_by_value(total + 0.5, 0.0, 255.0), tf.uint8)  # the cast rounds down
+    total = tf.minimum(total + 0.5, 255.0)
+    if resample == BICUBIC:  # alone has weights below zero
+        total = tf.maximum(total, 0.0)
+    return tf.cast(total, tf.uint8)  # the cast rounds down
 
 
 def _matrix(
@@ -520,9 +527,11 @@ def _matrix(
     column = place * channels + channel  # (count, channels, taps)
     row = tf.range(count)[:, None, None] * channels + channel
     indices = tf.stack([tf.broadcast_to(row, tf.shape(column)), column], axis=-1)
+    weights = tf.broadcast_to(weights[:, None], tf.shape(column))
+    used = weights != 0
     matrix = tf.SparseTensor(
-        indices=tf.cast(tf.reshape(indices, [-1, 2]), tf.int64),
-        values=tf.reshape(tf.repeat(weights, channels, axis=0), [-1]),
+        indices=tf.cast(tf.boolean_mask(indices, used), tf.int64),
+        values=tf.boolean_mask(weights, used),
         dense_shape=tf.cast(tf.stack([count, last - first]) * channels, tf.int64),
     )
     return matrix, first, last
