@@ -1,6 +1,8 @@
 """Encoded images to uint8 RGB, inside the TensorFlow graph, with the pixels that Pillow gives."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -87,11 +89,22 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
         image_bytes: an encoded image, scalar string.
 
     Returns:
-        int64 (2,), height and width; zeros where the format is none of FORMATS.
-
-    Raises:
-        tf.errors.InvalidArgumentError: a JPEG whose header is broken.
+        int64 (2,), height and width; zeros where the format is none of FORMATS, and of a JPEG
+        whose header is broken.
     """
+    return tf.cond(
+        image_format(image_bytes) == FORMATS.index("JPEG"),
+        lambda: _attempt(_jpeg_shape, image_bytes, tf.zeros([3], tf.int64))[:2],
+        lambda: _size_in_header(image_bytes),
+    )
+
+
+def _jpeg_shape(image_bytes: tf.Tensor) -> tf.Tensor:
+    return tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
+
+
+def _size_in_header(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads the size of what is no JPEG, whose header has its fields in fixed places."""
     header = _header(image_bytes)
 
     def size(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -114,7 +127,7 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.switch_case(
         image_format(image_bytes),
         [
-            lambda: tf.cast(tf.image.extract_jpeg_shape(image_bytes)[:2], tf.int64),
+            lambda: tf.zeros([2], tf.int64),
             lambda: size(_big(header, 20, 4), _big(header, 16, 4)),
             lambda: size(_little(header, 8, 2), _little(header, 6, 2)),
             bmp,
@@ -127,45 +140,63 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
 # --- decoding ------------------------------------------------------------------------------
 
 
-def decode(image_bytes: tf.Tensor, exact: bool = True) -> tf.Tensor:
-    """Decodes one image to the RGB pixels of Pillow's `convert("RGB")`.
+def read(
+    image_bytes: tf.Tensor, max_pixels: int, exact: bool = True
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes one image to the RGB pixels of Pillow's `convert("RGB")`; no file makes it fail.
 
     Alpha is dropped. Of an animation it is the first frame, and no other is unpacked.
 
     Args:
         image_bytes: JPEG, PNG, GIF, BMP or WebP, scalar string.
+        max_pixels: an image whose header declares more is not decoded.
         exact: as Pillow; otherwise JPEG, PNG and BMP have the pixels of `tf.io.decode_image`.
 
     Returns:
-        uint8 (h, w, 3).
-
-    Raises:
-        tf.errors.InvalidArgumentError: it is none of these, or broken.
+        uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and its
+        declared_size.
     """
 
-    def stock(image_bytes: tf.Tensor) -> tf.Tensor:
-        return tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
+    def sized(decode: Callable[..., tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        size = _size_in_header(image_bytes)
+        return _where(tf.reduce_prod(size) <= max_pixels, lambda: decode(image_bytes)), size
 
-    image = tf.switch_case(
+    pixels, size = tf.switch_case(
         image_format(image_bytes),
         [
-            lambda: _with_few_scans(image_bytes, _decode_jpeg if exact else stock),
-            lambda: (_decode_png if exact else stock)(_pixels_of_png(image_bytes)),
-            lambda: _decode_gif(image_bytes),
-            lambda: _decode_bmp(image_bytes) if exact else stock(image_bytes),
-            lambda: _decode_webp(image_bytes),
-            lambda: _checked(False, f"not an image ({EXPECTED})", lambda: BLANK),
+            lambda: _read_jpeg(image_bytes, max_pixels, exact),
+            lambda: sized(functools.partial(_decode_png, decode=_png_pixels if exact else _stock)),
+            lambda: sized(_decode_gif),
+            lambda: sized(_decode_bmp if exact else functools.partial(_attempt, _stock)),
+            lambda: sized(_decode_webp),
+            lambda: (BLANK, tf.zeros([2], tf.int64)),
         ],
     )
+    return tf.ensure_shape(pixels, [None, None, 3]), size
+
+
+def _stock(image_bytes: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _checked(
-    condition: tf.Tensor | bool, reason: str, result: Callable[[], tf.Tensor]
-) -> tf.Tensor:
-    """Computes what follows once a condition holds."""
-    with tf.control_dependencies([tf.debugging.Assert(condition, [reason])]):
-        return tf.identity(result())
+def _attempt(decode: Callable, image_bytes: tf.Tensor, failed: Any = BLANK) -> Any:
+    """Returns decode(image_bytes), or what stands for its failure.
+
+    A data set can leave out what fails, where an operation would end the graph. It is set up
+    anew with each call, so that it should hold few operations.
+    """
+    rows = tf.data.Dataset.from_tensors(image_bytes).map(decode).ignore_errors()
+    return rows.concatenate(tf.data.Dataset.from_tensors(failed)).take(1).get_single_element()
+
+
+def _where(condition: tf.Tensor, decode: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """Decodes if a condition holds; otherwise there are no pixels."""
+    return tf.cond(
+        condition,
+        lambda: tf.ensure_shape(decode(), [None, None, 3]),
+        lambda: tf.ensure_shape(BLANK, [None, None, 3]),
+    )
 
 
 def in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
@@ -185,17 +216,22 @@ def in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Te
 # --- JPEG ----------------------------------------------------------------------------------
 
 
-def _with_few_scans(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
+def _read_jpeg(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.Tensor, tf.Tensor]:
     # A progressive file takes a pass over all pixels for each scan, of which a few bytes suffice.
     scans = tf.size(tf.strings.split([image_bytes], b"\xff\xda").values) - 1
-    return _checked(scans <= MAX_SCANS, "too many scans in the JPEG", lambda: decode(image_bytes))
 
+    def load(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        shape = _jpeg_shape(image_bytes)
+        sane = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS)
+        if not exact:
+            return shape, _where(sane, lambda: _stock(image_bytes))
+        return shape, _where(sane & (shape[2] < 4), lambda: _accurate_jpeg(image_bytes))
 
-def _decode_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
-    channels = tf.image.extract_jpeg_shape(image_bytes)[2]
-    return tf.cond(
-        channels == 4, lambda: _decode_cmyk_jpeg(image_bytes), lambda: _accurate_jpeg(image_bytes)
-    )
+    shape, pixels = _attempt(load, image_bytes, (tf.zeros([3], tf.int64), BLANK))
+    if exact:
+        is_cmyk = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS) & (shape[2] == 4)
+        pixels = tf.cond(is_cmyk, lambda: _decode_cmyk_jpeg(image_bytes), lambda: pixels)
+    return pixels, shape[:2]
 
 
 def _accurate_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
@@ -211,6 +247,13 @@ def _decode_cmyk_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
     with c replaced by a constant 128 gives k, and so all of the components.
     """
     scan, frame, adobe = _cmyk_segments(image_bytes)
+    sane = (frame > 0) & (frame + 22 < scan)
+    return _where(sane, lambda: _cmyk_pixels(image_bytes, scan, frame, adobe))
+
+
+def _cmyk_pixels(
+    image_bytes: tf.Tensor, scan: tf.Tensor, frame: tf.Tensor, adobe: tf.Tensor
+) -> tf.Tensor:
     is_ycck = (adobe > 0) & (_read(image_bytes, adobe + 15, 1)[0] != 0)
 
     # A marker that decoders pass over in place of Adobe's own.
@@ -232,7 +275,7 @@ def _decode_cmyk_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
     rest = _part(image_bytes, scan, tf.strings.length(image_bytes))
 
     images = [
-        _accurate_jpeg(tf.strings.join([head, marker, rest]))
+        _attempt(_accurate_jpeg, tf.strings.join([head, marker, rest]))
         for head in (plain, muted)
         for marker in (b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", b"")
     ]
@@ -243,11 +286,16 @@ def _decode_cmyk_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
         k = 127 + muted_a - muted_b
         c = 255 + a - b - k
         sane = tf.reduce_all((k * c // 255 == a) & (c >= 0) & (c <= 255))
-        c = _checked(sane, "broken CMYK JPEG", lambda: c)
         c = tf.cond(is_ycck, lambda: _ycc_to_cmy(c), lambda: c)
-        return tf.reshape(_cmyk_to_rgb(c, k), [-1, width * 3])
+        rows = tf.reshape(_cmyk_to_rgb(c, k), [-1, width * 3])
+        return tf.cond(sane, lambda: rows, lambda: rows[:0])
 
-    return tf.reshape(in_bands(rows, height, width), [height, width, 3])
+    def join() -> tf.Tensor:
+        pixels = tf.reshape(in_bands(rows, height, width), [-1, width, 3])
+        return _where(tf.shape(pixels)[0] == height, lambda: pixels)
+
+    shapes = tf.stack([tf.shape(image) for image in images])
+    return _where(tf.reduce_all(shapes == shapes[0]) & (height > 0), join)
 
 
 def _cmyk_segments(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -268,7 +316,6 @@ def _cmyk_segments(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
     scan, frame, adobe = tf.while_loop(
         more, step, (tf.constant(2), tf.constant(0), tf.constant(0)), maximum_iterations=MAX_BLOCKS
     )
-    scan = _checked((frame > 0) & (frame + 22 < scan), "broken CMYK JPEG", lambda: scan)
     return scan, frame, adobe
 
 
@@ -298,8 +345,8 @@ def _cmyk_to_rgb(c: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
 # --- PNG -----------------------------------------------------------------------------------
 
 
-def _pixels_of_png(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Leaves out of a PNG all but its header, palette and pixels.
+def _decode_png(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
+    """Decodes a file that is rewritten to hold only its header, palette and pixels.
 
     The rest has no part in the pixels, and libpng unpacks texts and profiles to megabytes each.
     """
@@ -324,12 +371,7 @@ def _pixels_of_png(image_bytes: tf.Tensor) -> tf.Tensor:
         [first],
         maximum_iterations=MAX_IDATS,
     )
-    # What is left over would be unpacked too, a thousand bytes out of one.
-    most = 8 * tf.reduce_prod(declared_size(image_bytes)) + SLACK
-    stop = _checked(
-        tf.cast(stop - first, tf.int64) <= most, "too many bytes in the PNG", lambda: stop
-    )
-    return tf.strings.join(
+    needed = tf.strings.join(
         [
             _part(image_bytes, 0, 33),
             _part(image_bytes, palette, tf.where(palette > 0, palette + size(palette), 0)),
@@ -337,9 +379,13 @@ def _pixels_of_png(image_bytes: tf.Tensor) -> tf.Tensor:
             b"\0\0\0\0IEND\xae\x42\x60\x82",
         ]
     )
+    # What is left over would be unpacked too, a thousand bytes out of one.
+    most = 8 * tf.reduce_prod(_size_in_header(image_bytes)) + SLACK
+    sane = tf.cast(stop - first, tf.int64) <= most
+    return _where(sane, lambda: _attempt(decode, needed))
 
 
-def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
+def _png_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     header = _header(image_bytes)
 
     def gray16() -> tf.Tensor:
@@ -371,10 +417,24 @@ def _decode_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     frame = tf.cast(tf.stack([_little(descriptor, i, 2) for i in (3, 1, 7, 5)]), tf.int32)
     sane = (descriptor[0] == ord(",")) & (has_own | has_palette)
     sane &= tf.reduce_all(frame[:2] + frame[2:] <= size)
-    start = _checked(sane, "broken first frame in the GIF", lambda: start)
+
+    # Around a frame smaller than the canvas, Pillow shows the transparent color, or the first.
+    palette_at = tf.where(has_own, start + 10, 13) + 3 * tf.maximum(transparent, 0)
+    color = tf.cast(_read(image_bytes, palette_at, 3), tf.uint8)
+    return _where(
+        sane,
+        lambda: _on_canvas(
+            _attempt(_stock, _frame_alone(image_bytes, first, start, own_size)), color, size, frame
+        ),
+    )
+
+
+def _frame_alone(
+    image_bytes: tf.Tensor, first: tf.Tensor, start: tf.Tensor, own_size: tf.Tensor
+) -> tf.Tensor:
+    """Makes a frame a GIF of its own: its size in the header, no offset, no extension."""
     stop = _after_blocks(image_bytes, start + 11 + own_size, 1 << 16)
-    # The frame as a canvas of its own: its size in the header, no offset, no extension.
-    alone = tf.strings.join(
+    return tf.strings.join(
         [
             _part(image_bytes, 0, 6),
             _part(image_bytes, start + 5, start + 9),
@@ -383,16 +443,6 @@ def _decode_gif(image_bytes: tf.Tensor) -> tf.Tensor:
             _part(image_bytes, start + 5, stop),
             b";",
         ]
-    )
-    pixels = tf.io.decode_image(alone, channels=3, expand_animations=False)
-    pixels = tf.ensure_shape(pixels, [None, None, 3])
-    # Around a frame smaller than the canvas, Pillow shows the transparent color, or the first.
-    palette_at = tf.where(has_own, start + 10, 13) + 3 * tf.maximum(transparent, 0)
-    color = tf.cast(_read(image_bytes, palette_at, 3), tf.uint8)
-    return tf.cond(
-        tf.reduce_all(frame[2:] == size),
-        lambda: pixels,
-        lambda: _paste(pixels, tf.broadcast_to(color, [*tf.unstack(size), 3]), frame),
     )
 
 
@@ -445,13 +495,17 @@ def _after_blocks(image_bytes: tf.Tensor, at: tf.Tensor, window: int) -> tf.Tens
     return at + 1
 
 
-def _paste(pixels: tf.Tensor, canvas: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
-    """Puts pixels on a canvas; frame holds top, left, height and width."""
-    top, left, height, width = tf.unstack(frame)
-    rest = tf.shape(canvas)[:2] - [top + height, left + width]
-    padding = [[top, rest[0]], [left, rest[1]], [0, 0]]
-    covered = tf.pad(tf.ones_like(pixels, tf.bool), padding)
-    return tf.where(covered, tf.pad(pixels, padding), canvas)
+def _on_canvas(pixels: tf.Tensor, color: tf.Tensor, size: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
+    """Puts a frame, if there is one, on a canvas of a color; frame: top, left, height, width."""
+
+    def paste() -> tf.Tensor:
+        rest = size - frame[:2] - frame[2:]
+        padding = tf.concat([tf.stack([frame[:2], rest], axis=1), [[0, 0]]], 0)
+        covered = tf.pad(tf.ones_like(pixels, tf.bool), padding)
+        return tf.where(covered, tf.pad(pixels, padding), color)
+
+    partial = tf.reduce_any(frame[2:] != size) & (tf.size(pixels) > 0)
+    return tf.cond(partial, paste, lambda: pixels)
 
 
 # --- BMP -----------------------------------------------------------------------------------
@@ -466,12 +520,7 @@ def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
     has_masks = ~core & (compression == 3)
     known = tf.reduce_any(header_size == [12, 40, 52, 56, 64, 108, 124])
     plain = core | (compression == 0) | (has_masks & (depth > 8))
-    size = declared_size(image_bytes)
-    size = _checked(
-        known & plain & tf.reduce_all(size > 0),
-        "a BMP of an unknown or run-length encoded kind",
-        lambda: size,
-    )
+    size = _size_in_header(image_bytes)
     height, width = tf.unstack(size)
     stride = (width * tf.cast(depth, tf.int64) + 31) // 32 * 4
     entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
@@ -483,29 +532,35 @@ def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
     # Some writers state where the palette begins instead.
     start += tf.where((start == palette_at) & (depth <= 8), entry * colors, 0)
     pixels = _part(image_bytes, start, _clipped(tf.cast(start, tf.int64) + stride * height))
-    rows = tf.reshape(tf.io.decode_raw(pixels, tf.uint8), [height, stride])
+    complete = tf.cast(tf.strings.length(pixels), tf.int64) == stride * height
+    sane = known & plain & tf.reduce_all(size > 0) & complete
+
+    def rows() -> tf.Tensor:
+        return tf.reshape(tf.io.decode_raw(pixels, tf.uint8), [height, stride])
 
     def palette_colors(depth: int) -> tf.Tensor:
         palette = tf.reshape(_read(image_bytes, palette_at, entry * colors), [colors, entry])
         palette = tf.cast(palette[: 1 << depth, 2::-1], tf.uint8)
         palette = tf.pad(palette, [[0, (1 << depth) - tf.shape(palette)[0]], [0, 0]])
-        return _bmp_palette_colors(rows, depth, palette)
+        return _bmp_palette_colors(rows(), depth, palette)
 
+    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])  # red, green, blue
+    masks = tf.where(has_masks, masks, tf.zeros_like(masks))  # zeros: in the usual order
     depths = (1, 4, 8, 16, 24, 32)
     branch = tf.reduce_sum(tf.where(depth == depths, range(6), 0))
-    pixels = tf.switch_case(
-        tf.where(tf.reduce_any(depth == depths), branch, 6),
+    image = tf.switch_case(
+        tf.where(sane & tf.reduce_any(depth == depths), branch, 6),
         [
             *[lambda d=d: palette_colors(d) for d in (1, 4, 8)],
-            lambda: _bmp_high_colors(rows, header, has_masks),
-            lambda: tf.reshape(rows[:, : width * 3], [height, width, 3])[..., ::-1],
-            lambda: _bmp_true_colors(rows, header, has_masks),
-            lambda: _checked(False, "a BMP of an unknown depth", lambda: BLANK),
+            lambda: _bmp_high_colors(rows(), masks),
+            lambda: tf.reshape(rows()[:, : width * 3], [height, width, 3])[..., ::-1],
+            lambda: _bmp_true_colors(rows(), masks),
+            lambda: BLANK,
         ],
     )
-    pixels = pixels[:, :width]
+    image = image[:, :width]
     from_top = ~core & (header[25] == 0xFF)
-    return tf.cond(from_top, lambda: pixels, lambda: pixels[::-1])
+    return tf.cond(from_top, lambda: image, lambda: image[::-1])
 
 
 def _clipped(number: tf.Tensor) -> tf.Tensor:
@@ -520,11 +575,9 @@ def _bmp_palette_colors(rows: tf.Tensor, depth: int, palette: tf.Tensor) -> tf.T
     return tf.gather(palette, tf.cast(tf.reshape(index, [tf.shape(rows)[0], -1]), tf.int32))
 
 
-def _bmp_high_colors(rows: tf.Tensor, header: tf.Tensor, has_masks: tf.Tensor) -> tf.Tensor:
-    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])
-    has_six_green = has_masks & tf.reduce_all(masks == [0xF800, 0x7E0, 0x1F])
-    sane = ~has_masks | has_six_green | tf.reduce_all(masks == [0x7C00, 0x3E0, 0x1F])
-    has_six_green = _checked(sane, "a BMP of unknown bit masks", lambda: has_six_green)
+def _bmp_high_colors(rows: tf.Tensor, masks: tf.Tensor) -> tf.Tensor:
+    has_six_green = tf.reduce_all(masks == [0xF800, 0x7E0, 0x1F])
+    has_five = tf.reduce_all(masks == 0) | tf.reduce_all(masks == [0x7C00, 0x3E0, 0x1F])
     value = tf.range(1 << 16)[:, None]
 
     def table(shifts: list[int], highest: list[int]) -> tf.Tensor:
@@ -537,17 +590,17 @@ def _bmp_high_colors(rows: tf.Tensor, header: tf.Tensor, has_masks: tf.Tensor) -
         lambda: table([10, 5, 0], [31, 31, 31]),
     )
     pairs = tf.bitcast(tf.reshape(rows, [tf.shape(rows)[0], -1, 2]), tf.uint16)
-    return tf.gather(colors, tf.cast(pairs, tf.int32))
+    return _where(has_six_green | has_five, lambda: tf.gather(colors, tf.cast(pairs, tf.int32)))
 
 
-def _bmp_true_colors(rows: tf.Tensor, header: tf.Tensor, has_masks: tf.Tensor) -> tf.Tensor:
-    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])
-    masks = tf.where(has_masks & tf.reduce_any(masks != 0), masks, [0xFF0000, 0xFF00, 0xFF])
+def _bmp_true_colors(rows: tf.Tensor, masks: tf.Tensor) -> tf.Tensor:
+    usual = tf.constant([0xFF0000, 0xFF00, 0xFF], tf.int64)
+    masks = tf.where(tf.reduce_all(masks == 0), usual, masks)
     found = masks[:, None] == tf.constant([0xFF << 8 * i for i in range(4)], tf.int64)
     sane = tf.reduce_all(tf.reduce_any(found, axis=1))
     order = tf.argmax(tf.cast(found, tf.int32), axis=1)
-    order = _checked(sane, "a BMP of unknown bit masks", lambda: order)
-    return tf.gather(tf.reshape(rows, [tf.shape(rows)[0], -1, 4]), order, axis=2)
+    pixels = tf.reshape(rows, [tf.shape(rows)[0], -1, 4])
+    return _where(sane, lambda: tf.gather(pixels, order, axis=2))
 
 
 # --- WebP ----------------------------------------------------------------------------------
@@ -557,16 +610,19 @@ def _decode_webp(image_bytes: tf.Tensor) -> tf.Tensor:
     header = _header(image_bytes)
     animated = _starts(header, 12, b"VP8X") & (tf.bitwise.bitwise_and(header[20], 2) > 0)
 
-    def still(image_bytes: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(image_bytes, expand_animations=False)
-        return tf.ensure_shape(image, [None, None, None])[..., :3]
-
     return tf.cond(
-        animated, lambda: _decode_first_webp_frame(image_bytes, still), lambda: still(image_bytes)
+        animated,
+        lambda: _decode_first_webp_frame(image_bytes),
+        lambda: _attempt(_still_webp, image_bytes),
     )
 
 
-def _decode_first_webp_frame(image_bytes: tf.Tensor, still: Callable) -> tf.Tensor:
+def _still_webp(image_bytes: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(image_bytes, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, None])[..., :3]
+
+
+def _decode_first_webp_frame(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes an animation's first frame, from a file rewritten as a still image.
 
     Chunks and their fields: developers.google.com/speed/webp/docs/riff_container.
@@ -591,7 +647,7 @@ def _decode_first_webp_frame(image_bytes: tf.Tensor, still: Callable) -> tf.Tens
     place = tf.cast(tf.stack([_little(fields, i, 3) for i in (11, 8, 17, 14)]), tf.int32)
     frame = place * [2, 2, 1, 1] + [0, 0, 1, 1]  # top, left, height, width
     sane = is_frame(at) & (at + 24 < end) & tf.reduce_all(frame[:2] + frame[2:] <= size)
-    length = _checked(sane, "broken first frame in the WebP", lambda: size_of(at) - 16)
+    length = tf.maximum(size_of(at) - 16, 0)
     alone = tf.strings.join(
         [
             b"RIFF",
@@ -601,11 +657,8 @@ def _decode_first_webp_frame(image_bytes: tf.Tensor, still: Callable) -> tf.Tens
             _part(image_bytes, at + 24, at + 24 + length),
         ]
     )
-    pixels = still(alone)
-    canvas = tf.zeros([*tf.unstack(size), 3], tf.uint8)
-    return tf.cond(
-        tf.reduce_all(frame[2:] == size), lambda: pixels, lambda: _paste(pixels, canvas, frame)
-    )
+    black = tf.zeros([3], tf.uint8)
+    return _where(sane, lambda: _on_canvas(_attempt(_still_webp, alone), black, size, frame))
 
 
 def _encode_little(number: tf.Tensor) -> tf.Tensor:

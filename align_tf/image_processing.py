@@ -225,12 +225,11 @@ class AlignImageProcessor:
             tf.errors.InvalidArgumentError: it is none of these, broken, or declares more than
                 max_image_pixels.
         """
-        size = image_decoding.declared_size(image_bytes)
-        message = tf.strings.join([_too_large(size), f"expected {self.max_image_pixels} at most"])
+        pixels, problem, size = self._read(image_bytes)
         with tf.control_dependencies(
-            [tf.debugging.Assert(tf.reduce_prod(size) <= self.max_image_pixels, [message])]
+            [tf.debugging.Assert(problem == FINE, [self._reason(problem, size)])]
         ):
-            return self._decode(tf.identity(image_bytes))
+            return tf.identity(pixels)
 
     @_graph
     def preprocess(self, image: tf.Tensor) -> tf.Tensor:
@@ -275,19 +274,8 @@ class AlignImageProcessor:
         # One more row, so that a batch of none has a first one too.
         problem, size = tf.pad(problem, [[0, 1]]), tf.pad(size, [[0, 1], [0, 0]])
         row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
-        row_problem, row_size = problem[row], size[row]
-        message = tf.strings.join(
-            [
-                "image_bytes[",
-                tf.strings.as_string(row),
-                "]: ",
-                tf.where(
-                    row_problem == TOO_LARGE,
-                    _too_large(row_size) + f"expected {self.max_image_pixels} at most",
-                    f"not a decodable image ({image_decoding.EXPECTED})",
-                ),
-            ]
-        )
+        reason = self._reason(problem[row], size[row])
+        message = tf.strings.join(["image_bytes[", tf.strings.as_string(row), "]: ", reason])
         with tf.control_dependencies([tf.debugging.Assert(fine, [message])]):
             return tf.identity(pixels)
 
@@ -306,42 +294,45 @@ class AlignImageProcessor:
         shape = self.output_shape
         if None in shape:
             raise ValueError("a batch of images needs do_resize or do_center_crop")
-        count = tf.size(image_bytes)
-        blank = tf.zeros(shape)
 
-        def load(row: tf.Tensor, encoded: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            size = image_decoding.declared_size(encoded)
-            return tf.cond(
-                tf.reduce_prod(size) <= self.max_image_pixels,
-                lambda: (row, tf.constant(FINE), size, self.preprocess(self._decode(encoded))),
-                lambda: (row, tf.constant(TOO_LARGE), size, blank),
+        def load(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            image, problem, size = self._read(encoded)
+            pixels = tf.cond(
+                problem == FINE, lambda: self.preprocess(image), lambda: tf.zeros(shape)
             )
+            return pixels, problem, size
 
-        # A data set can leave out the images that fail, where a loop would end.
-        last = (count, tf.constant(FINE), tf.zeros([2], tf.int64), blank)
-        rows = (
-            tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))
-            .map(load, num_parallel_calls=IMAGES_IN_FLIGHT)
-            .ignore_errors()
-            .concatenate(tf.data.Dataset.from_tensors(last))
-            .batch(tf.cast(count, tf.int64) + 1)
+        return tf.map_fn(
+            load,
+            image_bytes,
+            fn_output_signature=(
+                tf.TensorSpec(shape, tf.float32),
+                tf.TensorSpec([], tf.int32),
+                tf.TensorSpec([2], tf.int64),
+            ),
+            parallel_iterations=IMAGES_IN_FLIGHT,
         )
-        row, problem, size, pixels = (value[:-1] for value in rows.get_single_element())
-        complete = tf.equal(tf.size(row), count)
-        shape = tf.concat([[count], shape], 0)
-        pixels = tf.cond(
-            complete, lambda: pixels, lambda: tf.scatter_nd(row[:, None], pixels, shape)
-        )
-        problem = tf.tensor_scatter_nd_update(tf.fill([count], BROKEN), row[:, None], problem)
-        size = tf.scatter_nd(row[:, None], size, [count, 2])
-        return tf.ensure_shape(pixels, [None, *self.output_shape]), problem, size
 
-    def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        image = image_decoding.decode(image_bytes, exact=self.mode == "hf")
+    def _read(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Decodes one image; returns its pixels, its problem and its declared size."""
+        image, size = image_decoding.read(
+            image_bytes, self.max_image_pixels, exact=self.mode == "hf"
+        )
+        is_large = tf.reduce_prod(size) > self.max_image_pixels
+        problem = tf.where(is_large, TOO_LARGE, tf.where(tf.size(image) > 0, FINE, BROKEN))
         if self.apply_exif_orientation:
             orientation = image_decoding.exif_orientation(image_bytes)
             image = image_decoding.turn_upright(image, orientation)
-        return image
+        return image, problem, size
+
+    def _reason(self, problem: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+        height, width = tf.unstack(tf.strings.as_string(size))
+        declared = tf.strings.join(["the image declares ", width, " x ", height, " pixels, "])
+        return tf.where(
+            problem == TOO_LARGE,
+            declared + f"expected {self.max_image_pixels} at most",
+            f"not a decodable image ({image_decoding.EXPECTED})",
+        )
 
     def _scale(self, image: tf.Tensor) -> tf.Tensor:
         """Makes of uint8 levels what the reference does, in its order and precision."""
@@ -374,11 +365,6 @@ class AlignImageProcessor:
         if self.include_top:
             image = image / self.image_std
         return tf.ensure_shape(image, self.output_shape)
-
-
-def _too_large(size: tf.Tensor) -> tf.Tensor:
-    height, width = tf.unstack(tf.strings.as_string(size))
-    return tf.strings.join(["the image declares ", width, " x ", height, " pixels, "])
 
 
 @functools.cache
