@@ -82,23 +82,6 @@ def image_format(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.argmax(tf.cast(matches, tf.int32), output_type=tf.int32)
 
 
-def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Reads an image's size from its header; no pixel is decoded.
-
-    Args:
-        image_bytes: an encoded image, scalar string.
-
-    Returns:
-        int64 (2,), height and width; zeros where the format is none of FORMATS, and of a JPEG
-        whose header is broken.
-    """
-    return tf.cond(
-        image_format(image_bytes) == FORMATS.index("JPEG"),
-        lambda: _attempt(_jpeg_shape, image_bytes, tf.zeros([3], tf.int64))[:2],
-        lambda: _size_in_header(image_bytes),
-    )
-
-
 def _jpeg_shape(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
 
@@ -153,8 +136,8 @@ def read(
         exact: as Pillow; otherwise JPEG, PNG and BMP have the pixels of `tf.io.decode_image`.
 
     Returns:
-        uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and its
-        declared_size.
+        uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and the
+        height and width that its header declares, int64 (2,), zeros if there is none.
     """
 
     def sized(decode: Callable[..., tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
