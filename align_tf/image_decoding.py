@@ -1,25 +1,49 @@
 """Encoded images to uint8 RGB, inside the TensorFlow graph, with the pixels that Pillow gives."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
-EXPECTED = "JPEG, PNG, GIF, BMP or WebP"
+EXPECTED = "JPEG, PNG, GIF, WebP, or BMP without run-length encoding"
 
-HEADER_BYTES = 64  # holds every field that says how large an image is, except JPEG's
+HEADER_BYTES = 72  # holds every field that says how large an image is, except JPEG's
 EXIF_BYTES = 1 << 17  # EXIF is one of the first segments, and a segment has 64 KB at most
-MAX_BLOCKS = 1000  # before the first frame of a GIF or a WebP; a file with more is refused
+# A file with more of them is refused, as it would cost more time than its size suggests.
+MAX_BLOCKS = 1000  # segments, chunks or extensions before the first pixels
+MAX_IDATS = 1 << 14  # chunks of a PNG's pixels
+MAX_SCANS = 100  # of a JPEG
+SLACK = 1 << 16  # bytes that a PNG's pixels may take beyond eight each
+BAND_PIXELS = 1 << 20  # of an image, computed at a time
+BLANK = np.zeros([0, 0, 3], np.uint8)
 BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
 
 
 # --- headers -------------------------------------------------------------------------------
 
 
+def _part(image_bytes: tf.Tensor, start: tf.Tensor | int, stop: tf.Tensor | int) -> tf.Tensor:
+    """Returns the bytes from start to stop, as far as the file has them."""
+    end = tf.strings.length(image_bytes)
+    start = tf.clip_by_value(start, 0, end)
+    return tf.strings.substr(image_bytes, start, tf.clip_by_value(stop, start, end) - start)
+
+
+def _read(image_bytes: tf.Tensor, at: tf.Tensor | int, count: tf.Tensor | int) -> tf.Tensor:
+    """Returns `count` bytes from a place on as int32, zeros after the file's end.
+
+    A file is read in such pieces, so that no copy of it as numbers is made.
+    """
+    piece = tf.io.decode_raw(_part(image_bytes, at, at + count), tf.uint8)
+    piece = tf.cast(piece, tf.int32)
+    return tf.pad(piece, [[0, count - tf.size(piece)]])
+
+
 def _header(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Returns the first bytes as int32 (HEADER_BYTES,), zeros after the file's end."""
-    start = tf.strings.substr(image_bytes, 0, HEADER_BYTES)
-    padded = tf.strings.join([start, tf.constant(bytes(HEADER_BYTES))])
-    return tf.cast(tf.io.decode_raw(padded, tf.uint8)[:HEADER_BYTES], tf.int32)
+    return tf.ensure_shape(_read(image_bytes, 0, HEADER_BYTES), [HEADER_BYTES])
 
 
 def _little(data: tf.Tensor, at: tf.Tensor | int, count: int) -> tf.Tensor:
@@ -46,25 +70,21 @@ def image_format(image_bytes: tf.Tensor) -> tf.Tensor:
             _starts(header, 0, b"\x89PNG\r\n\x1a\n"),
             _starts(header, 0, b"GIF87a") | _starts(header, 0, b"GIF89a"),
             _starts(header, 0, b"BM"),
-            _starts(header, 0, b"RIFF") & _starts(header, 8, b"WEBP"),
+            _starts(header, 0, b"RIFF")
+            & _starts(header, 8, b"WEBPVP8")
+            & tf.reduce_any(header[15] == list(b" LX")),
             tf.constant(True),
         ]
     )
     return tf.argmax(tf.cast(matches, tf.int32), output_type=tf.int32)
 
 
-def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Reads an image's size from its header; no pixel is decoded.
+def _jpeg_shape(image_bytes: tf.Tensor) -> tf.Tensor:
+    return tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
 
-    Args:
-        image_bytes: an encoded image, scalar string.
 
-    Returns:
-        int64 (2,), height and width; zeros where the format is none of FORMATS.
-
-    Raises:
-        tf.errors.InvalidArgumentError: a JPEG whose header is broken.
-    """
+def _size_in_header(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Reads the size of what is no JPEG, whose header has its fields in fixed places."""
     header = _header(image_bytes)
 
     def size(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -87,7 +107,7 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.switch_case(
         image_format(image_bytes),
         [
-            lambda: tf.cast(tf.image.extract_jpeg_shape(image_bytes)[:2], tf.int64),
+            lambda: tf.zeros([2], tf.int64),
             lambda: size(_big(header, 20, 4), _big(header, 16, 4)),
             lambda: size(_little(header, 8, 2), _little(header, 6, 2)),
             bmp,
@@ -100,47 +120,258 @@ def declared_size(image_bytes: tf.Tensor) -> tf.Tensor:
 # --- decoding ------------------------------------------------------------------------------
 
 
-def decode(image_bytes: tf.Tensor, dct_method: str = "INTEGER_ACCURATE") -> tf.Tensor:
-    """Decodes one image to the RGB pixels of Pillow's `convert("RGB")`.
+def read(
+    image_bytes: tf.Tensor, max_pixels: int, exact: bool = True
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes one image to the RGB pixels of Pillow's `convert("RGB")`; no file makes it fail.
 
     Alpha is dropped. Of an animation it is the first frame, and no other is unpacked.
 
     Args:
         image_bytes: JPEG, PNG, GIF, BMP or WebP, scalar string.
-        dct_method: JPEG's inverse transform; INTEGER_ACCURATE is the one that Pillow takes.
+        max_pixels: an image whose header declares more is not decoded.
+        exact: as Pillow; otherwise JPEG, PNG and BMP have the pixels of `tf.io.decode_image`.
 
     Returns:
-        uint8 (h, w, 3).
-
-    Raises:
-        tf.errors.InvalidArgumentError: it is none of these, or broken.
+        uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and the
+        height and width that its header declares, int64 (2,), zeros if there is none.
     """
-    image = tf.switch_case(
+
+    def sized(decode: Callable[..., tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        size = _size_in_header(image_bytes)
+        return _where(tf.reduce_prod(size) <= max_pixels, lambda: decode(image_bytes)), size
+
+    pixels, size = tf.switch_case(
         image_format(image_bytes),
         [
-            lambda: tf.io.decode_jpeg(image_bytes, channels=3, dct_method=dct_method),
-            lambda: _decode_png(image_bytes),
-            lambda: _decode_gif(image_bytes),
-            lambda: _decode_bmp(image_bytes),
-            lambda: _decode_webp(image_bytes),
-            lambda: _refuse(f"not an image ({EXPECTED})"),
+            lambda: _read_jpeg(image_bytes, max_pixels, exact),
+            lambda: sized(functools.partial(_decode_png, decode=_png_pixels if exact else _stock)),
+            lambda: sized(_decode_gif),
+            lambda: sized(_decode_bmp if exact else functools.partial(_attempt, _stock)),
+            lambda: sized(_decode_webp),
+            lambda: (BLANK, tf.zeros([2], tf.int64)),
         ],
     )
+    return tf.ensure_shape(pixels, [None, None, 3]), size
+
+
+def _stock(image_bytes: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _refuse(reason: str) -> tf.Tensor:
-    with tf.control_dependencies([tf.debugging.Assert(False, [reason])]):
-        return tf.zeros([0, 0, 3], tf.uint8)
+def _attempt(decode: Callable, image_bytes: tf.Tensor, failed: Any = BLANK) -> Any:
+    """Returns decode(image_bytes), or what stands for its failure.
+
+    A data set can leave out what fails, where an operation would end the graph. It is set up
+    anew with each call, so that it should hold few operations.
+    """
+    rows = tf.data.Dataset.from_tensors(image_bytes).map(decode).ignore_errors()
+    return rows.concatenate(tf.data.Dataset.from_tensors(failed)).take(1).get_single_element()
 
 
-def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
+def _where(condition: tf.Tensor, decode: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """Decodes if a condition holds; otherwise there are no pixels."""
+    return tf.cond(
+        condition,
+        lambda: tf.ensure_shape(decode(), [None, None, 3]),
+        lambda: tf.ensure_shape(BLANK, [None, None, 3]),
+    )
+
+
+def in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """Joins function(start, stop), uint8 (?, ?), over bands of an axis, to bound the memory."""
+    band = tf.maximum(BAND_PIXELS // other, 1)
+    count = (length + band - 1) // band
+    results = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=[None, None])
+    _, results = tf.while_loop(
+        lambda i, _: i < count,
+        lambda i, results: (i + 1, results.write(i, function(i * band, (i + 1) * band))),
+        (0, results),
+        parallel_iterations=1,
+    )
+    return results.concat()
+
+
+# --- JPEG ----------------------------------------------------------------------------------
+
+
+def _read_jpeg(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    # A progressive file takes a pass over all pixels for each scan, of which a few bytes suffice.
+    scans = tf.size(tf.strings.split([image_bytes], b"\xff\xda").values) - 1
+
+    def load(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        shape = _jpeg_shape(image_bytes)
+        sane = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS)
+        if not exact:
+            return shape, _where(sane, lambda: _stock(image_bytes))
+        return shape, _where(sane & (shape[2] < 4), lambda: _accurate_jpeg(image_bytes))
+
+    shape, pixels = _attempt(load, image_bytes, (tf.zeros([3], tf.int64), BLANK))
+    if exact:
+        is_cmyk = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS) & (shape[2] == 4)
+        pixels = tf.cond(is_cmyk, lambda: _decode_cmyk_jpeg(image_bytes), lambda: pixels)
+    return pixels, shape[:2]
+
+
+def _accurate_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    # Pillow's inverse transform; TensorFlow's own choice is a faster one.
+    return tf.io.decode_jpeg(image_bytes, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def _decode_cmyk_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Decodes a JPEG of four components, of which TensorFlow gives only products.
+
+    With Adobe's marker in the file it gives a = floor(k * c / 255), without it
+    b = floor((255 - k) * (255 - c) / 255), so that k + c = 255 + a - b. The same of the file
+    with c replaced by a constant 128 gives k, and so all of the components.
+    """
+    scan, frame, adobe = _cmyk_segments(image_bytes)
+    sane = (frame > 0) & (frame + 22 < scan)
+    return _where(sane, lambda: _cmyk_pixels(image_bytes, scan, frame, adobe))
+
+
+def _cmyk_pixels(
+    image_bytes: tf.Tensor, scan: tf.Tensor, frame: tf.Tensor, adobe: tf.Tensor
+) -> tf.Tensor:
+    is_ycck = (adobe > 0) & (_read(image_bytes, adobe + 15, 1)[0] != 0)
+
+    # A marker that decoders pass over in place of Adobe's own.
+    plain = tf.cond(
+        adobe > 0,
+        lambda: tf.strings.join(
+            [_part(image_bytes, 0, adobe + 1), b"\xef", _part(image_bytes, adobe + 2, scan)]
+        ),
+        lambda: _part(image_bytes, 0, scan),
+    )
+    # Its first three components quantized by a table of zeros, one that the fourth has not.
+    unused = (_read(image_bytes, frame + 21, 1)[0] + 1) % 4
+    slot = tf.gather(tf.constant(BYTES), unused)
+    cuts = [frame + 12, frame + 15, frame + 18]
+    head = [_part(plain, 0, cuts[0])]
+    for cut, end in zip(cuts, [*cuts[1:], scan], strict=True):
+        head += [slot, _part(plain, cut + 1, end)]
+    muted = tf.strings.join([*head, b"\xff\xdb\0\x43", slot, bytes(64)])
+    rest = _part(image_bytes, scan, tf.strings.length(image_bytes))
+
+    images = [
+        _attempt(_accurate_jpeg, tf.strings.join([head, marker, rest]))
+        for head in (plain, muted)
+        for marker in (b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0\0", b"")
+    ]
+    height, width = tf.unstack(tf.shape(images[0])[:2])
+
+    def rows(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
+        a, b, muted_a, muted_b = (tf.cast(image[start:stop], tf.int32) for image in images)
+        k = 127 + muted_a - muted_b
+        c = 255 + a - b - k
+        sane = tf.reduce_all((k * c // 255 == a) & (c >= 0) & (c <= 255))
+        c = tf.cond(is_ycck, lambda: _ycc_to_cmy(c), lambda: c)
+        rows = tf.reshape(_cmyk_to_rgb(c, k), [-1, width * 3])
+        return tf.cond(sane, lambda: rows, lambda: rows[:0])
+
+    def join() -> tf.Tensor:
+        pixels = tf.reshape(in_bands(rows, height, width), [-1, width, 3])
+        return _where(tf.shape(pixels)[0] == height, lambda: pixels)
+
+    shapes = tf.stack([tf.shape(image) for image in images])
+    return _where(tf.reduce_all(shapes == shapes[0]) & (height > 0), join)
+
+
+def _cmyk_segments(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds the first scan of a JPEG, its frame header and Adobe's marker, 0 if there is none."""
+
+    def step(at: tf.Tensor, frame: tf.Tensor, adobe: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        segment = _read(image_bytes, at, 16)
+        marker = segment[1]
+        other = tf.reduce_any(marker == [0xC4, 0xC8, 0xCC])
+        frame = tf.where((marker >= 0xC0) & (marker <= 0xCF) & ~other, at, frame)
+        adobe = tf.where((marker == 0xEE) & _starts(segment, 4, b"Adobe"), at, adobe)
+        return at + 2 + tf.cast(_big(segment, 2, 2), tf.int32), frame, adobe
+
+    def more(at: tf.Tensor, *_) -> tf.Tensor:
+        marker = _read(image_bytes, at, 2)
+        return (marker[0] == 0xFF) & (marker[1] != 0xDA)
+
+    scan, frame, adobe = tf.while_loop(
+        more, step, (tf.constant(2), tf.constant(0), tf.constant(0)), maximum_iterations=MAX_BLOCKS
+    )
+    return scan, frame, adobe
+
+
+def _ycc_to_cmy(components: tf.Tensor) -> tf.Tensor:
+    """Takes luma and chroma to the inks they stand for, in libjpeg's 16-bit fixed point."""
+    luma, blue, red = tf.unstack(components - [0, 128, 128], axis=-1)
+    half = 1 << 15
+
+    def scaled(number: tf.Tensor) -> tf.Tensor:
+        return tf.bitwise.right_shift(number + half, 16)
+
+    rgb = [
+        luma + scaled(91881 * red),  # 1.402
+        luma + scaled(-22554 * blue - 46802 * red),  # 0.34414, 0.71414
+        luma + scaled(116130 * blue),  # 1.772
+    ]
+    return tf.clip_by_value(255 - tf.stack(rgb, axis=-1), 0, 255)
+
+
+def _cmyk_to_rgb(c: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
+    """Multiplies inks as Pillow does, which takes every CMYK JPEG for an inverted one."""
+    product = (255 - c) * k + 128
+    product = tf.bitwise.right_shift(product + tf.bitwise.right_shift(product, 8), 8)
+    return tf.cast(tf.clip_by_value(k - product, 0, 255), tf.uint8)
+
+
+# --- PNG -----------------------------------------------------------------------------------
+
+
+def _decode_png(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
+    """Decodes a file that is rewritten to hold only its header, palette and pixels.
+
+    The rest has no part in the pixels, and libpng unpacks texts and profiles to megabytes each.
+    """
+    end = tf.strings.length(image_bytes)
+
+    def kind_is(at: tf.Tensor, kind: bytes) -> tf.Tensor:
+        return _starts(_read(image_bytes, at + 4, 4), 0, kind)
+
+    def size(at: tf.Tensor) -> tf.Tensor:
+        length = _big(_read(image_bytes, at, 4), 0, 4)
+        return tf.cast(tf.minimum(length + 12, tf.cast(end, tf.int64)), tf.int32)
+
+    first, palette = tf.while_loop(
+        lambda at, _: (at < end) & ~kind_is(at, b"IDAT"),
+        lambda at, palette: (at + size(at), tf.where(kind_is(at, b"PLTE"), at, palette)),
+        (tf.constant(33), tf.constant(0)),
+        maximum_iterations=MAX_BLOCKS,
+    )
+    [stop] = tf.while_loop(
+        lambda at: (at < end) & kind_is(at, b"IDAT"),
+        lambda at: [at + size(at)],
+        [first],
+        maximum_iterations=MAX_IDATS,
+    )
+    needed = tf.strings.join(
+        [
+            _part(image_bytes, 0, 33),
+            _part(image_bytes, palette, tf.where(palette > 0, palette + size(palette), 0)),
+            _part(image_bytes, first, stop),
+            b"\0\0\0\0IEND\xae\x42\x60\x82",
+        ]
+    )
+    # What is left over would be unpacked too, a thousand bytes out of one.
+    most = 8 * tf.reduce_prod(_size_in_header(image_bytes)) + SLACK
+    sane = tf.cast(stop - first, tf.int64) <= most
+    return _where(sane, lambda: _attempt(decode, needed))
+
+
+def _png_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
     header = _header(image_bytes)
 
     def gray16() -> tf.Tensor:
         # Pillow clips its 16-bit gray mode to 8 bits; all others lose their low byte.
         gray = tf.io.decode_png(image_bytes, channels=1, dtype=tf.uint16)
-        gray = tf.cast(tf.minimum(tf.cast(gray, tf.int32), 255), tf.uint8)
+        gray = tf.cast(tf.minimum(gray, tf.constant(255, tf.uint16)), tf.uint8)
         return tf.repeat(gray, 3, axis=-1)
 
     return tf.cond(
@@ -150,181 +381,269 @@ def _decode_png(image_bytes: tf.Tensor) -> tf.Tensor:
     )
 
 
+# --- GIF -----------------------------------------------------------------------------------
+
+
 def _decode_gif(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes the first frame alone, from a file rewritten to hold nothing else."""
-    data = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8), tf.int32)
-    end = tf.size(data)
-    has_palette = tf.bitwise.bitwise_and(data[10], 0x80) > 0
-    palette_size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(data[10], 7))
-    first = 13 + tf.where(has_palette, palette_size, 0)
+    header = _header(image_bytes)
+    has_palette, palette_size = _gif_palette(header[10])
+    first = 13 + palette_size
+    start, transparent = _skip_extensions(image_bytes, first)
+    descriptor = _read(image_bytes, start, 10)
+    has_own, own_size = _gif_palette(descriptor[9])
+    size = tf.cast([_little(header, 8, 2), _little(header, 6, 2)], tf.int32)  # of the canvas
+    # top, left, height, width
+    frame = tf.cast(tf.stack([_little(descriptor, i, 2) for i in (3, 1, 7, 5)]), tf.int32)
+    sane = (descriptor[0] == ord(",")) & (has_own | has_palette)
+    sane &= tf.reduce_all(frame[:2] + frame[2:] <= size)
 
-    # Where a chain of sub-blocks ends: each begins with its length, the last has none. Every
-    # place is sent on to the next block, and then twice as far with each turn.
-    place = tf.range(end)
-    after = tf.where(data == 0, place, tf.minimum(place + data + 1, end - 1))
-    _, chain_end = tf.while_loop(
-        lambda last, after: tf.reduce_any(last != after),
-        lambda last, after: (after, tf.gather(after, after)),
-        (place, after),
-    )
-
-    def skip_extension(
-        at: tf.Tensor, transparent: tf.Tensor, count: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        control = tf.reduce_all(data[at + 1 : at + 3] == [0xF9, 4]) & (at + 6 < end)
-        flags = data[tf.minimum(at + 3, end - 1)]
-        index = tf.where(flags % 2 == 1, data[tf.minimum(at + 6, end - 1)], -1)
-        transparent = tf.where(control, index, transparent)
-        return tf.gather(chain_end, at + 2) + 1, transparent, count + 1
-
-    start, transparent, _ = tf.while_loop(
-        lambda at, _, count: (at + 2 < end) & (data[at] == 0x21) & (count < MAX_BLOCKS),
-        skip_extension,
-        (first, tf.constant(-1), tf.constant(0)),
-    )
-    with tf.control_dependencies(
-        [tf.debugging.Assert((start + 10 < end) & (data[start] == 0x2C), ["no frame in the GIF"])]
-    ):
-        flags = data[start + 9]
-    own_palette = tf.bitwise.bitwise_and(flags, 0x80) > 0
-    own_size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
-    blocks = start + 11 + tf.where(own_palette, own_size, 0)
-    stop = tf.gather(chain_end, blocks) + 1
-    size = tf.cast([_little(data, 8, 2), _little(data, 6, 2)], tf.int32)  # of the canvas
-    frame = tf.cast(tf.stack([_little(data, start + i, 2) for i in (3, 1, 7, 5)]), tf.int32)
-    inside = tf.reduce_all(frame[:2] + frame[2:] <= size) & (own_palette | has_palette)
-    with tf.control_dependencies([tf.debugging.Assert(inside, ["broken frame in the GIF"])]):
-        # The frame as a canvas of its own: its size in the header, no offset, no extension.
-        alone = tf.strings.join(
-            [
-                tf.strings.substr(image_bytes, 0, 6),
-                tf.strings.substr(image_bytes, start + 5, 4),
-                tf.strings.substr(image_bytes, 10, first - 10),
-                tf.constant(b",\0\0\0\0"),
-                tf.strings.substr(image_bytes, start + 5, stop - start - 5),
-                tf.constant(b";"),
-            ]
-        )
-        pixels = tf.io.decode_image(alone, channels=3, expand_animations=False)
-    pixels = tf.ensure_shape(pixels, [None, None, 3])
     # Around a frame smaller than the canvas, Pillow shows the transparent color, or the first.
-    palette_at = tf.where(own_palette, start + 10, 13) + 3 * tf.maximum(transparent, 0)
-    color = tf.cast(tf.gather(data, tf.minimum(palette_at + tf.range(3), end - 1)), tf.uint8)
-    return tf.cond(
-        tf.reduce_all(frame[2:] == size),
-        lambda: pixels,
-        lambda: _paste(pixels, tf.broadcast_to(color, [*tf.unstack(size), 3]), frame),
+    palette_at = tf.where(has_own, start + 10, 13) + 3 * tf.maximum(transparent, 0)
+    color = tf.cast(_read(image_bytes, palette_at, 3), tf.uint8)
+    return _where(
+        sane,
+        lambda: _on_canvas(
+            _attempt(_stock, _frame_alone(image_bytes, first, start, own_size)), color, size, frame
+        ),
     )
 
 
-def _paste(pixels: tf.Tensor, canvas: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
-    """Puts pixels on a canvas; frame holds top, left, height and width."""
-    top, left, height, width = tf.unstack(frame)
-    rest = tf.shape(canvas)[:2] - [top + height, left + width]
-    padding = [[top, rest[0]], [left, rest[1]], [0, 0]]
-    covered = tf.pad(tf.ones_like(pixels, tf.bool), padding)
-    return tf.where(covered, tf.pad(pixels, padding), canvas)
+def _frame_alone(
+    image_bytes: tf.Tensor, first: tf.Tensor, start: tf.Tensor, own_size: tf.Tensor
+) -> tf.Tensor:
+    """Makes a frame a GIF of its own: its size in the header, no offset, no extension."""
+    stop = _after_blocks(image_bytes, start + 11 + own_size, 1 << 16)
+    return tf.strings.join(
+        [
+            _part(image_bytes, 0, 6),
+            _part(image_bytes, start + 5, start + 9),
+            _part(image_bytes, 10, first),
+            b",\0\0\0\0",
+            _part(image_bytes, start + 5, stop),
+            b";",
+        ]
+    )
+
+
+def _gif_palette(flags: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Says whether a palette follows, and its size in bytes."""
+    present = tf.bitwise.bitwise_and(flags, 0x80) > 0
+    size = 3 * tf.bitwise.left_shift(2, tf.bitwise.bitwise_and(flags, 7))
+    return present, tf.where(present, size, 0)
+
+
+def _skip_extensions(image_bytes: tf.Tensor, at: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns where the first frame begins, and its transparent color or -1."""
+
+    def skip(at: tf.Tensor, transparent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        block = _read(image_bytes, at, 7)
+        index = tf.where(block[3] % 2 == 1, block[6], -1)
+        transparent = tf.where(_starts(block, 1, b"\xf9\4"), index, transparent)
+        return _after_blocks(image_bytes, at + 2, 1 << 12), transparent
+
+    return tf.while_loop(
+        lambda at, _: _read(image_bytes, at, 1)[0] == ord("!"),
+        skip,
+        (at, tf.constant(-1)),
+        maximum_iterations=MAX_BLOCKS,
+    )
+
+
+def _after_blocks(image_bytes: tf.Tensor, at: tf.Tensor, window: int) -> tf.Tensor:
+    """Returns the place after a chain of sub-blocks: each begins with its length, the last has 0.
+
+    From every place of a window one is sent on to the next block, and then twice as far with
+    each turn, so that the time does not depend on how long the blocks are.
+    """
+    window = tf.minimum(window, tf.strings.length(image_bytes))
+    place = tf.range(window)
+
+    def step(at: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        length = _read(image_bytes, at, window)
+        after = tf.where(length == 0, place, place + length + 1)
+
+        def double(after: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            inside = tf.gather(after, tf.minimum(after, window - 1))
+            further = tf.where(after < window, inside, after)
+            return further, further[0] != after[0]
+
+        after, _ = tf.while_loop(lambda _, moved: moved, double, (after, tf.constant(True)))
+        return at + after[0], after[0] >= window
+
+    at, _ = tf.while_loop(lambda _, more: more, step, (at, tf.constant(True)))
+    return at + 1
+
+
+def _on_canvas(pixels: tf.Tensor, color: tf.Tensor, size: tf.Tensor, frame: tf.Tensor) -> tf.Tensor:
+    """Puts a frame, if there is one, on a canvas of a color; frame: top, left, height, width."""
+
+    def paste() -> tf.Tensor:
+        rest = size - frame[:2] - frame[2:]
+        padding = tf.concat([tf.stack([frame[:2], rest], axis=1), [[0, 0]]], 0)
+        covered = tf.pad(tf.ones_like(pixels, tf.bool), padding)
+        return tf.where(covered, tf.pad(pixels, padding), color)
+
+    partial = tf.reduce_any(frame[2:] != size) & (tf.size(pixels) > 0)
+    return tf.cond(partial, paste, lambda: pixels)
+
+
+# --- BMP -----------------------------------------------------------------------------------
 
 
 def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Decodes a BMP that is not run-length encoded, of 1, 4, 8, 16, 24 or 32 bits a pixel."""
     header = _header(image_bytes)
-    core = _little(header, 14, 4) == 12
+    header_size, compression = _little(header, 14, 4), _little(header, 30, 4)
+    core = header_size == 12  # the oldest kind, with short fields
     depth = tf.where(core, header[24], header[28])
-
-    def colors() -> tf.Tensor:
-        # TensorFlow reads more formats by channels; a fourth one is alpha.
-        return tf.ensure_shape(tf.io.decode_bmp(image_bytes), [None, None, None])[..., :3]
-
-    plain = core | (_little(header, 30, 4) == 0)  # not run-length encoded
-    return tf.cond(
-        (depth <= 8) & plain, lambda: _decode_palette_bmp(image_bytes, header, core), colors
-    )
-
-
-def _decode_palette_bmp(image_bytes: tf.Tensor, header: tf.Tensor, core: tf.Tensor) -> tf.Tensor:
-    depth = tf.where(core, header[24], header[28])
-    height, width = tf.unstack(tf.cast(declared_size(image_bytes), tf.int32))
-    data = tf.io.decode_raw(image_bytes, tf.uint8)
-    pixels_at = tf.cast(_little(header, 10, 4), tf.int32)
-    palette_at = 14 + tf.cast(_little(header, 14, 4), tf.int32)
+    has_masks = ~core & (compression == 3)
+    known = tf.reduce_any(header_size == [12, 40, 52, 56, 64, 108, 124])
+    plain = core | (compression == 0) | (has_masks & (depth > 8))
+    size = _size_in_header(image_bytes)
+    height, width = tf.unstack(size)
+    stride = (width * tf.cast(depth, tf.int64) + 31) // 32 * 4
     entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
-    used = tf.cast(_little(header, 46, 4), tf.int32)
-    full = tf.bitwise.left_shift(1, depth)
-    count = tf.where(core | (used == 0), full, tf.minimum(used, full))
-    palette = tf.reshape(data[palette_at : palette_at + entry * count], [count, entry])
-    palette = tf.pad(palette[:, 2::-1], [[0, 256 - count], [0, 0]])
-    stride = (width * depth + 31) // 32 * 4
-    rows = tf.reshape(data[pixels_at : pixels_at + stride * height], [height, stride, 1])
-    shifts = tf.range(8 - depth, -1, -depth)  # the leftmost pixel is the highest
-    index = tf.bitwise.right_shift(tf.cast(rows, tf.int32), shifts)
-    index = tf.bitwise.bitwise_and(index, full - 1)  # (height, stride, pixels of a byte)
-    index = tf.reshape(index, [height, -1])[:, :width]
-    from_top = header[25] >= 128
-    index = tf.cond(from_top & ~core, lambda: index, lambda: index[::-1])
-    return tf.gather(palette, index)
+    used = _clipped(_little(header, 46, 4))
+    colors = tf.where(core | (used == 0), tf.bitwise.left_shift(1, tf.minimum(depth, 8)), used)
+    colors = tf.minimum(colors, 1 << 16)
+    palette_at = 14 + _clipped(header_size)
+    start = _clipped(_little(header, 10, 4))
+    # Some writers state where the palette begins instead.
+    start += tf.where((start == palette_at) & (depth <= 8), entry * colors, 0)
+    pixels = _part(image_bytes, start, _clipped(tf.cast(start, tf.int64) + stride * height))
+    complete = tf.cast(tf.strings.length(pixels), tf.int64) == stride * height
+    sane = known & plain & tf.reduce_all(size > 0) & complete
+
+    def rows() -> tf.Tensor:
+        return tf.reshape(tf.io.decode_raw(pixels, tf.uint8), [height, stride])
+
+    def palette_colors(depth: int) -> tf.Tensor:
+        palette = tf.reshape(_read(image_bytes, palette_at, entry * colors), [colors, entry])
+        palette = tf.cast(palette[: 1 << depth, 2::-1], tf.uint8)
+        palette = tf.pad(palette, [[0, (1 << depth) - tf.shape(palette)[0]], [0, 0]])
+        return _bmp_palette_colors(rows(), depth, palette)
+
+    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])  # red, green, blue
+    masks = tf.where(has_masks, masks, tf.zeros_like(masks))  # zeros: in the usual order
+    depths = (1, 4, 8, 16, 24, 32)
+    branch = tf.reduce_sum(tf.where(depth == depths, range(6), 0))
+    image = tf.switch_case(
+        tf.where(sane & tf.reduce_any(depth == depths), branch, 6),
+        [
+            *[lambda d=d: palette_colors(d) for d in (1, 4, 8)],
+            lambda: _bmp_high_colors(rows(), masks),
+            lambda: tf.reshape(rows()[:, : width * 3], [height, width, 3])[..., ::-1],
+            lambda: _bmp_true_colors(rows(), masks),
+            lambda: BLANK,
+        ],
+    )
+    image = image[:, :width]
+    from_top = ~core & (header[25] == 0xFF)
+    return tf.cond(from_top, lambda: image, lambda: image[::-1])
+
+
+def _clipped(number: tf.Tensor) -> tf.Tensor:
+    """Takes int64 to int32; what is too large for it is beyond any file's end."""
+    return tf.cast(tf.minimum(number, tf.int32.max // 4), tf.int32)
+
+
+def _bmp_palette_colors(rows: tf.Tensor, depth: int, palette: tf.Tensor) -> tf.Tensor:
+    shifts = tf.constant([*range(8 - depth, -1, -depth)], tf.uint8)  # the leftmost is the highest
+    index = tf.bitwise.right_shift(rows[..., None], shifts)
+    index = tf.bitwise.bitwise_and(index, tf.constant((1 << depth) - 1, tf.uint8))
+    return tf.gather(palette, tf.cast(tf.reshape(index, [tf.shape(rows)[0], -1]), tf.int32))
+
+
+def _bmp_high_colors(rows: tf.Tensor, masks: tf.Tensor) -> tf.Tensor:
+    has_six_green = tf.reduce_all(masks == [0xF800, 0x7E0, 0x1F])
+    has_five = tf.reduce_all(masks == 0) | tf.reduce_all(masks == [0x7C00, 0x3E0, 0x1F])
+    value = tf.range(1 << 16)[:, None]
+
+    def table(shifts: list[int], highest: list[int]) -> tf.Tensor:
+        levels = tf.bitwise.bitwise_and(tf.bitwise.right_shift(value, shifts), highest)
+        return tf.cast(levels * 255 // highest, tf.uint8)
+
+    colors = tf.cond(
+        has_six_green,
+        lambda: table([11, 5, 0], [31, 63, 31]),
+        lambda: table([10, 5, 0], [31, 31, 31]),
+    )
+    pairs = tf.bitcast(tf.reshape(rows, [tf.shape(rows)[0], -1, 2]), tf.uint16)
+    return _where(has_six_green | has_five, lambda: tf.gather(colors, tf.cast(pairs, tf.int32)))
+
+
+def _bmp_true_colors(rows: tf.Tensor, masks: tf.Tensor) -> tf.Tensor:
+    usual = tf.constant([0xFF0000, 0xFF00, 0xFF], tf.int64)
+    masks = tf.where(tf.reduce_all(masks == 0), usual, masks)
+    found = masks[:, None] == tf.constant([0xFF << 8 * i for i in range(4)], tf.int64)
+    sane = tf.reduce_all(tf.reduce_any(found, axis=1))
+    order = tf.argmax(tf.cast(found, tf.int32), axis=1)
+    pixels = tf.reshape(rows, [tf.shape(rows)[0], -1, 4])
+    return _where(sane, lambda: tf.gather(pixels, order, axis=2))
+
+
+# --- WebP ----------------------------------------------------------------------------------
 
 
 def _decode_webp(image_bytes: tf.Tensor) -> tf.Tensor:
     header = _header(image_bytes)
     animated = _starts(header, 12, b"VP8X") & (tf.bitwise.bitwise_and(header[20], 2) > 0)
 
-    def still(image_bytes: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(image_bytes, expand_animations=False)
-        return tf.ensure_shape(image, [None, None, None])[..., :3]
-
     return tf.cond(
-        animated, lambda: _decode_first_webp_frame(image_bytes, still), lambda: still(image_bytes)
+        animated,
+        lambda: _decode_first_webp_frame(image_bytes),
+        lambda: _attempt(_still_webp, image_bytes),
     )
 
 
-def _decode_first_webp_frame(image_bytes: tf.Tensor, still) -> tf.Tensor:
+def _still_webp(image_bytes: tf.Tensor) -> tf.Tensor:
+    image = tf.io.decode_image(image_bytes, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, None])[..., :3]
+
+
+def _decode_first_webp_frame(image_bytes: tf.Tensor) -> tf.Tensor:
     """Decodes an animation's first frame, from a file rewritten as a still image.
 
     Chunks and their fields: developers.google.com/speed/webp/docs/riff_container.
     """
-    data = tf.cast(tf.io.decode_raw(image_bytes, tf.uint8), tf.int32)
-    end = tf.size(data)
+    end = tf.strings.length(image_bytes)
 
     def is_frame(at: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_all(data[at : at + 4] == list(b"ANMF"))
+        return _starts(_read(image_bytes, at, 4), 0, b"ANMF")
 
-    def next_chunk(at: tf.Tensor, count: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        size = tf.minimum(_little(data, at + 4, 4), tf.cast(end, tf.int64))
-        return at + 8 + tf.cast(size + size % 2, tf.int32), count + 1
+    def size_of(at: tf.Tensor) -> tf.Tensor:
+        return tf.minimum(_clipped(_little(_read(image_bytes, at + 4, 4), 0, 4)), end)
 
-    at, _ = tf.while_loop(
-        lambda at, count: (at + 24 < end) & ~is_frame(at) & (count < MAX_BLOCKS),
-        next_chunk,
-        (tf.constant(12), tf.constant(0)),
+    [at] = tf.while_loop(
+        lambda at: (at < end) & ~is_frame(at),
+        lambda at: [at + 8 + size_of(at) + size_of(at) % 2],
+        [tf.constant(12)],
+        maximum_iterations=MAX_BLOCKS,
     )
-    with tf.control_dependencies(
-        [tf.debugging.Assert(at + 24 < end, ["no frame in the WebP animation"])]
-    ):
-        length = tf.minimum(_little(data, at + 4, 4) - 16, tf.cast(end - at - 24, tf.int64))
-    place = tf.cast(tf.stack([_little(data, at + i, 3) for i in (11, 8, 17, 14)]), tf.int32)
+    header = _header(image_bytes)
+    size = tf.cast([1 + _little(header, 27, 3), 1 + _little(header, 24, 3)], tf.int32)
+    fields = _read(image_bytes, at, 24)
+    place = tf.cast(tf.stack([_little(fields, i, 3) for i in (11, 8, 17, 14)]), tf.int32)
     frame = place * [2, 2, 1, 1] + [0, 0, 1, 1]  # top, left, height, width
-    size = tf.cast([1 + _little(data, 27, 3), 1 + _little(data, 24, 3)], tf.int32)
-    inside = tf.reduce_all(frame[:2] + frame[2:] <= size)
-    with tf.control_dependencies([tf.debugging.Assert(inside, ["broken frame in the WebP"])]):
-        alone = tf.strings.join(
-            [
-                tf.constant(b"RIFF"),
-                _encode_little(length + 22),
-                tf.constant(b"WEBPVP8X\x0a\0\0\0\x10\0\0\0"),  # 0x10: it may have alpha
-                tf.strings.substr(image_bytes, at + 14, 6),  # width and height, less one
-                tf.strings.substr(image_bytes, at + 24, tf.cast(length, tf.int32)),
-            ]
-        )
-        pixels = still(alone)
-    canvas = tf.zeros([*tf.unstack(size), 3], tf.uint8)
-    return tf.cond(
-        tf.reduce_all(frame[2:] == size), lambda: pixels, lambda: _paste(pixels, canvas, frame)
+    sane = is_frame(at) & (at + 24 < end) & tf.reduce_all(frame[:2] + frame[2:] <= size)
+    length = tf.maximum(size_of(at) - 16, 0)
+    alone = tf.strings.join(
+        [
+            b"RIFF",
+            _encode_little(length + 22),
+            b"WEBPVP8X\x0a\0\0\0\x10\0\0\0",  # 0x10: it may have alpha
+            _part(image_bytes, at + 14, at + 20),  # width and height, less one
+            _part(image_bytes, at + 24, at + 24 + length),
+        ]
     )
+    black = tf.zeros([3], tf.uint8)
+    return _where(sane, lambda: _on_canvas(_attempt(_still_webp, alone), black, size, frame))
 
 
 def _encode_little(number: tf.Tensor) -> tf.Tensor:
     """Encodes a number as four little-endian bytes."""
-    digits = tf.bitwise.right_shift(number, tf.constant([0, 8, 16, 24], tf.int64)) % 256
+    digits = tf.bitwise.right_shift(number, tf.constant([0, 8, 16, 24])) % 256
     return tf.strings.reduce_join(tf.gather(tf.constant(BYTES), digits))
 
 
@@ -337,9 +656,7 @@ def exif_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
     Returns:
         int32 scalar, 1 (upright) to 8; 1 where there is no tag.
     """
-    start = tf.strings.join(
-        [tf.strings.substr(image_bytes, 0, EXIF_BYTES), tf.constant(bytes(HEADER_BYTES))]
-    )
+    start = tf.strings.join([_part(image_bytes, 0, EXIF_BYTES), tf.constant(bytes(HEADER_BYTES))])
     data = tf.cast(tf.io.decode_raw(start, tf.uint8), tf.int32)
     end = tf.size(data) - HEADER_BYTES
 

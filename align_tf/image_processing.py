@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,6 @@ NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # as Pillow numbers them
 SUPPORT = {BILINEAR: 1.0, BICUBIC: 2.0}
 # Fractional bits of a resampling coefficient (Pillow's libImaging/Resample.c: 32 - 8 - 2).
 COEFFICIENT_BITS = 22
-BAND_PIXELS = 1 << 20  # of an image, resized at a time
 IMAGES_IN_FLIGHT = 8  # of a batch, decoded at a time
 
 FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
@@ -226,12 +225,11 @@ class AlignImageProcessor:
             tf.errors.InvalidArgumentError: it is none of these, broken, or declares more than
                 max_image_pixels.
         """
-        size = image_decoding.declared_size(image_bytes)
-        message = tf.strings.join([_too_large(size), f"expected {self.max_image_pixels} at most"])
+        pixels, problem, size = self._read(image_bytes)
         with tf.control_dependencies(
-            [tf.debugging.Assert(tf.reduce_prod(size) <= self.max_image_pixels, [message])]
+            [tf.debugging.Assert(problem == FINE, [self._reason(problem, size)])]
         ):
-            return self._decode(tf.identity(image_bytes))
+            return tf.identity(pixels)
 
     @_graph
     def preprocess(self, image: tf.Tensor, crop_at: tf.Tensor | None = None) -> tf.Tensor:
@@ -282,19 +280,8 @@ class AlignImageProcessor:
         # One more row, so that a batch of none has a first one too.
         problem, size = tf.pad(problem, [[0, 1]]), tf.pad(size, [[0, 1], [0, 0]])
         row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
-        row_problem, row_size = problem[row], size[row]
-        message = tf.strings.join(
-            [
-                "image_bytes[",
-                tf.strings.as_string(row),
-                "]: ",
-                tf.where(
-                    row_problem == TOO_LARGE,
-                    _too_large(row_size) + f"expected {self.max_image_pixels} at most",
-                    f"not a decodable image ({image_decoding.EXPECTED})",
-                ),
-            ]
-        )
+        reason = self._reason(problem[row], size[row])
+        message = tf.strings.join(["image_bytes[", tf.strings.as_string(row), "]: ", reason])
         with tf.control_dependencies([tf.debugging.Assert(fine, [message])]):
             return tf.identity(pixels)
 
@@ -319,49 +306,48 @@ class AlignImageProcessor:
         shape = self.output_shape
         if None in shape:
             raise ValueError("a batch of images needs do_resize or do_center_crop")
-        count = tf.size(image_bytes)
-        blank = tf.zeros(shape)
 
-        def load(row: tf.Tensor, encoded: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            size = image_decoding.declared_size(encoded)
+        elements = (image_bytes,) if crop_at is None else (image_bytes, crop_at)
 
-            def decoded() -> tuple[tf.Tensor, ...]:
-                place = None if crop_at is None else crop_at[row]
-                return row, tf.constant(FINE), size, self.preprocess(self._decode(encoded), place)
-
-            return tf.cond(
-                tf.reduce_prod(size) <= self.max_image_pixels,
-                decoded,
-                lambda: (row, tf.constant(TOO_LARGE), size, blank),
+        def load(element: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            image, problem, size = self._read(element[0])
+            place = None if crop_at is None else element[1]
+            pixels = tf.cond(
+                problem == FINE, lambda: self.preprocess(image, place), lambda: tf.zeros(shape)
             )
+            return pixels, problem, size
 
-        # A data set can leave out the images that fail, where a loop would end.
-        last = (count, tf.constant(FINE), tf.zeros([2], tf.int64), blank)
-        rows = (
-            tf.data.Dataset.from_tensor_slices((tf.range(count), image_bytes))
-            .map(load, num_parallel_calls=IMAGES_IN_FLIGHT)
-            .ignore_errors()
-            .concatenate(tf.data.Dataset.from_tensors(last))
-            .batch(tf.cast(count, tf.int64) + 1)
+        return tf.map_fn(
+            load,
+            elements,
+            fn_output_signature=(
+                tf.TensorSpec(shape, tf.float32),
+                tf.TensorSpec([], tf.int32),
+                tf.TensorSpec([2], tf.int64),
+            ),
+            parallel_iterations=IMAGES_IN_FLIGHT,
         )
-        row, problem, size, pixels = (value[:-1] for value in rows.get_single_element())
-        complete = tf.equal(tf.size(row), count)
-        shape = tf.concat([[count], shape], 0)
-        pixels = tf.cond(
-            complete, lambda: pixels, lambda: tf.scatter_nd(row[:, None], pixels, shape)
-        )
-        problem = tf.tensor_scatter_nd_update(tf.fill([count], BROKEN), row[:, None], problem)
-        size = tf.scatter_nd(row[:, None], size, [count, 2])
-        return tf.ensure_shape(pixels, [None, *self.output_shape]), problem, size
 
-    def _decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
-        # The original pipeline took TensorFlow's default, which is faster and less accurate.
-        dct_method = "INTEGER_ACCURATE" if self.mode == "hf" else "INTEGER_FAST"
-        image = image_decoding.decode(image_bytes, dct_method)
+    def _read(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Decodes one image; returns its pixels, its problem and its declared size."""
+        image, size = image_decoding.read(
+            image_bytes, self.max_image_pixels, exact=self.mode == "hf"
+        )
+        is_large = tf.reduce_prod(size) > self.max_image_pixels
+        problem = tf.where(is_large, TOO_LARGE, tf.where(tf.size(image) > 0, FINE, BROKEN))
         if self.apply_exif_orientation:
             orientation = image_decoding.exif_orientation(image_bytes)
             image = image_decoding.turn_upright(image, orientation)
-        return image
+        return image, problem, size
+
+    def _reason(self, problem: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+        height, width = tf.unstack(tf.strings.as_string(size))
+        declared = tf.strings.join(["the image declares ", width, " x ", height, " pixels, "])
+        return tf.where(
+            problem == TOO_LARGE,
+            declared + f"expected {self.max_image_pixels} at most",
+            f"not a decodable image ({image_decoding.EXPECTED})",
+        )
 
     def _scale(self, image: tf.Tensor) -> tf.Tensor:
         """Makes of uint8 levels what the reference does, in its order and precision."""
@@ -397,11 +383,6 @@ class AlignImageProcessor:
         if self.include_top:
             image = image / self.image_std
         return tf.ensure_shape(image, self.output_shape)
-
-
-def _too_large(size: tf.Tensor) -> tf.Tensor:
-    height, width = tf.unstack(tf.strings.as_string(size))
-    return tf.strings.join(["the image declares ", width, " x ", height, " pixels, "])
 
 
 @functools.cache
@@ -476,49 +457,39 @@ def _resize(
     image = image[first_row:last_row, first:last]
     image = tf.cond(
         vertical_first,
-        lambda: _vertical_first(image, rows, columns),
-        lambda: _horizontal_first(image, rows, columns),
+        lambda: _vertical_first(image, rows, columns, resample),
+        lambda: _horizontal_first(image, rows, columns, resample),
     )
     return tf.reshape(image, [height, width, 3])
 
 
 def _horizontal_first(
-    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor
+    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor, resample: int
 ) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
 
     def resample_rows(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
         band = tf.transpose(tf.reshape(image[start:stop], [-1, width * 3]))
-        return tf.transpose(_apply(columns, band))
+        return tf.transpose(_apply(columns, band, resample))
 
-    return _apply(rows, _in_bands(resample_rows, height, width))
+    return _apply(rows, image_decoding.in_bands(resample_rows, height, width), resample)
 
 
-def _vertical_first(image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor) -> tf.Tensor:
+def _vertical_first(
+    image: tf.Tensor, rows: tf.SparseTensor, columns: tf.SparseTensor, resample: int
+) -> tf.Tensor:
     height, width = tf.unstack(tf.shape(image)[:2])
 
     def resample_columns(start: tf.Tensor, stop: tf.Tensor) -> tf.Tensor:
         band = tf.reshape(image[:, start:stop], [height, -1])
-        return tf.transpose(_apply(rows, band))
+        return tf.transpose(_apply(rows, band, resample))
 
-    return tf.transpose(_apply(columns, _in_bands(resample_columns, width, height)))
-
-
-def _in_bands(function: Callable[..., tf.Tensor], length: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-    """Joins function(start, stop) over bands of an image's axis, to bound the memory."""
-    band = tf.maximum(BAND_PIXELS // other, 1)
-    count = (length + band - 1) // band
-    results = tf.TensorArray(tf.uint8, count, infer_shape=False, element_shape=[None, None])
-    _, results = tf.while_loop(
-        lambda i, _: i < count,
-        lambda i, results: (i + 1, results.write(i, function(i * band, (i + 1) * band))),
-        (0, results),
-        parallel_iterations=1,
+    return tf.transpose(
+        _apply(columns, image_decoding.in_bands(resample_columns, width, height), resample)
     )
-    return results.concat()
 
 
-def _apply(matrix: tf.SparseTensor, levels: tf.Tensor) -> tf.Tensor:
+def _apply(matrix: tf.SparseTensor, levels: tf.Tensor, resample: int) -> tf.Tensor:
     """Multiplies uint8 (n, k) by a sparse matrix, rounds and clips to uint8.
 
     Coefficients are whole numbers over 2^22 and levels whole numbers, so float64 sums are exact.
@@ -528,7 +499,10 @@ def _apply(matrix: tf.SparseTensor, levels: tf.Tensor) -> tf.Tensor:
         indices=matrix.indices, values=matrix.values, dense_shape=matrix.dense_shape
     )
     total = tf.raw_ops.SparseMatrixMatMul(a=compressed, b=tf.cast(levels, tf.float64))
-    return tf.cast(tf.clip_by_value(total + 0.5, 0.0, 255.0), tf.uint8)  # the cast rounds down
+    total = tf.minimum(total + 0.5, 255.0)
+    if resample == BICUBIC:  # alone has weights below zero
+        total = tf.maximum(total, 0.0)
+    return tf.cast(total, tf.uint8)  # the cast rounds down
 
 
 def _matrix(
@@ -564,9 +538,11 @@ def _matrix(
     column = place * channels + channel  # (count, channels, taps)
     row = tf.range(count)[:, None, None] * channels + channel
     indices = tf.stack([tf.broadcast_to(row, tf.shape(column)), column], axis=-1)
+    weights = tf.broadcast_to(weights[:, None], tf.shape(column))
+    used = weights != 0
     matrix = tf.SparseTensor(
-        indices=tf.cast(tf.reshape(indices, [-1, 2]), tf.int64),
-        values=tf.reshape(tf.repeat(weights, channels, axis=0), [-1]),
+        indices=tf.cast(tf.boolean_mask(indices, used), tf.int64),
+        values=tf.boolean_mask(weights, used),
         dense_shape=tf.cast(tf.stack([count, last - first]) * channels, tf.int64),
     )
     return matrix, first, last

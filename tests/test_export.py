@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
 
 import tensorflow as tf
+from test_hostile_images import declare
 
 from align_tf import export_saved_model
 
@@ -205,6 +207,39 @@ def test_empty_labels_have_no_part_in_the_answer(signatures):
 def test_a_broken_image_is_named_by_its_row(signatures):
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"image_bytes\[1\]"):
         signatures["embed_image"](image_bytes=tf.constant([picture(7), b"no image at all"]))
+
+
+def test_the_server_names_the_row_of_a_bad_image(folder):
+    grpc = pytest.importorskip("grpc")
+    apis = pytest.importorskip("tensorflow_serving.apis.prediction_service_pb2_grpc")
+    from tensorflow_serving.apis import predict_pb2
+
+    from align_tf.server import ModelServer
+
+    def request(images):
+        made = predict_pb2.PredictRequest()
+        made.model_spec.name, made.model_spec.signature_name = "align", "embed_image"
+        made.inputs["image_bytes"].CopyFrom(tf.make_tensor_proto(images))
+        return made
+
+    bad = {
+        b"no image": r"image_bytes\[1\]: not a decodable image",
+        b"\xff\xd8\xff\xe0" + bytes(range(256)): r"image_bytes\[1\]: not a decodable image",
+        declare(picture(7), "PNG", 65535): r"image_bytes\[1\]: the image declares 65535 x 65535",
+        declare(picture(7, "GIF"), "GIF", 65535): r"image_bytes\[1\]: the image declares 65535",
+    }
+    with (
+        ModelServer(folder.parent) as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
+    ):
+        stub = apis.PredictionServiceStub(channel)
+        for image, message in bad.items():
+            with pytest.raises(grpc.RpcError) as error:
+                stub.Predict(request([picture(7), image, picture(8)]), timeout=60)
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert re.search(message, error.value.details())
+        answer = stub.Predict(request([picture(7)]), timeout=60)
+        assert tf.make_ndarray(answer.outputs["image_embeds"]).shape == (1, 32)
 
 
 def test_versions_count_up_and_are_never_overwritten(model, processor, tmp_path):

@@ -2,16 +2,18 @@
 
 import io
 import struct
-import zlib
 
+import image_files
 import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
+from image_files import HEIGHT, WIDTH, encode
+from test_hostile_images import declare
 
-from align_tf import AlignImageProcessor, image_decoding
+from align_tf import AlignImageProcessor, AlignProcessor, image_decoding
 
-HEIGHT, WIDTH = 23, 37
+FILES = image_files.all_files(image_files.walk())
 # Pillow 13 resamples the columns of tall images first, earlier ones the rows of any.
 PILLOW_13 = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13, reason="the pixels of Pillow 13"
@@ -20,82 +22,17 @@ PILLOW_13 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def picture() -> PIL.Image.Image:
-    rng = np.random.default_rng(0)
-    walk = rng.normal(0, 4, (HEIGHT, WIDTH, 3)).cumsum(0).cumsum(1) + 128
-    return PIL.Image.fromarray(walk.clip(0, 255).astype(np.uint8))
+    return image_files.walk()
 
 
-def encode(image: PIL.Image.Image, kind: str, **settings) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return file.getvalue()
-
-
-def png(color: int, depth: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """Writes a PNG of random samples in a color type that Pillow cannot write."""
-    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color]
-    row = (width * channels * depth + 7) // 8
-    samples = np.random.default_rng(1).integers(0, 256, (height, row + 1), dtype=np.uint8)
-    samples[:, 0] = 0  # no filter
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)),
-        (b"IDAT", zlib.compress(samples.tobytes())),
-        (b"IEND", b""),
+@pytest.fixture(scope="module")
+def small() -> AlignImageProcessor:
+    """A processor whose graph is built once."""
+    processor = AlignImageProcessor(size=8, crop_size=8)
+    processor.pixel_values = tf.function(
+        processor.pixel_values, input_signature=[tf.TensorSpec([None], tf.string)]
     )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks
-    )
-
-
-def transparent(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = image.convert("RGBA")
-    mask = np.indices((HEIGHT, WIDTH)).sum(0) % 3 * 127
-    image.putalpha(PIL.Image.fromarray(mask.astype(np.uint8)))
-    return image
-
-
-def animation(image: PIL.Image.Image, kind: str, frames: int = 3) -> bytes:
-    rest = [image.rotate(90 * i) for i in range(1, frames)]
-    return encode(image, kind, save_all=True, append_images=rest)
-
-
-def small_frame() -> bytes:
-    """Writes a GIF whose first frame covers a part of the canvas, with a transparent color."""
-    file = bytearray(encode(PIL.Image.new("P", (8, 6), 1), "GIF", transparency=3))
-    file[6:10] = struct.pack("<HH", 11, 9)
-    at = file.index(b",", 13)
-    file[at + 1 : at + 5] = struct.pack("<HH", 2, 1)
-    return bytes(file)
-
-
-# name: how the picture is encoded
-ENCODINGS = {
-    **{f"jpeg {s}": lambda i, s=s: encode(i, "JPEG", subsampling=s) for s in (0, 1, 2)},
-    "jpeg progressive": lambda i: encode(i, "JPEG", progressive=True, quality=60),
-    "jpeg gray": lambda i: encode(i.convert("L"), "JPEG"),
-    "jpeg cmyk": lambda i: encode(i.convert("CMYK"), "JPEG"),
-    **{f"png {m}": lambda i, m=m: encode(i.convert(m), "PNG") for m in ("1", "L", "P", "RGB")},
-    "png rgba": lambda i: encode(transparent(i), "PNG"),
-    "png la": lambda i: encode(transparent(i).convert("LA"), "PNG"),
-    "png palette alpha": lambda i: encode(i.quantize(9), "PNG", transparency=3),
-    "png rgb alpha": lambda i: encode(i, "PNG", transparency=i.getpixel((2, 2))),
-    **{f"png {c} {d}": lambda i, c=c, d=d: png(c, d) for c, d in ((0, 2), (0, 4), (0, 16))},
-    **{f"png {c} 16": lambda i, c=c: png(c, 16) for c in (2, 4, 6)},
-    "gif": lambda i: encode(i, "GIF"),
-    "gif plain": lambda i: encode(i.quantize(5), "GIF", interlace=0),
-    "gif transparent": lambda i: encode(transparent(i), "GIF"),
-    "gif animated": lambda i: animation(i, "GIF"),
-    "gif small frame": lambda i: small_frame(),
-    **{f"bmp {m}": lambda i, m=m: encode(i.convert(m), "BMP") for m in ("1", "L", "P", "RGB")},
-    "bmp 16 colors": lambda i: encode(i.quantize(16), "BMP"),
-    "bmp rgba": lambda i: encode(transparent(i), "BMP"),
-    "webp": lambda i: encode(i, "WEBP"),
-    "webp lossless": lambda i: encode(i, "WEBP", lossless=True),
-    "webp alpha": lambda i: encode(transparent(i), "WEBP"),
-    "webp lossless alpha": lambda i: encode(transparent(i), "WEBP", lossless=True),
-    "webp animated": lambda i: animation(i, "WEBP"),
-}
+    return processor
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +40,29 @@ def decode():
     return tf.function(AlignImageProcessor().decode, input_signature=[tf.TensorSpec([], tf.string)])
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_decode_equals_pillow(decode, picture, name):
-    encoded = ENCODINGS[name](picture)
-    with PIL.Image.open(io.BytesIO(encoded)) as image:
-        expected = np.asarray(image.convert("RGB"))
-    np.testing.assert_array_equal(decode(encoded), expected)
-    assert image_decoding.declared_size(tf.constant(encoded)).numpy().tolist() == [
-        *expected.shape[:2]
-    ]
+@pytest.mark.parametrize("name", FILES)
+def test_decode_equals_pillow(decode, name):
+    expected = image_files.pillow_pixels(FILES[name])
+    np.testing.assert_array_equal(decode(FILES[name]), expected)
+    _, size = image_decoding.read(tf.constant(FILES[name]), max_pixels=0)  # decodes nothing
+    assert size.numpy().tolist() == [*expected.shape[:2]]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (17, 16), (65, 130)])
+def test_decode_of_other_sizes(decode, size):
+    image = image_files.noise(*size)
+    kinds = (image_files.jpeg_files, image_files.png_files, image_files.bmp_files)
+    for name, file in ((n, f) for kind in kinds for n, f in kind(image).items()):
+        expected = image_files.pillow_pixels(file)
+        np.testing.assert_array_equal(decode(file), expected, f"{name} {size}")
+
+
+def test_pixels_of_bytes_and_of_a_pillow_image_are_equal(small):
+    files = [FILES[name] for name in ("jpeg ycck", "png 3 4 tRNS", "gif transparent", "bmp 565")]
+    processor = AlignProcessor(small, None)
+    images = [PIL.Image.open(io.BytesIO(file)) for file in files]
+    opened = processor(images=images)["pixel_values"]
+    np.testing.assert_array_equal(processor(images=files)["pixel_values"], opened)
 
 
 @pytest.mark.parametrize("resample", [0, 2, 3])
@@ -215,35 +166,16 @@ def test_exif_orientation(picture, orientation, order):
     np.testing.assert_array_equal(AlignImageProcessor().decode(tf.constant(encoded)), unturned)
 
 
-def huge(encoded: bytes, kind: str) -> bytes:
-    """Writes the most pixels that the format can say into the header."""
-    file = bytearray(encoded)
-    side = 65500 if kind == "JPEG" else 65535
-    if kind == "JPEG":
-        at = file.index(b"\xff\xc0") + 5
-        file[at : at + 4] = struct.pack(">HH", side, side)
-    elif kind == "PNG":
-        file[16:24] = struct.pack(">II", side, side)
-        file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
-    elif kind == "GIF":
-        file[6:10] = struct.pack("<HH", side, side)
-    elif kind == "BMP":
-        file[18:26] = struct.pack("<ii", side, -side)
-    else:
-        file[26:30] = struct.pack("<HH", 0x3FFF, 0x3FFF)
-    return bytes(file)
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_declared_size_is_refused(picture, kind):
+def test_declared_size_is_refused(picture, small, kind):
     side = {"WEBP": 0x3FFF, "JPEG": 65500}.get(kind, 65535)  # libjpeg has a limit of its own
     fine = encode(picture, kind)
-    processor = AlignImageProcessor(size=8, crop_size=8)
+    huge = declare(fine, kind, side)
     message = f"declares {side} x {side} pixels, expected 89478485 at most"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        processor.decode(tf.constant(huge(fine, kind)))
+        small.decode(tf.constant(huge))
     with pytest.raises(tf.errors.InvalidArgumentError, match=rf"image_bytes\[1\]: .*{message}"):
-        processor.pixel_values(tf.constant([fine, huge(fine, kind), b"no image"]))
+        small.pixel_values(tf.constant([fine, huge, b"no image"]))
 
 
 def test_max_image_pixels(picture):
@@ -270,20 +202,18 @@ def test_max_image_pixels(picture):
         b"II*\0" + bytes(100),  # TIFF
     ],
 )
-def test_a_broken_row_is_named(picture, broken):
+def test_a_broken_row_is_named(picture, small, broken):
     fine = encode(picture, "JPEG")
-    processor = AlignImageProcessor(size=8, crop_size=8)
-    expected = r"image_bytes\[2\]: not a decodable image \(JPEG, PNG, GIF, BMP or WebP\)"
+    expected = r"image_bytes\[2\]: not a decodable image \(JPEG, PNG, GIF, WebP, or BMP without"
     with pytest.raises(tf.errors.InvalidArgumentError, match=expected):
-        processor.pixel_values(tf.constant([fine, fine, broken, b""]))
+        small.pixel_values(tf.constant([fine, fine, broken, b""]))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
-def test_truncated_files_end_in_an_error_or_pixels(picture, kind):
+def test_truncated_files_end_in_an_error_or_pixels(picture, small, kind):
     fine = encode(picture, kind)
-    processor = AlignImageProcessor(size=8, crop_size=8)
     cuts = [fine[:length] for length in range(0, len(fine), max(len(fine) // 40, 1))]
-    pixels, problem, _ = processor.try_pixel_values_of(tf.constant(cuts))
+    pixels, problem, _ = small.try_pixel_values_of(tf.constant(cuts))
     assert pixels.shape == (len(cuts), 8, 8, 3)
     assert problem.numpy()[:3].all()
 

@@ -72,7 +72,7 @@ def broken_png() -> bytes:
 def test_broken_files(processor, tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(broken_png())
-    expected = r"broken\.png: not a decodable image \(JPEG, PNG, GIF, BMP or WebP\)"
+    expected = r"broken\.png: not a decodable image \(JPEG, PNG, GIF, WebP, or BMP without"
     with pytest.raises(ValueError, match=expected):
         processor(images=path)
     with pytest.raises(ValueError, match=expected):

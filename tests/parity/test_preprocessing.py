@@ -1,5 +1,7 @@
 """Pixels equal to those of transformers' image processor, over image sizes and settings."""
 
+import io
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -7,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+import image_files  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from align_tf import AlignImageProcessor  # noqa: E402
@@ -52,6 +55,29 @@ def test_pixels(settings, size):
     ours, expected = pixels_of_both(array, {**ALIGN_BASE, **settings})
     assert ours.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("size", [(4000, 6000), (6000, 4000), (1, 60_000), (60_000, 1), (9000, 2)])
+def test_pixels_of_extreme_sizes(size):
+    array = np.random.default_rng(5).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours, expected = pixels_of_both(array, ALIGN_BASE)
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"resample": 3, "do_normalize": True, "rescale_factor": 1 / 255}], ids=str
+)
+def test_pixels_of_files(settings):
+    module = transformers.models.efficientnet.image_processing_pil_efficientnet
+    reference = module.EfficientNetImageProcessorPil(**{**ALIGN_BASE, **settings})
+    processor = AlignImageProcessor.from_dict({**ALIGN_BASE, **settings})
+    files = image_files.all_files(image_files.walk())
+    ours, problems, _ = processor.try_pixel_values_of(tf.constant([*files.values()]))
+    assert not problems.numpy().any()
+    for (name, file), pixels in zip(files.items(), ours.numpy(), strict=True):
+        image = PIL.Image.open(io.BytesIO(file))
+        expected = reference(image.convert("RGB"), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_array_equal(pixels, expected.transpose(1, 2, 0), name)
 
 
 def test_transformers_reads_our_image_settings(tmp_path):
