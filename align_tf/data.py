@@ -315,14 +315,17 @@ class _Errors:
         """Takes keys and problems (m,); returns a message where it is the limit, or ""."""
         with self.lock:
             for key, problem in zip(keys, problems, strict=True):
-                if key in self.keys:
-                    continue
+                known = key in self.keys
                 self.keys.add(key)
                 count = len(self.keys)
                 found = f"{key.decode(errors='replace')}: {REASONS[problem]}"
                 if self.limit is not None and count > self.limit:
                     left_out = f", {count} records left out" if self.limit else ""
                     return f"{self.name}: {found}{left_out}; max_errors={self.limit}"
+                # Past the limit a known one ends the dataset too: `fit` on JAX throws away the
+                # first iterator, with the error that it has met.
+                if known:
+                    continue
                 if count == 1:
                     atexit.register(self.summarise)
                 # Each of the first ones, then each time they have doubled.
