@@ -25,8 +25,10 @@ def rematerialize(layer: layers.Layer) -> Callable:
 
     def call(x: Any, *constants: Any, training: bool = False) -> Any:
         weights, moving = layer.trainable_variables, step_variables(layer)
-        # As tensors: TensorFlow would read a variable when the second run does.
+        # As tensors: TensorFlow would read a variable when the second run does. What moves is
+        # copied, since in TensorFlow a tensor that was read may share the variable's memory.
         before = [(v, ops.convert_to_tensor(v.value)) for v in layer.variables]
+        before += [(v, v.value * 1) for v in moving]
 
         def run(values: list, x: Any) -> tuple[Any, list]:
             mapping = [*before, *zip(weights, values, strict=True)]

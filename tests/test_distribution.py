@@ -3,15 +3,12 @@
 Virtual devices are set up before a backend starts.
 """
 
-import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import keras
-import numpy as np
 import pytest
 
 CASES = pathlib.Path(__file__).with_name("distribution_cases.py")
@@ -50,28 +47,3 @@ def test_devices_of_one_process_take_the_steps_of_one(count):
         assert {"accumulation", "synchronized", "dropout"} < set(found)
     assert {"weights", "logs"} <= set(found)
     assert {name: value for name, value in found.items() if not value < 1e-5} == {}
-
-
-@pytest.mark.skipif(not TENSORFLOW, reason="a TensorFlow strategy")
-def test_two_worker_processes_take_the_steps_of_one(tmp_path):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    workers = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    cluster = {"worker": workers}
-    started = [
-        start(
-            "worker",
-            str(tmp_path / f"{index}.npz"),
-            TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}}),
-        )
-        for index in range(2)
-    ]
-    started.append(start("alone", str(tmp_path / "alone.npz")))
-    for process in started:
-        finish(process)
-    files = [np.load(tmp_path / name) for name in ("alone.npz", "0.npz", "1.npz")]
-    alone, *both = [[file[key] for key in file.files] for file in files]
-    for weights in both:
-        for a, b in zip(alone, weights, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5)
