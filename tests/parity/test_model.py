@@ -303,6 +303,7 @@ def assert_each_close(ours: dict, theirs: dict, relative: float) -> None:
 @pytest.mark.parametrize("training", [False, True], ids=["averages", "batch statistics"])
 def test_gradients_of_the_loss_by_every_weight(training, twins):
     theirs, ours = twins(NO_DROPOUT)
+    ours.unfreeze_batch_norm()
     inputs = {"pixel_values": images(33), **texts(9)}
     theirs.train(training)
     theirs(**to_torch(inputs), return_loss=True).loss.backward()
@@ -336,6 +337,7 @@ def assert_same_weights(ours: AlignModel, theirs: dict, before: dict) -> None:
 def test_weights_after_three_steps(twins):
     """BatchNorm by its averages on both sides, its scale and offset training."""
     theirs, ours = twins(NO_DROPOUT)
+    ours.unfreeze_batch_norm()
     inputs = {"pixel_values": images(33), **texts(9)}
     before = {name: tensor.numpy().copy() for name, tensor in theirs.state_dict().items()}
     optimizer = keras.optimizers.SGD(0.5)
@@ -352,9 +354,6 @@ def test_weights_after_three_steps_of_fit(twins):
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.requires_grad_(False)
-    for layer in ours._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = False
     ours.compile(optimizer=keras.optimizers.SGD(0.5))
     ours.fit(inputs, batch_size=2, epochs=3, shuffle=False, verbose=0)
     assert_same_weights(ours, torch_steps(theirs, inputs, 3), before)
