@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="align-tf", description="ALIGN for TensorFlow and Keras: classify, train, export and serve."
+        prog="align-tf",
+        description="ALIGN for TensorFlow and Keras: classify, train, export and serve.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     parser.set_defaults(run=lambda arguments: _print_version_or_help(parser, arguments))
@@ -107,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="SOURCE",
-        help="images with captions, as align_tf.data reads them (a .txt beside each); but for "
-        "retrieval, a folder with a sub-folder of images for each class",
+        help="for retrieval, images with captions (a folder with a .txt beside each, tar or "
+        "TFRecord shards, a table); for the other tasks, a folder with a sub-folder for each class",
     )
     evaluate.add_argument("--task", choices=EVALUATION_TASKS, default=EVALUATION_TASKS[0])
     evaluate.add_argument(
