@@ -1,6 +1,6 @@
 """Times the tokenizer beside Hugging Face's and TensorFlow Text's on the same cores.
 
-    python -m benchmarks.text [--json]
+    python benchmarks/text.py [--json]
 
 Captions of 12 words, in batches of 1,024 and one by one, to 64 ids each. TensorFlow and the Rust
 tokenizers get two threads each, or `--threads`. Needs `pip install align-tf[parity]`, and
@@ -115,9 +115,8 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+    import side_by_side
     import tensorflow as tf
-
-    from benchmarks import side_by_side
 
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
     tf.config.threading.set_inter_op_parallelism_threads(args.threads)

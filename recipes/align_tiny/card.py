@@ -2,6 +2,7 @@
 
 import pathlib
 
+from clipart import VERSION as CLIPART_VERSION
 from emoji import PACKAGES, Concept, Split
 from evaluate import on_background
 
@@ -26,24 +27,26 @@ photographs.
 
 ## Data
 
-| package (npm) | version | what | licence |
+| package | version | what | licence |
 |---|---|---|---|
 | `emoji-datasource-google` | {google} | Noto Emoji renderings, names | Apache-2.0 |
 | `emoji-datasource-twitter` | {twitter} | Twemoji renderings | CC-BY 4.0 |
 | `emojibase-data` | {emojibase} | Unicode CLDR labels and tags | MIT; Unicode License |
 | `emojilib` | {emojilib} | keywords | MIT |
+| `openclipart-svg`, `-png` | {openclipart} | drawings, titles, keywords | public domain |
 
-Twemoji: © Twitter, Inc and other contributors. The first names, and the packaging of the
-pictures, are those of emoji-data by Cal Henderson (MIT). The pictures in `examples/` are
-held-out renderings of both sets, put on white, chosen among those that the model names rightly;
-the figures say how often it does.
+The first four are npm's, the last is Debian's. Twemoji: © Twitter, Inc and other contributors.
+The first names, and the packaging of the pictures, are those of emoji-data by Cal Henderson (MIT).
+The pictures in `examples/` are held-out renderings of both sets, put on white, chosen among those
+that the model names rightly; the figures say how often it does.
 
 ## Figures
 
 Kept from training: one rendering, Noto's or Twemoji's, of a tenth of the concepts with all its
-skin tones ("held-out renderings"), and both renderings of some more concepts ("unseen"). Each
-picture, on white, meets one caption, `a picture of {{CLDR label}}`. Recall among all pictures
-of the set in percent, R@1 / R@5 / R@10:
+skin tones ("held-out renderings"), both renderings of some more concepts ("unseen"), and the
+drawings of a twentieth of openclipart's titles. Each picture, on white, meets one caption,
+`a picture of {{CLDR label or title}}`. Recall among all pictures of the set in percent,
+R@1 / R@5 / R@10:
 
 | set | images | chance | text to image | image to text |
 |---|---|---|---|---|
@@ -69,6 +72,7 @@ def write_card(folder: pathlib.Path, model: AlignModel, figures: dict[str, dict]
         twitter=versions["emoji-datasource-twitter"],
         emojibase=versions["emojibase-data"],
         emojilib=versions["emojilib"],
+        openclipart=CLIPART_VERSION,
         rows=rows,
     )
     (folder / "README.md").write_text(card.rstrip() + "\n")
