@@ -2,6 +2,7 @@
 
     distribution_cases.py tensorflow COUNT    1 and COUNT virtual CPU devices
     distribution_cases.py jax COUNT
+    distribution_cases.py workers COUNT       one of COUNT processes, which TF_CONFIG names
 
 Prints one line for each case: its name, and how far its weights after 5 steps are from those of
 one device.
@@ -118,13 +119,16 @@ def main(mode: str, argument: str) -> None:
         return
     import tensorflow as tf
 
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * int(argument),
-    )
-
     # One strategy for all cases: a second one would count its collectives from 1 again.
-    several = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(int(argument))])
+    if mode == "workers":
+        several = tf.distribute.MultiWorkerMirroredStrategy()
+        assert several.num_replicas_in_sync == int(argument)
+    else:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * int(argument),
+        )
+        several = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(int(argument))])
 
     def within(count: int):
         return (several if count > 1 else tf.distribute.get_strategy()).scope()
