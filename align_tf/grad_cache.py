@@ -119,7 +119,10 @@ def _scan(step: Callable, carry: Any, count: int, num_outputs: int) -> tuple[Any
         return index + 1, carry, arrays
 
     start = (tf.constant(0), carry, arrays)
-    _, carry, arrays = tf.while_loop(lambda index, *_: index < count, body, start)
+    # One part at a time: several at once would take the memory of several.
+    _, carry, arrays = tf.while_loop(
+        lambda index, *_: index < count, body, start, parallel_iterations=1
+    )
     return carry, [array.stack() for array in arrays]
 
 

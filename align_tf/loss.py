@@ -30,7 +30,8 @@ def gather_across_replicas(rows: Any) -> Any:
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
         return rows
-    return context.all_gather(rows, axis=0)
+    # Between workers TensorFlow asks a tensor for its device, which one of the batch has not.
+    return context.all_gather(tf.identity(rows), axis=0)
 
 
 def num_replicas() -> int:
@@ -40,6 +41,16 @@ def num_replicas() -> int:
     import tensorflow as tf
 
     return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def has_workers() -> bool:
+    """Returns whether the replicas are in several processes, by MultiWorkerMirroredStrategy."""
+    if num_replicas() == 1:
+        return False
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    return strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
 
 
 def positive_pairs(image_ids: Any = None, text_ids: Any = None) -> Any:

@@ -24,6 +24,7 @@ from align_tf.loss import (
     REDUCTIONS,
     contrastive_loss,
     gather_across_replicas,
+    has_workers,
     in_batch_accuracy,
     initial_logit_bias,
     num_replicas,
@@ -849,8 +850,21 @@ class AlignModel(_Checkpoint, keras.Model):
 
     def train_step(self, *state_and_data: Any) -> Any:
         if self.accumulation == 1:
-            return super().train_step(*state_and_data)
-        return grad_cache.train_step(self, *state_and_data)
+            return _over_workers(super().train_step(*state_and_data))
+        return _over_workers(grad_cache.train_step(self, *state_and_data))
+
+    def test_step(self, *state_and_data: Any) -> Any:
+        return _over_workers(super().test_step(*state_and_data))
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # The model is built as it is made, so that only the optimizer is left. Keras would take
+        # a batch first and average its replicas, which of a dict fails between workers
+        # (keras issue 20329).
+        optimizer = self.optimizer
+        if self._distribute_strategy is None or optimizer is None or optimizer.built:
+            return
+        with self._distribute_strategy.scope():
+            optimizer.build(self.trainable_variables)
 
     def predict_step(self, *state_and_data: Any) -> Any:
         """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot."""
@@ -1025,6 +1039,12 @@ def _product(*weights: Any) -> Any:
     """Multiplies those of the sample weights that are given, (n,) or (n, 1); None for none."""
     given = [ops.reshape(ops.cast(w, "float32"), (-1,)) for w in weights if w is not None]
     return math.prod(given[1:], start=given[0]) if given else None
+
+
+def _over_workers(logs: Any) -> Any:
+    """Gives the logs of one of several workers the axis that Keras averages them over."""
+    # `fit` reduces scalars over axis 0, an error (keras issue 20585).
+    return {key: value[None] for key, value in logs.items()} if has_workers() else logs
 
 
 def _unit(x: Any) -> Any:

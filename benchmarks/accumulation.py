@@ -19,7 +19,7 @@ from side_by_side import compare, show
 
 from align_tf import AlignConfig, AlignModel
 
-PAIRS, PART, SIDE, TOKENS = 4096, 64, 32, 16
+PAIRS, PART, SIDE, TOKENS = 4096, 64, 32, 8
 
 # name: (pairs that train, batch_size, accumulation, remat)
 CASES = {

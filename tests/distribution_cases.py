@@ -2,6 +2,7 @@
 
     distribution_cases.py tensorflow COUNT    1 and COUNT virtual CPU devices
     distribution_cases.py jax COUNT
+    distribution_cases.py workers COUNT       one of COUNT processes, which TF_CONFIG names
 
 Prints one line for each case: its name, and how far its weights after 5 steps are from those of
 one device.
@@ -59,6 +60,7 @@ def train(
     batch_norm: str = "frozen",
     accumulation: int = 1,
     dropout: float = 0.0,
+    validate: bool = False,
 ) -> tuple[list[np.ndarray], dict]:
     """Five steps on 16 pairs; returns the weights and the last logs."""
     import tensorflow as tf
@@ -74,7 +76,8 @@ def train(
     model.compile(optimizer=keras.optimizers.SGD(0.1), accumulation=accumulation)
     before = model.get_weights()
     dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(16)
-    history = model.fit(dataset, epochs=5, shuffle=False, verbose=0).history
+    validation = {"validation_data": dataset} if validate else {}
+    history = model.fit(dataset, epochs=5, shuffle=False, verbose=0, **validation).history
     assert apart(before, model.get_weights()) > 0.02
     return model.get_weights(), {key: values[-1] for key, values in history.items()}
 
@@ -83,7 +86,7 @@ def apart(one: list, other: list) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
-def compare(within: Callable, count: int) -> None:
+def compare(within: Callable, count: int, mode: str) -> None:
     """Prints the cases; within(n) is the scope of n devices."""
 
     def run(count: int, **options):
@@ -93,13 +96,15 @@ def compare(within: Callable, count: int) -> None:
     def show(name: str, value: float) -> None:
         print(name, value, flush=True)
 
-    alone, logs = run(1)
-    weights, found = run(count)
+    alone, logs = run(1, validate=True)
+    weights, found = run(count, validate=True)
     show("weights", apart(alone, weights))
     show("logs", max(abs(found[key] - logs[key]) for key in logs))
     if count > 2:
         return
     show("accumulation", apart(alone, run(count, accumulation=4)[0]))
+    if mode == "workers":
+        return
     alone, _ = run(1, sigmoid=True, batch_norm="own")
     for batch_norm in ("synchronized", "own"):
         show(batch_norm, apart(alone, run(count, sigmoid=True, batch_norm=batch_norm)[0]))
@@ -114,22 +119,25 @@ def main(mode: str, argument: str) -> None:
         def within(count: int):
             return keras.distribution.DataParallel(devices=jax.devices("cpu")[:count]).scope()
 
-        compare(within, int(argument))
+        compare(within, int(argument), mode)
         return
     import tensorflow as tf
 
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * int(argument),
-    )
-
     # One strategy for all cases: a second one would count its collectives from 1 again.
-    several = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(int(argument))])
+    if mode == "workers":
+        several = tf.distribute.MultiWorkerMirroredStrategy()
+        assert several.num_replicas_in_sync == int(argument)
+    else:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * int(argument),
+        )
+        several = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(int(argument))])
 
     def within(count: int):
         return (several if count > 1 else tf.distribute.get_strategy()).scope()
 
-    compare(within, int(argument))
+    compare(within, int(argument), mode)
 
 
 if __name__ == "__main__":

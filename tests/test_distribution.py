@@ -3,8 +3,11 @@
 Virtual devices are set up before a backend starts.
 """
 
+import concurrent.futures
+import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -34,16 +37,39 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
+def read(out: str) -> dict[str, float]:
+    """Reads what distribution_cases.py printed."""
+    lines = [line.split() for line in out.splitlines()]
+    return {line[0]: float(line[1]) for line in lines if len(line) == 2}
+
+
+def check(found: dict[str, float], *more: str) -> None:
+    assert {"weights", "logs", *more} == set(found)
+    assert {name: value for name, value in found.items() if not value < 1e-5} == {}
+
+
 @pytest.mark.parametrize("count", [2, 4] if TENSORFLOW else [2, 4, 8])
 def test_devices_of_one_process_take_the_steps_of_one(count):
     flags = f"--xla_force_host_platform_device_count={count}"
-    out = finish(start(keras.backend.backend(), str(count), XLA_FLAGS=flags))
-    lines = [line.split() for line in out.splitlines()]
-    found = {line[0]: float(line[1]) for line in lines if len(line) == 2}
-    if count == 2:
-        own = found.pop("own")
-        # A replica's BatchNorm sees its own rows; under JAX one program sees all of them.
-        assert own > 1e-4 if TENSORFLOW else own < 1e-5
-        assert {"accumulation", "synchronized", "dropout"} < set(found)
-    assert {"weights", "logs"} <= set(found)
-    assert {name: value for name, value in found.items() if not value < 1e-5} == {}
+    found = read(finish(start(keras.backend.backend(), str(count), XLA_FLAGS=flags)))
+    if count != 2:
+        check(found)
+        return
+    own = found.pop("own")
+    # A replica's BatchNorm sees its own rows; under JAX one program sees all of them.
+    assert own > 1e-4 if TENSORFLOW else own < 1e-5
+    check(found, "accumulation", "synchronized", "dropout")
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="MultiWorkerMirroredStrategy is TensorFlow's")
+def test_two_processes_take_the_steps_of_one():
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    cluster = {"worker": [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]}
+    for free in sockets:
+        free.close()
+    tasks = [{"type": "worker", "index": index} for index in range(2)]
+    configs = [json.dumps({"cluster": cluster, "task": task}) for task in tasks]
+    workers = [start("workers", "2", TF_CONFIG=config) for config in configs]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # both pipes are read at once
+        for out in pool.map(finish, workers):
+            check(read(out), "accumulation")
