@@ -1,12 +1,15 @@
 """The command `align-tf`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -225,10 +228,27 @@ def _import_tensorflow() -> None:
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        import tensorflow  # noqa: F401
+        with _late_interrupt():
+            import tensorflow  # noqa: F401
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+@contextlib.contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """Has Ctrl-C wait for the end of the block, as some libraries swallow what stops an import."""
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def _load(name: str) -> tuple[Any, Any]:
