@@ -153,7 +153,9 @@ def make_optimizer(
         vision_rate: multiplies the rate of the image tower and its projection.
         layer_decay: multiplies the rate once more for each block that a layer lies below the
             projection (BEiT, arXiv 2106.08254, appendix); 1 gives all blocks one rate.
-        clip_norm: longest norm of all gradients together; None does not clip.
+        clip_norm: longest norm of all gradients together; None does not clip. Under several
+            replicas of a `tf.distribute` strategy Keras clips each one's share before the sum,
+            which is not the step of one device.
         ema_momentum: keep a moving average of the weights, which `fit` puts in their place when
             it ends; None keeps none.
 
