@@ -37,9 +37,9 @@ SET = "held-out renderings, no skin tones"
 def train_here(folder: pathlib.Path, batches: Any, steps: int) -> Iterator[Callable[[], None]]:
     """Takes a step at each turn; yields what saves the model."""
     model = AlignModel.from_pretrained(folder)
-    model.unfreeze()
+    model.unfreeze_batch_norm()
     model.label_smoothing = recipe.LABEL_SMOOTHING
-    model.temperature.constraint = lambda v: keras.ops.clip(v, *recipe.TEMPERATURE_BOUNDS)
+    model.temperature_bounds = recipe.TEMPERATURE_BOUNDS
     model.compile(optimizer=recipe.make_optimizer(steps))
     for batch in batches:
         model.train_on_batch(batch)
