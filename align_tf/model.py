@@ -747,7 +747,7 @@ class AlignModel(_Checkpoint, keras.Model):
             jit_compile: compile the step by XLA.
             auto_scale_loss: scale the loss of a mixed_float16 model.
             accumulation: parts that a batch goes through the towers in, one after the other, to
-                the step of the whole batch in the memory of a part (GradCache,
+                the step of the whole batch with the activations of one part (GradCache,
                 arXiv 2101.06983); see `align_tf.grad_cache`.
             remat: compute the activations inside a block again for its gradient instead of
                 keeping them: less memory, more time.
