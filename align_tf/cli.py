@@ -285,8 +285,6 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def _classify(arguments: Any) -> int:
     if "{}" not in arguments.template:
         raise ValueError(f"--template {arguments.template!r}: expected a {{}} for the label")
-    if not all(label.strip() for label in arguments.labels):
-        raise ValueError(f"--labels {arguments.labels}: expected words in each label")
     missing = [path for path in arguments.images if not pathlib.Path(path).is_file()]
     if missing:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file")
