@@ -308,14 +308,10 @@ def _classify(arguments: Any) -> int:
 
 def _classified(model: Any, processor: Any, paths: list, prompts: list[str]) -> Iterator[tuple]:
     """Yields each path with its probabilities, or with the error that its file gave."""
-    import rich.console
-    import rich.progress
+    from align_tf.progress import track
 
     batches = [paths[start : start + BATCH_SIZE] for start in range(0, len(paths), BATCH_SIZE)]
-    console = rich.console.Console(stderr=True)
-    for batch in rich.progress.track(
-        batches, "Classifying", console=console, transient=True, disable=len(batches) == 1
-    ):
+    for batch in track(batches, "Classifying", show=len(batches) > 1):
         try:
             yield from zip(batch, _probabilities(model, processor, batch, prompts), strict=True)
         except ValueError as error:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import data, evaluation, image_processing
+from align_tf import data, data_readers, evaluation, image_processing
 from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
 from align_tf.processor import AlignProcessor
 from align_tf.progress import track
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 TEST_SHARE = 0.2  # of each class, where no training folder is given
 
 # key, bytes of the image file, captions or the name of the class
@@ -147,7 +146,9 @@ def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     files = {name: _image_files(folder / name) for name in names}
     for name, found in files.items():
         if not found:
-            raise ValueError(f"{folder / name}: no images; expected {', '.join(IMAGE_SUFFIXES)}")
+            raise ValueError(
+                f"{folder / name}: no images; expected {', '.join(data_readers.IMAGE)}"
+            )
     return files
 
 
@@ -220,7 +221,7 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in data_readers.IMAGE)
 
 
 # --- embedding -----------------------------------------------------------------------------
