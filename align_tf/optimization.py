@@ -97,6 +97,23 @@ class _OwnRates:
     def _apply_weight_decay(self, variables: list) -> None:
         pass  # Keras's takes one rate for all; update_step decays instead
 
+    def _clip_gradients(self, gradients: list) -> list:
+        if keras.backend.backend() == "tensorflow":
+            return gradients  # a replica's share here; the sum is clipped below
+        return super()._clip_gradients(gradients)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
+        """Sums the replicas' shares, then clips, so that the step is that of one device."""
+        summed = super()._all_reduce_sum_gradients(grads_and_vars)
+        if self.global_clipnorm is None:
+            return summed
+        import tensorflow as tf
+
+        gradients, variables = zip(*summed, strict=True)
+        # The rows of an embedding's gradient may repeat; their norm is that of their sums.
+        dense = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+        return list(zip(super()._clip_gradients(dense), variables, strict=True))
+
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rates": dict(self.rates)}
 
@@ -153,9 +170,8 @@ def make_optimizer(
         vision_rate: multiplies the rate of the image tower and its projection.
         layer_decay: multiplies the rate once more for each block that a layer lies below the
             projection (BEiT, arXiv 2106.08254, appendix); 1 gives all blocks one rate.
-        clip_norm: longest norm of all gradients together; None does not clip. Under several
-            replicas of a `tf.distribute` strategy Keras clips each one's share before the sum,
-            which is not the step of one device.
+        clip_norm: longest norm of all gradients together, those of all replicas summed; None
+            does not clip.
         ema_momentum: keep a moving average of the weights, which `fit` puts in their place when
             it ends; None keeps none.
 

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from align_tf import AlignConfig, AlignModel
+from align_tf.optimization import make_optimizer
 
 rng = np.random.default_rng(0)
 BATCH = {
@@ -61,6 +62,7 @@ def train(
     accumulation: int = 1,
     dropout: float = 0.0,
     validate: bool = False,
+    clip_norm: float | None = None,
 ) -> tuple[list[np.ndarray], dict]:
     """Five steps on 16 pairs; returns the weights and the last logs."""
     import tensorflow as tf
@@ -73,7 +75,13 @@ def train(
         model.freeze_batch_norm()
     else:
         model.unfreeze_batch_norm(synchronized=batch_norm == "synchronized")
-    model.compile(optimizer=keras.optimizers.SGD(0.1), accumulation=accumulation)
+    optimizer = keras.optimizers.SGD(0.1)
+    if clip_norm is not None:
+        optimizer = make_optimizer(
+            model, learning_rate=0.1, schedule="constant", total_steps=5, clip_norm=clip_norm
+        )
+        optimizer.epsilon = 0.1  # so that rounding is not blown up where a gradient is zero
+    model.compile(optimizer=optimizer, accumulation=accumulation)
     before = model.get_weights()
     dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(16)
     validation = {"validation_data": dataset} if validate else {}
@@ -108,6 +116,8 @@ def compare(within: Callable, count: int, mode: str) -> None:
     alone, _ = run(1, sigmoid=True, batch_norm="own")
     for batch_norm in ("synchronized", "own"):
         show(batch_norm, apart(alone, run(count, sigmoid=True, batch_norm=batch_norm)[0]))
+    alone, _ = run(1, clip_norm=0.1)
+    show("clipped", apart(alone, run(count, clip_norm=0.1)[0]))
     weights, _ = run(count, accumulation=2, dropout=0.1)
     show("dropout", 0.0 if all(np.isfinite(w).all() for w in weights) else 1.0)
 

@@ -58,7 +58,7 @@ def test_devices_of_one_process_take_the_steps_of_one(count):
     own = found.pop("own")
     # A replica's BatchNorm sees its own rows; under JAX one program sees all of them.
     assert own > 1e-4 if TENSORFLOW else own < 1e-5
-    check(found, "accumulation", "synchronized", "dropout")
+    check(found, "accumulation", "synchronized", "clipped", "dropout")
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="MultiWorkerMirroredStrategy is TensorFlow's")

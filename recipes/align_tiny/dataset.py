@@ -16,8 +16,6 @@ SOURCE_SIDE = 64  # pixels of the pictures in the packages
 CAPTIONS_PER_PICTURE = 16
 MAX_TOKENS = 14  # of a caption in training; longer ones are cut
 TONES_SHARE = 0.25  # of the concepts with skin tones bring all of them to an epoch
-# Of the epochs, those in which like things come together, to be each other's negatives.
-LIKE_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,12 @@ def _training_pictures(concepts: list[Concept], parts: Split) -> Iterator[tuple[
 
 
 def make_dataset(
-    data: TrainingSet, side: int, batch_size: int, drawings_share: float, seed: int
+    data: TrainingSet,
+    side: int,
+    batch_size: int,
+    drawings_share: float,
+    like_share: float,
+    seed: int,
 ) -> tf.data.Dataset:
     """Returns endless batches of what AlignModel takes.
 
@@ -110,6 +113,8 @@ def make_dataset(
         side: of the pictures in pixels.
         batch_size: pairs in a batch.
         drawings_share: of a batch's pairs that are drawings with noisy captions.
+        like_share: of the epochs, those in which like things come together, to be each other's
+            negatives.
         seed: of the order; the draws within a batch follow TensorFlow's own seed.
     """
     pictures, mirrored = tf.constant(data.pictures), tf.constant(data.mirrored)
@@ -127,7 +132,7 @@ def make_dataset(
         }
 
     rows = tf.data.Dataset.from_generator(
-        lambda: _rows(data, batch_size, round(drawings_share * batch_size), seed),
+        lambda: _rows(data, batch_size, round(drawings_share * batch_size), like_share, seed),
         output_signature=tf.TensorSpec([batch_size], tf.int32),
     )
     # One batch at a time, so that the random draws come in one order.
@@ -135,7 +140,7 @@ def make_dataset(
 
 
 def _rows(
-    data: TrainingSet, batch_size: int, drawings_count: int, seed: int
+    data: TrainingSet, batch_size: int, drawings_count: int, like_share: float, seed: int
 ) -> Iterator[np.ndarray]:
     """Yields the rows of each batch; no thing comes twice in one, for it would be its own negative.
 
@@ -146,7 +151,7 @@ def _rows(
     drawings = _drawings(data.drawings, drawings_count, rng)
     while True:
         order = rng.permutation(len(data.concepts))
-        if rng.random() < LIKE_SHARE:
+        if rng.random() < like_share:
             turn = {c: rng.random() for c in sorted(set(data.categories))}
             order = sorted(order, key=lambda index: turn[data.categories[index]])
         rows: list[int] = []

@@ -27,9 +27,10 @@ WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.0  # the things are few and each comes often: a sharp target is right
 # While nothing is learned yet the temperature would rise and rise.
 TEMPERATURE, TEMPERATURE_BOUNDS = 0.05, (0.02, 0.07)
-# Small pictures teach faster; the last steps fit filters and BatchNorm to the full size.
-# side in pixels, share of the steps
-STAGES = ((48, 0.55), (64, 0.25), (96, 0.2))
+# Small pictures teach faster; the last steps fit filters and BatchNorm to the full size. Like
+# things are told apart once the unlike ones are.
+# side in pixels, share of the steps, share of the epochs in which like things come together
+STAGES = ((48, 0.25, 0.0), (48, 0.3, 0.5), (64, 0.25, 0.5), (96, 0.2, 0.5))
 DRAWINGS_SHARE = 0.25  # of a batch: drawings with noisy captions
 STEPS_PER_EPOCH = 50  # between two lines of progress and saves
 
@@ -95,10 +96,10 @@ def fit(
     """Trains through the stages, under one schedule."""
     model.compile(optimizer=make_optimizer(steps))
     checkpoint, epochs = Checkpoint(folder, steps), 0
-    for side, share in STAGES:
+    for side, share, like_share in STAGES:
         first, epochs = epochs, epochs + round(share * steps / STEPS_PER_EPOCH)
         model.fit(
-            make_dataset(data, side, BATCH_SIZE, drawings_share, seed),
+            make_dataset(data, side, BATCH_SIZE, drawings_share, like_share, seed + first),
             initial_epoch=first,
             epochs=epochs,
             steps_per_epoch=STEPS_PER_EPOCH,
