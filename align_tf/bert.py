@@ -27,6 +27,19 @@ def embedding(config: AlignTextConfig, rows: int, width: int, **options: Any) ->
     return layers.Embedding(rows, width, embeddings_initializer=initializer, **options)
 
 
+def look_up(table: layers.Embedding, ids: Any, training: bool) -> Any:
+    """Looks up rows of an embedding.
+
+    In training the gradient is one array, as in PyTorch and on JAX. TensorFlow's own is a list of
+    rows, a row for each occurrence of a token, and Keras's optimizers would square these one by
+    one for the second moment and for the norm of the gradient.
+    """
+    if not training:
+        return table(ids)
+    rows = ops.take(table.embeddings * 1.0, ids, axis=0)  # the product makes the gradient dense
+    return ops.cast(rows, table.compute_dtype)
+
+
 class TextEmbeddings(layers.Layer):
     """Sum of the word, position and token type embeddings, normalised."""
 
@@ -61,15 +74,17 @@ class TextEmbeddings(layers.Layer):
         inputs_embeds: Any = None,
         training: bool = False,
     ) -> Any:
-        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds
+        if x is None:
+            x = look_up(self.word_embeddings, input_ids, training)
         length = ops.shape(x)[1]
         if token_type_ids is None:
             token_type_ids = ops.zeros((1, length), dtype="int32")
-        x = x + self.token_type_embeddings(token_type_ids)
+        x = x + look_up(self.token_type_embeddings, token_type_ids, training)
         if self.config.position_embedding_type == "absolute":
             if position_ids is None:
                 position_ids = ops.arange(length, dtype="int32")[None]
-            x = x + self.position_embeddings(position_ids)
+            x = x + look_up(self.position_embeddings, position_ids, training)
         return self.dropout(self.layer_norm(x), training=training)
 
 
@@ -126,7 +141,7 @@ class SelfAttention(layers.Layer):
 
         scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t, t)
         if self.config.position_embedding_type != "absolute":
-            scores = scores + self._relative_scores(query, key, length)
+            scores = scores + self._relative_scores(query, key, length, training)
         # The softmax runs in float32 whatever the policy, as in the reference.
         scores = ops.cast(scores, "float32") * self.config.head_size**-0.5
         scores = ops.where(attention_mask, scores, MASKED)
@@ -137,10 +152,10 @@ class SelfAttention(layers.Layer):
         x = ops.reshape(x, (-1, length, self.num_heads * self.config.head_size))
         return self.output_dense(x), probs
 
-    def _relative_scores(self, query: Any, key: Any, length: Any) -> Any:
+    def _relative_scores(self, query: Any, key: Any, length: Any, training: bool) -> Any:
         positions = ops.arange(length, dtype="int32")
         distance = positions[:, None] - positions[None, :] + self.config.max_position_embeddings - 1
-        embeds = self.distance_embedding(distance)  # (t, t, head_size)
+        embeds = look_up(self.distance_embedding, distance, training)  # (t, t, head_size)
         scores = ops.einsum("nhld,lrd->nhlr", query, embeds)
         if self.config.position_embedding_type == "relative_key_query":
             scores = scores + ops.einsum("nhrd,lrd->nhlr", key, embeds)

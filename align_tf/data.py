@@ -74,6 +74,7 @@ def make_dataset(
     seed: int = 0,
     epochs: int | None = None,
     start_step: int = 0,
+    augment: bool = True,
     shard: tuple[int, int] = (0, 1),
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
     max_errors: int | None = MAX_ERRORS,
@@ -99,10 +100,12 @@ def make_dataset(
             TensorFlow Datasets gives them.
         processor: prepares images and texts.
         batch_size: pairs in a batch, of this worker.
-        training: shuffles and augments.
+        training: shuffles, draws among an image's captions, and augments.
         seed: of the order and all draws.
         epochs: passes over the data; None is endless in training and one in evaluation.
         start_step: the batches to leave out; they are not decoded.
+        augment: crops and flips in training, where left and right mean the same; False takes the
+            center of each image as evaluation does.
         shard: this worker's index and the number of workers. They read disjoint parts of each
             global batch and take the same number of steps.
         length_buckets: the lengths, in tokens, that texts are padded to: the shortest that holds
@@ -146,7 +149,9 @@ def make_dataset(
         rows = slice(index * batch_size, (index + 1) * batch_size)
         loaded = _load(opened, tf.nest.map_structure(lambda x: x[rows], elements))
         draws = tf.random.stateless_uniform([workers * batch_size, 4], [seed, step])[rows]
-        batch, problems = _prepare(loaded, draws, processor, training, sorted(length_buckets))
+        batch, problems = _prepare(
+            loaded, draws, processor, training, training and augment, sorted(length_buckets)
+        )
         with tf.control_dependencies([_report(errors, loaded["key"], problems)]):
             return {name: tf.identity(value) for name, value in batch.items()}
 
@@ -208,6 +213,7 @@ def _prepare(
     draws: tf.Tensor,
     processor: AlignProcessor,
     training: bool,
+    augment: bool,
     buckets: Sequence[int],
 ) -> tuple[dict[str, tf.Tensor], tf.Tensor]:
     """Decodes, augments and tokenises a batch.
@@ -217,7 +223,8 @@ def _prepare(
         draws: float32 (n, 4) in 0..1, the random numbers of each row: where its crop lies, whether
             it is flipped, which caption it takes.
         processor: prepares images and texts.
-        training: augments.
+        training: draws one of the captions.
+        augment: crops and flips.
         buckets: lengths that texts are padded to.
 
     Returns:
@@ -230,9 +237,9 @@ def _prepare(
     texts = tf.pad(_drawn(captions, draw[: captions.nrows()]), filling, constant_values="")
     texts = tf.ensure_shape(texts, size)
 
-    crop_at = draws[:, :2] if training else None
+    crop_at = draws[:, :2] if augment else None
     pixels, problems, _ = processor.image_processor.try_pixel_values(image_bytes, crop_at)
-    if training:
+    if augment:
         flipped = draws[:, 2] < 0.5
         pixels = tf.where(flipped[:, None, None, None], tf.reverse(pixels, [2]), pixels)
     tokens = processor.tokenizer.encode(texts, max_length=buckets[-1], padding="longest")

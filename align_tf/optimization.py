@@ -104,15 +104,8 @@ class _OwnRates:
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
         """Sums the replicas' shares, then clips, so that the step is that of one device."""
-        summed = super()._all_reduce_sum_gradients(grads_and_vars)
-        if self.global_clipnorm is None:
-            return summed
-        import tensorflow as tf
-
-        gradients, variables = zip(*summed, strict=True)
-        # The rows of an embedding's gradient may repeat; their norm is that of their sums.
-        dense = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
-        return list(zip(super()._clip_gradients(dense), variables, strict=True))
+        gradients, variables = zip(*super()._all_reduce_sum_gradients(grads_and_vars), strict=True)
+        return list(zip(super()._clip_gradients(gradients), variables, strict=True))
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "rates": dict(self.rates)}

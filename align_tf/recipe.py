@@ -63,8 +63,11 @@ class Recipe:
         None, "pixels of an image's side, in training and after (that of processor)", COUNT
     )
 
+    augment: bool = _setting(True, "crop and flip the training images at random", bool)
+
     batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", COUNT)
     accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
+    devices: int | None = _setting(None, "GPUs or TPU cores that share a batch (all)", COUNT)
     remat: bool = _setting(False, "compute activations again for the gradient, to save more", bool)
     steps: int | None = _setting(None, "steps of the whole training", COUNT)
     epochs: int | None = _setting(None, "the same, in passes over the data", COUNT)

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from align_tf import checkpoint, training_state
+from align_tf import checkpoint, devices, training_state
 from align_tf.callbacks import RetrievalEvaluation
 from align_tf.configuration import AlignConfig
 from align_tf.data import make_dataset
@@ -62,14 +62,18 @@ def train(recipe: Recipe) -> pathlib.Path:
     """
     output = _claim(recipe)
     keras.utils.set_random_seed(recipe.seed)
+    count = devices.count_devices() if recipe.devices is None else recipe.devices
+    if recipe.batch_size % count:
+        raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
     processor = _make_processor(recipe)
     recipe = _counted(recipe, processor)
-    model = _make_model(recipe, processor)
-    step = _resume(output, model)
-    if step < recipe.steps:
-        _fit(model, processor, recipe, output, step)
-    model.optimizer.finalize_variable_values(model.trainable_variables)  # the averages, if any
-    model.save_pretrained(output)
+    with devices.sharing(count):
+        model = _make_model(recipe, processor, count)
+        step = _resume(output, model)
+        if step < recipe.steps:
+            _fit(model, processor, recipe, output, step)
+        model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
+        model.save_pretrained(output)
     processor.save_pretrained(output)
     return output
 
@@ -125,7 +129,7 @@ def _counted(recipe: Recipe, processor: AlignProcessor) -> Recipe:
     return dataclasses.replace(recipe, steps=steps, epochs=None)
 
 
-def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
+def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
     if recipe.model is not None:
         model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype)
     else:
@@ -140,8 +144,8 @@ def _make_model(recipe: Recipe, processor: AlignProcessor) -> AlignModel:
         model.use_sigmoid_loss(recipe.batch_size)
     if recipe.batch_norm == "frozen":
         model.freeze_batch_norm()
-    elif recipe.batch_norm == "trained":
-        model.unfreeze_batch_norm()
+    elif recipe.batch_norm == "trained" or recipe.model is None:
+        model.unfreeze_batch_norm(synchronized=device_count > 1)
     for tower, blocks in recipe.frozen().items():
         model.freeze(tower, blocks)
     optimizer = make_optimizer(
@@ -192,6 +196,7 @@ def _fit(
         training=True,
         seed=recipe.seed,
         start_step=step,
+        augment=recipe.augment,
         max_errors=recipe.max_errors,
     )
     validation, evaluations = None, []
@@ -318,7 +323,7 @@ class Log(keras.callbacks.Callback):
         model = self.model
         values = {
             **logs,
-            "temperature": float(model.temperature),
+            "temperature": float(ops.convert_to_numpy(model.temperature)),
             "learning_rate": float(ops.convert_to_numpy(model.optimizer.learning_rate)),
         }
         line = f"step {self.step}/{self.recipe.steps}  loss {values['loss']:.4f}  "

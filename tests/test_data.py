@@ -532,6 +532,15 @@ def test_training_crops_flips_and_draws_captions(batches, source):
     assert set(drawn) == {"bee", "a red bee"}
 
 
+def test_training_without_augmentation_takes_the_centers(batches, source):
+    found = batches(source("folder"), 1, batch_size=10, training=True, augment=False)
+    images = found[0]["pixel_values"].astype(int)
+    middle = (SIDE - CROP) // 2
+    row, column = np.mgrid[middle : middle + CROP, middle : middle + CROP]
+    np.testing.assert_array_equal(images[..., 0] // 10, np.broadcast_to(row, images.shape[:3]))
+    np.testing.assert_array_equal(images[..., 1] // 10, np.broadcast_to(column, images.shape[:3]))
+
+
 # --- what is left out -------------------------------------------------------------------------
 
 

@@ -215,6 +215,21 @@ def test_callbacks_and_validation(model, pairs, tmp_path):
     assert set(again.evaluate(pairs, verbose=0, return_dict=True)) == LOGS
 
 
+def test_a_token_that_occurs_again_is_summed_before_it_is_squared(model, pairs):
+    """After one step Adam's moments are (1 - beta_1) g and (1 - beta_2) g^2, for each weight."""
+    optimizer = keras.optimizers.Adam(1e-3, beta_1=0.9, beta_2=0.999)
+    model.compile(optimizer=optimizer)
+    model.train_on_batch(pairs)
+    moments = {variable.path: np.asarray(variable) for variable in optimizer.variables}
+    names = [name for name in moments if name.endswith("embeddings_momentum")]
+    assert len(names) == 3
+    for name in names:
+        gradient = moments[name] / 0.1
+        assert np.abs(gradient).max() > 1e-5
+        second = moments[name.replace("momentum", "velocity")] / 0.001
+        np.testing.assert_allclose(second, gradient**2, rtol=1e-3, atol=1e-10)
+
+
 def test_clipping_and_average_of_weights(model, pairs):
     other, start = twin(model), twin(model)
     clipped = keras.optimizers.SGD(1.0, global_clipnorm=1e-3)

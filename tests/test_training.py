@@ -215,6 +215,58 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(settings, unbroken, capsys):
     assert_same_end(output, unbroken)
 
 
+def test_devices_share_a_batch_and_the_training_goes_on(settings, place, tmp_path):
+    """Two devices train as one does, and a training on them goes on as on one."""
+    if keras.backend.backend() == "jax":
+        two = ["import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'"]
+    else:
+        two = [
+            "import tensorflow as tf",
+            "cpu = tf.config.list_physical_devices('CPU')[0]",
+            "parts = [tf.config.LogicalDeviceConfiguration()] * 2",
+            "tf.config.set_logical_device_configuration(cpu, parts)",
+        ]
+    code = "; ".join([*two, *CLI[2].split("; ")])
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    config["text_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config["vision_config"]["drop_connect_rate"] = 0.0
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    settings |= {"model": str(tmp_path / "tiny"), "steps": 6, "save_every": 3, "log_every": 1}
+    outputs = {name: tmp_path / name for name in ("one", "two", "again")}
+
+    def losses(output):
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    def run(output, devices):
+        given = flags({**settings, "output": output, "devices": devices})
+        subprocess.run([sys.executable, "-c", code, "train", *given], check=True)
+
+    train(Recipe(**{**settings, "output": str(outputs["one"]), "devices": 1}))
+    run(outputs["two"], 2)
+    assert len(losses(outputs["one"])) == 6
+    np.testing.assert_allclose(losses(outputs["two"]), losses(outputs["one"]), atol=1e-5)
+
+    shutil.copytree(outputs["two"], outputs["again"])
+    shutil.rmtree(outputs["again"] / "checkpoint-6")
+    run(outputs["again"], 2)
+    for name in ("model.safetensors", "checkpoint-6/training_state.safetensors"):
+        found, expected = (
+            safetensors.numpy.load_file(outputs[run] / name) for run in ("again", "two")
+        )
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            np.testing.assert_array_equal(value, expected[key], err_msg=f"{name}: {key}")
+
+
+def test_devices_that_are_not_there_are_refused(settings):
+    with pytest.raises(ValueError, match="devices=8: found 1, .*CPU:0"):
+        train(Recipe(**settings, devices=8))
+    with pytest.raises(ValueError, match="batch_size=8: expected a multiple of devices=3"):
+        train(Recipe(**settings, devices=3))
+
+
 def test_a_broken_checkpoint_falls_back_to_the_one_before(settings, unbroken, capsys):
     output = pathlib.Path(settings["output"])
     shutil.copytree(unbroken, output)
