@@ -5,7 +5,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -30,10 +30,10 @@ class BatchingParameters:
         thread_pool_name: their name in the metrics.
         allowed_batch_sizes: a batch is filled up to one of them with copies of a row; the last is
             max_execution_batch_size.
-        pad_variable_length_inputs: merge inputs of different lengths, filled up at the end of each
-            dimension with zeros or empty strings. (TensorFlow Serving fills with the request's
-            first element, which a model cannot tell from a value.) An answer is as wide as the
-            batch was. Without it only requests of equal shapes are merged.
+        pad_variable_length_inputs: merge inputs that differ in dimensions which the signature
+            leaves open, filled up at their ends with zeros or empty strings. (TensorFlow Serving
+            fills with the request's first element, which a model cannot tell from a value.) An
+            answer is as wide as the batch was. Without it only requests of equal shapes are merged.
         enable_large_batch_splitting: a request may have more rows than a batch, up to
             max_batch_size, and is run in parts.
         max_execution_batch_size: rows of a batch when requests are split; None is max_batch_size.
@@ -161,6 +161,7 @@ class Batcher:
         queue: Hashable,
         run: Callable[[Arrays], dict[str, np.ndarray]],
         inputs: Arrays,
+        open_dims: Mapping[str, Collection[int]],
     ) -> dict[str, np.ndarray]:
         """Runs a request as part of a batch; blocks until it has run.
 
@@ -168,6 +169,7 @@ class Batcher:
             queue: requests are merged with others of the same queue.
             run: what runs a batch of this queue; each output has the batch as its first dimension.
             inputs: arrays by name, each with the batch as its first dimension.
+            open_dims: of each input, the dimensions that may be padded.
 
         Returns:
             This request's rows of the outputs.
@@ -195,14 +197,13 @@ class Batcher:
             if self._stopped:
                 raise RequestError("UNAVAILABLE", "The server is stopping")
             for task in tasks:
-                self._enqueue(queue, run, task)
+                self._enqueue(queue, run, task, self._kind(inputs, open_dims))
         parts = [task.result.result() for task in tasks]
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _enqueue(self, queue: Hashable, run: Callable, task: _Task) -> None:
-        kind = self._kind(task.inputs)
+    def _enqueue(self, queue: Hashable, run: Callable, task: _Task, kind: Hashable) -> None:
         batches = [batch for batch in self._waiting if batch.queue == queue]
         batch = next((batch for batch in reversed(batches) if batch.kind == kind), None)
         if batch is None or batch.rows + task.rows > self.parameters.batch_rows:
@@ -222,11 +223,16 @@ class Batcher:
             batch.due = task.queued
         self._changed.notify()
 
-    def _kind(self, inputs: Arrays) -> Hashable:
+    def _kind(self, inputs: Arrays, open_dims: Mapping[str, Collection[int]]) -> Hashable:
         """Returns what inputs that are concatenated must share."""
-        padded = self.parameters.pad_variable_length_inputs
+        if not self.parameters.pad_variable_length_inputs:
+            open_dims = dict.fromkeys(inputs, ())
         return tuple(
-            (name, array.dtype, array.ndim if padded else array.shape[1:])
+            (
+                name,
+                array.dtype,
+                *[None if n in open_dims[name] else array.shape[n] for n in range(1, array.ndim)],
+            )
             for name, array in sorted(inputs.items())
         )
 

@@ -123,7 +123,8 @@ class Servable:
         if self.batcher is None:
             outputs = run(arrays)
         else:
-            outputs = self.batcher.run((self, key, names), run, arrays)
+            open_dims = {name: _open_dims(info) for name, info in signature.inputs.items()}
+            outputs = self.batcher.run((self, key, names), run, arrays, open_dims)
         seconds = time.monotonic() - started
         self.metrics.observe("runtime_latency", seconds, self.name, "Predict", "TF1")
         return outputs
@@ -161,6 +162,10 @@ class Servable:
 
 def _as_array(value) -> np.ndarray:
     return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
+
+
+def _open_dims(info) -> list[int]:
+    return [number for number, dim in enumerate(info.tensor_shape.dim) if number and dim.size < 0]
 
 
 def _check_inputs(signature, inputs: Mapping[str, np.ndarray]) -> None:

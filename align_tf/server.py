@@ -385,6 +385,7 @@ class _HttpProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self.head_timeout = head_timeout
         self.head_timer: asyncio.TimerHandle | None = None
+        self.input_ended = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -398,6 +399,16 @@ class _HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch_head()
+
+    def eof_received(self) -> bool:
+        """Keeps the connection of a client that has sent all and still listens."""
+        self.input_ended = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        return self.input_ended
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.input_ended and self.cycle.response_complete:
+            self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.head_timer is not None:

@@ -46,7 +46,7 @@ def batching(**parameters):
             if s is not None:
                 inputs["s"] = np.array(s, object)
             before = sum(len(batch.tasks) for batch in batcher._waiting)
-            future = callers.submit(batcher.run, queue, run, inputs)
+            future = callers.submit(batcher.run, queue, run, inputs, {"x": {1}, "s": {1}})
             deadline = time.monotonic() + 0.2  # so that requests arrive in order
             while sum(len(batch.tasks) for batch in batcher._waiting) <= before:
                 if future.done() or time.monotonic() > deadline:
@@ -119,6 +119,16 @@ def test_inputs_of_different_lengths_are_padded_if_asked():
     assert len(model.calls) == 1 and model.calls[0]["x"].dtype == np.int32
 
 
+def test_a_dimension_that_is_not_open_is_not_padded():
+    model = Model()
+    parameters = {"max_batch_size": 3, "batch_timeout_micros": LONG}
+    with batching(**parameters, pad_variable_length_inputs=True) as send:
+        send(model, np.ones((1, 3, 2)))
+        send(model, np.ones((1, 3, 4)))
+        send(model, np.ones((1, 1, 4)))
+    assert [call["x"].shape for call in model.calls] == [(1, 3, 2), (2, 3, 4)]
+
+
 def test_a_batch_is_filled_up_to_an_allowed_size_with_copies_of_a_row():
     model = Model()
     with batching(max_batch_size=8, allowed_batch_sizes=(1, 4, 8)) as send:
@@ -182,7 +192,7 @@ def test_a_request_of_too_many_rows_is_refused_or_split():
 )
 def test_inputs_without_a_common_first_dimension_are_refused(inputs, message):
     with pytest.raises(RequestError, match=message):
-        Batcher(BatchingParameters(), Metrics()).run("q", Model(), inputs)
+        Batcher(BatchingParameters(), Metrics()).run("q", Model(), inputs, {})
 
 
 @pytest.mark.parametrize(
