@@ -238,11 +238,14 @@ class Batcher:
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
-            now, pool = time.monotonic(), self.parameters.thread_pool_name
-            for task in batch.tasks:
-                self.metrics.observe("batching_session:queuing_latency", now - task.queued, pool)
+            self._observe(batch)
             self._run(batch.run, batch.tasks)
             del batch  # or its arrays would stay until the next one
+
+    def _observe(self, batch: _Batch) -> None:
+        now, pool = time.monotonic(), self.parameters.thread_pool_name
+        for task in batch.tasks:
+            self.metrics.observe("batching_session:queuing_latency", now - task.queued, pool)
 
     def _next(self) -> _Batch | None:
         """Waits for a batch that is due; None when there is no more to come."""

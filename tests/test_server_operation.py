@@ -480,7 +480,7 @@ class Traffic:
                 self.answers.append(predict(self.port))
             except (OSError, http.client.HTTPException) as error:
                 self.failures.append(error)
-                time.sleep(0.01)
+                time.sleep(0.1)
 
 
 @pytest.mark.parametrize("batching", [None, BatchingParameters(8, 1000, num_batch_threads=2)])
