@@ -21,6 +21,7 @@ from align_tf.metrics import CONTENT_TYPE, Metrics
 from align_tf.servables import DEFAULT_SIGNATURE, Servable, Servables
 from align_tf.status_codes import RequestError, invalid_argument
 
+BODIES_AT_ONCE = 8  # of the largest size, that are kept until they are answered
 LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passed
 
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
@@ -56,6 +57,7 @@ class RestApp:
         """
         self.servables, self.gate, self.metrics = servables, gate, metrics
         self.metrics_path = metrics_path
+        self._kept_bytes = 0  # of all bodies
         self._pool = futures.ThreadPoolExecutor(gate.limits.threads, thread_name_prefix="rest")
 
     def close(self) -> None:
@@ -85,45 +87,51 @@ class RestApp:
         await response(scope, receive, send)
 
     async def _json_response(self, request: Request, path: str) -> Response:
+        body = bytearray()
         try:
-            body = await self._read_body(request)
+            await self._read_body(request, body)
+            encoding = request.headers.get("content-encoding", "")
+            status, content = await asyncio.get_running_loop().run_in_executor(
+                self._pool, self.answer, request.method, path, bytes(body), encoding
+            )
+            return Response(content, status, media_type="application/json")
         except _BodyRefused as error:
             content, headers = rest_json.error_body(str(error)), {"connection": "close"}
             return Response(content, error.status, headers, "application/json")
-        encoding = request.headers.get("content-encoding", "")
-        status, content = await asyncio.get_running_loop().run_in_executor(
-            self._pool, self.answer, request.method, path, body, encoding
-        )
-        return Response(content, status, media_type="application/json")
+        finally:
+            self._kept_bytes -= len(body)
 
-    async def _read_body(self, request: Request) -> bytes:
-        """Returns the body.
+    async def _read_body(self, request: Request, body: bytearray) -> None:
+        """Reads into body.
 
         The rest of one that is too large is read and dropped, within reason, so that a client that
         sends first and listens then gets to see the refusal.
         """
-        body, size, limit = bytearray(), 0, self.gate.limits.max_request_bytes
+        size, limits = 0, self.gate.limits
         clock = asyncio.get_running_loop().time
         started, more = clock(), True
         while more:
-            allowed = self.gate.limits.client_timeout + size / LEAST_BYTES_PER_SECOND
+            allowed = limits.client_timeout + size / LEAST_BYTES_PER_SECOND
             try:
                 message = await asyncio.wait_for(request.receive(), started + allowed - clock())
             except asyncio.TimeoutError:
                 raise _BodyRefused(408, f"The body did not come within {allowed:g} s") from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            if size <= limit:
-                body += message.get("body", b"")
-            elif size > 4 * limit:
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= limits.max_request_bytes:
+                if self._kept_bytes + len(chunk) > BODIES_AT_ONCE * limits.max_request_bytes:
+                    raise _BodyRefused(503, "Too many large requests at once: try again later")
+                body += chunk
+                self._kept_bytes += len(chunk)
+            elif size > 4 * limits.max_request_bytes:
                 break
             else:
+                self._kept_bytes -= len(body)
                 body.clear()
-        if size > limit:
-            raise _BodyRefused(413, f"Request body is larger than {limit} bytes")
-        return bytes(body)
+        if size > limits.max_request_bytes:
+            raise _BodyRefused(413, f"Request body is larger than {limits.max_request_bytes} bytes")
 
     def answer(self, method: str, path: str, body: bytes, encoding: str) -> tuple[int, bytes]:
         """Returns the HTTP status and the body that answer a request."""

@@ -52,6 +52,7 @@ from align_tf.status_codes import RequestError, invalid_argument
 
 MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
 GRACE_SECONDS = 20.0  # that requests in flight have when the server stops
+ON_ITS_WAY_SECONDS = 1.0  # that a connection without a request has when the server stops
 HEALTH_SERVICES = (  # of grpc.health.v1; "" is the server as a whole
     "",
     "tensorflow.serving.PredictionService",
@@ -376,16 +377,18 @@ class ModelServer:
 
 
 class _HttpProtocol(H11Protocol):
-    """uvicorn's HTTP, which lets go of a client that does not send a request's head in time.
+    """uvicorn's HTTP, but for clients that are slow, silent, or new when the server stops.
 
-    uvicorn itself waits for ever for the head of a first request, or for the rest of one begun.
+    uvicorn itself waits for ever for the head of a first request, or for the rest of one begun. It
+    gives no answer to a client that has closed its sending side, or that has connected when the
+    server stops and whose request is on its way.
     """
 
     def __init__(self, head_timeout: float, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.head_timeout = head_timeout
         self.head_timer: asyncio.TimerHandle | None = None
-        self.input_ended = False
+        self.input_ended = self.stopping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -398,7 +401,20 @@ class _HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.stopping and self.cycle is not None:
+            self.cycle.keep_alive = False
         self._watch_head()
+
+    def shutdown(self) -> None:
+        self.stopping = True
+        if self.cycle is None:
+            self.loop.call_later(ON_ITS_WAY_SECONDS, self._close_unused)
+        else:
+            super().shutdown()
+
+    def _close_unused(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            super().shutdown()
 
     def eof_received(self) -> bool:
         """Keeps the connection of a client that has sent all and still listens."""
@@ -430,11 +446,19 @@ def _in_url(host: str) -> str:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """Takes a port, which refuses connections until it is listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named, asyncio sets TCP_NODELAY on what it accepts.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind((host, port))
     except (OSError, OverflowError) as error:
+        taken.close()
         raise OSError(f"{host}:{port}: cannot listen: {error}") from None
+    return taken
 
 
 def serve(server: ModelServer) -> None:
@@ -442,7 +466,7 @@ def serve(server: ModelServer) -> None:
 
     Raises: what its start() does.
     """
-    with _stop_signals() as received, server:
+    with server, _stop_signals() as received:
         print(server.summary, file=sys.stderr, flush=True)
         _wait_for(received)
         print("Stopping ...", file=sys.stderr, flush=True)
