@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from align_tf.limits import Limits
 from align_tf.recipe import Recipe, read_recipe
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
@@ -195,6 +196,18 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--grpc-port", type=int, default=8500)
     serve.add_argument("--rest-port", type=int, default=8501)
+    serve.add_argument(
+        "--enable-batching", action="store_true", help="merge requests of different callers"
+    )
+    serve.add_argument(
+        "--batching-parameters-file", metavar="FILE", help="TensorFlow Serving's, in text"
+    )
+    serve.add_argument(
+        "--monitoring-config-file", metavar="FILE", help="TensorFlow Serving's, in text"
+    )
+    for field in dataclasses.fields(Limits):
+        flag = f"--{field.name.replace('_', '-')}"
+        serve.add_argument(flag, type=field.type, default=field.default, help="%(default)s")
     return parser
 
 
@@ -445,16 +458,33 @@ def _convert(arguments: Any) -> int:
 def _serve(arguments: Any) -> int:
     if (arguments.directory is None) == (arguments.model_config_file is None):
         raise ValueError("expected a SavedModel folder or --model-config-file, one of them")
+    if arguments.batching_parameters_file is not None and not arguments.enable_batching:
+        raise ValueError("--batching-parameters-file is for --enable-batching")
     _import_tensorflow()
-    from align_tf import server
+    from align_tf import batching, metrics, server
 
+    parameters = None
+    if arguments.batching_parameters_file is not None:
+        parameters = batching.read_batching_parameters(arguments.batching_parameters_file)
+    elif arguments.enable_batching:
+        parameters = batching.BatchingParameters()
+    metrics_path = None
+    if arguments.monitoring_config_file is not None:
+        metrics_path = metrics.read_monitoring_config(arguments.monitoring_config_file)
+    names = [field.name for field in dataclasses.fields(Limits)]
+    limits = Limits(**{name: getattr(arguments, name) for name in names})
     server.serve(
-        arguments.directory,
-        model_name=arguments.model_name,
-        model_config_file=arguments.model_config_file,
-        host=arguments.host,
-        grpc_port=arguments.grpc_port,
-        rest_port=arguments.rest_port,
+        server.ModelServer(
+            arguments.directory,
+            model_name=arguments.model_name,
+            model_config_file=arguments.model_config_file,
+            host=arguments.host,
+            grpc_port=arguments.grpc_port,
+            rest_port=arguments.rest_port,
+            batching=parameters,
+            limits=limits,
+            metrics_path=metrics_path,
+        )
     )
     return 0
 

@@ -1,24 +1,28 @@
 """The embedded server's REST half: TensorFlow Serving's routes as an ASGI application."""
 
+import asyncio
 import re
 import traceback
 import urllib.parse
 import zlib
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import tensorflow as tf
 from google.protobuf import json_format
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
 from align_tf import rapidjson, rest_json
+from align_tf.limits import Gate
+from align_tf.metrics import CONTENT_TYPE, Metrics
 from align_tf.servables import DEFAULT_SIGNATURE, Servable, Servables
 from align_tf.status_codes import RequestError, invalid_argument
 
-MAX_REQUEST_BYTES = 256 * 2**20  # of a body, also after decompression
+BODIES_AT_ONCE = 8  # of the largest size, that are kept until they are answered
+LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passed
 
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _POST_PATH = re.compile(
@@ -36,8 +40,29 @@ _NOT_FOUND_PAGE = (
 class RestApp:
     """The ASGI application. Its routes know no case and keep the query string as part of them."""
 
-    def __init__(self, servables: Servables):
-        self.servables = servables
+    def __init__(
+        self,
+        servables: Servables,
+        gate: Gate,
+        metrics: Metrics,
+        metrics_path: str | None,
+    ):
+        """Makes the application; its close() ends its threads.
+
+        Args:
+            servables: what is served.
+            gate: surrounds a prediction, and knows the limits on bodies.
+            metrics: is told of predictions.
+            metrics_path: where the metrics are; None for nowhere.
+        """
+        self.servables, self.gate, self.metrics = servables, gate, metrics
+        self.metrics_path = metrics_path
+        self._kept_bytes = 0  # of all bodies
+        self._pool = futures.ThreadPoolExecutor(gate.limits.threads, thread_name_prefix="rest")
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         request = Request(scope, receive)
@@ -45,7 +70,10 @@ class RestApp:
         if scope["query_string"]:
             target += b"?" + scope["query_string"]
         path = target.decode("utf-8", "replace")
-        if not path.lower().startswith("/v1/"):
+        if path == self.metrics_path and request.method == "GET":
+            response = Response(self.metrics.page(), media_type=None)
+            response.headers["content-type"] = CONTENT_TYPE
+        elif not path.lower().startswith("/v1/"):
             response = Response(_NOT_FOUND_PAGE, 404, media_type=None)
             response.headers["content-type"] = "text/html"
         elif request.method == "OPTIONS":
@@ -59,24 +87,57 @@ class RestApp:
         await response(scope, receive, send)
 
     async def _json_response(self, request: Request, path: str) -> Response:
-        body = await _read_body(request)
-        if body is None:
-            message = f"Request body is larger than {MAX_REQUEST_BYTES} bytes"
-            return Response(
-                rest_json.error_body(message), 413, {"connection": "close"}, "application/json"
+        body = bytearray()
+        try:
+            await self._read_body(request, body)
+            encoding = request.headers.get("content-encoding", "")
+            status, content = await asyncio.get_running_loop().run_in_executor(
+                self._pool, self.answer, request.method, path, bytes(body), encoding
             )
-        encoding = request.headers.get("content-encoding", "")
-        status, content = await run_in_threadpool(self.answer, request.method, path, body, encoding)
-        return Response(content, status, media_type="application/json")
+            return Response(content, status, media_type="application/json")
+        except _BodyRefused as error:
+            content, headers = rest_json.error_body(str(error)), {"connection": "close"}
+            return Response(content, error.status, headers, "application/json")
+        finally:
+            self._kept_bytes -= len(body)
+
+    async def _read_body(self, request: Request, body: bytearray) -> None:
+        """Reads into body.
+
+        The rest of one that is too large is read and dropped, within reason, so that a client that
+        sends first and listens then gets to see the refusal.
+        """
+        size, limits = 0, self.gate.limits
+        clock = asyncio.get_running_loop().time
+        started, more = clock(), True
+        while more:
+            allowed = limits.client_timeout + size / LEAST_BYTES_PER_SECOND
+            try:
+                message = await asyncio.wait_for(request.receive(), started + allowed - clock())
+            except asyncio.TimeoutError:
+                raise _BodyRefused(408, f"The body did not come within {allowed:g} s") from None
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= limits.max_request_bytes:
+                if self._kept_bytes + len(chunk) > BODIES_AT_ONCE * limits.max_request_bytes:
+                    raise _BodyRefused(503, "Too many large requests at once: try again later")
+                body += chunk
+                self._kept_bytes += len(chunk)
+            elif size > 4 * limits.max_request_bytes:
+                break
+            else:
+                self._kept_bytes -= len(body)
+                body.clear()
+        if size > limits.max_request_bytes:
+            raise _BodyRefused(413, f"Request body is larger than {limits.max_request_bytes} bytes")
 
     def answer(self, method: str, path: str, body: bytes, encoding: str) -> tuple[int, bytes]:
         """Returns the HTTP status and the body that answer a request."""
         try:
-            if encoding.lower() == "gzip":
-                body = _gunzip(body)
             if method == "POST" and (match := _POST_PATH.fullmatch(path)):
-                call = self._predict if match["method"].lower() == "predict" else self._classify
-                return 200, call(match, body)
+                return 200, self._run(match, body, encoding)
             if method == "GET" and (match := _GET_PATH.fullmatch(path)):
                 return 200, self._describe(match)
             raise invalid_argument(f"Malformed request: {method} {path}")
@@ -89,6 +150,14 @@ class RestApp:
         except Exception as error:
             traceback.print_exc()
             return 500, rest_json.error_body(f"{type(error).__name__}: {error}")
+
+    def _run(self, match: re.Match, body: bytes, encoding: str) -> bytes:
+        method = match["method"].lower()
+        model = self.servables.label(urllib.parse.unquote(match["name"]))
+        with self.metrics.request(model, method, "REST"), self.gate:
+            if encoding.lower() == "gzip":
+                body = _gunzip(body, self.gate.limits.max_request_bytes)
+            return (self._predict if method == "predict" else self._classify)(match, body)
 
     def _predict(self, match: re.Match, body: bytes) -> bytes:
         spec = _model_spec(match)
@@ -130,34 +199,20 @@ class RestApp:
         ).encode()
 
 
-async def _read_body(request: Request) -> bytes | None:
-    """Returns the body, or None if it is too large.
-
-    The rest of one that is too large is read and dropped, within reason, so that a client that
-    sends first and listens then gets to see the refusal.
-    """
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= MAX_REQUEST_BYTES:
-            body += chunk
-        elif size > 4 * MAX_REQUEST_BYTES:
-            break
-        else:
-            body.clear()
-    return bytes(body) if size <= MAX_REQUEST_BYTES else None
+class _BodyRefused(Exception):
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
 
 
-def _gunzip(body: bytes) -> bytes:
+def _gunzip(body: bytes, limit: int) -> bytes:
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
-        plain = decompressor.decompress(body, MAX_REQUEST_BYTES)
+        plain = decompressor.decompress(body, limit)
     except zlib.error as error:
         raise invalid_argument(f"Failed to decompress the gzip body: {error}") from None
     if decompressor.unconsumed_tail:
-        raise RequestError(
-            "RESOURCE_EXHAUSTED", f"Request body is larger than {MAX_REQUEST_BYTES} bytes"
-        )
+        raise RequestError("RESOURCE_EXHAUSTED", f"Request body is larger than {limit} bytes")
     if not decompressor.eof:
         raise invalid_argument("Failed to decompress the gzip body: it is cut off")
     return plain

@@ -1,16 +1,17 @@
 """SavedModels in memory: loading, version policy and labels, new versions found while serving."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers its ops, which a SavedModel may use
-from google.protobuf import text_format
 from tensorflow.core.protobuf.error_codes_pb2 import Code
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -20,6 +21,9 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2
 
+from align_tf.batching import Batcher
+from align_tf.metrics import Metrics
+from align_tf.serving_protos import read_text_proto
 from align_tf.status_codes import RequestError, invalid_argument
 
 VersionStatus = get_model_status_pb2.ModelVersionStatus
@@ -36,8 +40,22 @@ class Servable:
     call from several threads, and is closed when the last call in flight has let go of it.
     """
 
-    def __init__(self, folder: pathlib.Path, name: str, version: int):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        name: str,
+        version: int,
+        metrics: Metrics,
+        batcher: Batcher | None = None,
+    ):
         """Loads a SavedModel and runs its recorded warmup requests.
+
+        Args:
+            folder: holds saved_model.pb.
+            name: of the model.
+            version: of the model.
+            metrics: is told how long runs take.
+            batcher: runs the requests; None runs each as it comes.
 
         Raises:
             tf.errors.OpError, RuntimeError, OSError, ValueError: the folder holds no SavedModel
@@ -45,6 +63,7 @@ class Servable:
             RequestError: a warmup request fails.
         """
         self.name, self.version = name, version
+        self.metrics, self.batcher = metrics, batcher
         config = tf.compat.v1.ConfigProto()
         config.gpu_options.allow_growth = True
         self.graph = tf.Graph()
@@ -97,9 +116,24 @@ class Servable:
             raise RequestError("FAILED_PRECONDITION", f'Serving signature key "{key}" not found.')
         signature = self.signatures[key]
         _check_inputs(signature, inputs)
-        names = _checked_filter(signature, output_filter)
+        names = tuple(_checked_filter(signature, output_filter))
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        run = functools.partial(self._run, signature, names)
+        started = time.monotonic()
+        if self.batcher is None:
+            outputs = run(arrays)
+        else:
+            open_dims = {name: _open_dims(info) for name, info in signature.inputs.items()}
+            outputs = self.batcher.run((self, key, names), run, arrays, open_dims)
+        seconds = time.monotonic() - started
+        self.metrics.observe("runtime_latency", seconds, self.name, "Predict", "TF1")
+        return outputs
+
+    def _run(
+        self, signature, names: Iterable[str], inputs: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         feeds = {
-            self._tensor(signature.inputs[name].name): np.asarray(value)
+            self._tensor(signature.inputs[name].name): value
             for name, value in sorted(inputs.items())
         }
         fetches = [self._tensor(signature.outputs[name].name) for name in names]
@@ -128,6 +162,10 @@ class Servable:
 
 def _as_array(value) -> np.ndarray:
     return np.array(value, object) if isinstance(value, bytes) else np.asarray(value)
+
+
+def _open_dims(info) -> list[int]:
+    return [number for number, dim in enumerate(info.tensor_shape.dim) if number and dim.size < 0]
 
 
 def _check_inputs(signature, inputs: Mapping[str, np.ndarray]) -> None:
@@ -209,12 +247,7 @@ def read_model_config_file(path: str | os.PathLike) -> list[ModelConfig]:
         ValueError: the file does not parse, lists no model, or one that is not TensorFlow's.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model config file")
-    try:
-        proto = text_format.Parse(path.read_text(), model_server_config_pb2.ModelServerConfig())
-    except text_format.ParseError as error:
-        raise ValueError(f"{path}: not a model_config_list: {error}") from None
+    proto = read_text_proto(path, model_server_config_pb2.ModelServerConfig(), "model config")
     configs = [_model_config(entry, path) for entry in proto.model_config_list.config]
     names = [config.name for config in configs]
     if not names or "" in names or len(set(names)) < len(names):
@@ -251,7 +284,10 @@ def _version_status(version: int, state: int, code: int = 0, message: str = "") 
 class Servables:
     """The versions that are served, kept in step with the folders."""
 
-    def __init__(self, configs: Iterable[ModelConfig]):
+    def __init__(
+        self, configs: Iterable[ModelConfig], metrics: Metrics, batcher: Batcher | None = None
+    ):
+        self.metrics, self.batcher = metrics, batcher
         self.configs = {config.name: config for config in configs}
         self._available: dict[str, dict[int, Servable]] = {name: {} for name in self.configs}
         self._statuses: dict[str, dict[int, VersionStatus]] = {name: {} for name in self.configs}
@@ -296,6 +332,10 @@ class Servables:
     def versions(self, name: str) -> list[int]:
         """Returns the served versions of a model."""
         return sorted(self._available[name])
+
+    def label(self, name: str) -> str:
+        """Returns a model's name as metrics tell it: "" for one that is not served at all."""
+        return name if name in self.configs else ""
 
     def find(self, spec: model_pb2.ModelSpec) -> Servable:
         """Returns the servable that a request's model_spec names; the newest if no version.
@@ -378,7 +418,7 @@ class Servables:
         if failed_before is None or failed_before.state == VersionStatus.END:
             statuses[version] = _version_status(version, VersionStatus.LOADING)
         try:
-            servable = Servable(folder, name, version)
+            servable = Servable(folder, name, version, self.metrics, self.batcher)
         except (tf.errors.OpError, RequestError, RuntimeError, OSError, ValueError) as error:
             code = error.error_code if isinstance(error, tf.errors.OpError) else tf.errors.UNKNOWN
             message = str(getattr(error, "message", error))

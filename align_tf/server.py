@@ -1,5 +1,6 @@
 """The embedded server: TensorFlow Serving's gRPC and REST, for any SavedModel, on one machine."""
 
+import asyncio
 import contextlib
 import functools
 import os
@@ -16,8 +17,10 @@ from typing import Any
 
 try:
     import grpc
+    import h11
     import starlette  # noqa: F401
     import uvicorn
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
     from tensorflow_serving.apis import (
         get_model_metadata_pb2,
         get_model_status_pb2,
@@ -25,6 +28,7 @@ try:
         predict_pb2,
         prediction_service_pb2_grpc,
     )
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'The server needs extra packages: pip install "align-tf[serve]"', name=error.name
@@ -34,7 +38,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-from align_tf.rest_api import MAX_REQUEST_BYTES, RestApp
+from align_tf.batching import Batcher, BatchingParameters
+from align_tf.limits import Gate, Limits
+from align_tf.metrics import Metrics
+from align_tf.rest_api import RestApp
 from align_tf.servables import (
     DEFAULT_SIGNATURE,
     ModelConfig,
@@ -43,9 +50,15 @@ from align_tf.servables import (
 )
 from align_tf.status_codes import RequestError, invalid_argument
 
-GRPC_THREADS = 16
 MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
-GRACE_SECONDS = 5.0  # that requests in flight have when the server stops
+GRACE_SECONDS = 20.0  # that requests in flight have when the server stops
+ON_ITS_WAY_SECONDS = 1.0  # that a connection without a request has when the server stops
+HEALTH_SERVICES = (  # of grpc.health.v1; "" is the server as a whole
+    "",
+    "tensorflow.serving.PredictionService",
+    "tensorflow.serving.ModelService",
+)
+SILENCE_SECONDS = 60  # after which a connection whose other end does not acknowledge is closed
 
 # The field of TensorProto that holds a dtype's values, as TensorFlow Serving fills it.
 _PROTO_FIELDS = {
@@ -73,7 +86,7 @@ def _aborting(method: Callable) -> Callable:
     @functools.wraps(method)
     def wrapped(self, request, context):
         try:
-            return method(self, request)
+            return method(self, request, context)
         except RequestError as error:
             context.abort(grpc.StatusCode[error.code], _shortened(error.message))
         except MemoryError:
@@ -93,11 +106,20 @@ def _shortened(message: str) -> str:
 
 
 class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, servables: Servables):
-        self.servables = servables
+    def __init__(self, servables: Servables, gate: Gate, metrics: Metrics):
+        self.servables, self.gate, self.metrics = servables, gate, metrics
 
     @_aborting
-    def Predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+    def Predict(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> predict_pb2.PredictResponse:
+        model = self.servables.label(request.model_spec.name)
+        with self.metrics.request(model, "Predict", "GRPC"), self.gate:
+            if not context.is_active():  # its deadline has passed while it waited
+                raise RequestError("CANCELLED", "The caller has gone")
+            return self._predict(request)
+
+    def _predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
         _require_model_spec(request)
         servable = self.servables.find(request.model_spec)
         outputs = servable.predict(
@@ -115,7 +137,9 @@ class _PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     @_aborting
     def GetModelMetadata(
-        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+        self,
+        request: get_model_metadata_pb2.GetModelMetadataRequest,
+        context: grpc.ServicerContext,
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         _require_model_spec(request)
         if not request.metadata_field:
@@ -134,7 +158,9 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
 
     @_aborting
     def GetModelStatus(
-        self, request: get_model_status_pb2.GetModelStatusRequest
+        self,
+        request: get_model_status_pb2.GetModelStatusRequest,
+        context: grpc.ServicerContext,
     ) -> get_model_status_pb2.GetModelStatusResponse:
         _require_model_spec(request)
         return self.servables.status(request.model_spec)
@@ -184,6 +210,9 @@ class ModelServer:
         rest_port: int = 0,
         host: str = "127.0.0.1",
         model_config_file: str | os.PathLike | None = None,
+        batching: BatchingParameters | None = None,
+        limits: Limits | None = None,
+        metrics_path: str | None = None,
     ):
         """Makes a server that does not listen yet.
 
@@ -194,9 +223,12 @@ class ModelServer:
             rest_port: 0 takes a free one.
             host: the address to listen on; the default is reached from this machine alone.
             model_config_file: TensorFlow Serving's model_config_list, in place of model_dir.
+            batching: merge requests of different callers; None runs each on its own.
+            limits: on the size and the number of requests, and on slow clients; None is Limits().
+            metrics_path: where REST serves metrics for Prometheus; None for nowhere.
 
         Raises:
-            ValueError: not exactly one of model_dir and model_config_file is given, or the file
+            ValueError: not exactly one of model_dir and model_config_file is given, the file
                 is not a model_config_list.
             FileNotFoundError: there is no such folder or file.
         """
@@ -210,7 +242,10 @@ class ModelServer:
             configs = [ModelConfig(model_name, pathlib.Path(model_dir).absolute())]
         self.host, self.grpc_port, self.rest_port = host, grpc_port, rest_port
         self.model_names = [config.name for config in configs]
-        self._servables = Servables(configs)
+        self._metrics, self._metrics_path = Metrics(), metrics_path
+        self._gate = Gate(limits or Limits())
+        self._batcher = batching and Batcher(batching, self._metrics)
+        self._servables = Servables(configs, self._metrics, self._batcher)
         self._stack = contextlib.ExitStack()
 
     def start(self) -> None:
@@ -225,11 +260,15 @@ class ModelServer:
             rest_socket = stack.enter_context(_bind(self.host, self.rest_port))
             with _bind(self.host, self.grpc_port):
                 pass  # gRPC's own refusal does not say why
+            if self._batcher is not None:
+                self._batcher.start()
+                stack.callback(self._batcher.stop)
             stack.callback(self._servables.stop)
             self._servables.start()
-            self.grpc_port = self._start_grpc(stack)
-            self.rest_port = rest_socket.getsockname()[1]
-            self._start_rest(stack, rest_socket)
+            stop_grpc = self._start_grpc(stack)
+            stop_rest = self._start_rest(stack, rest_socket)
+            # The first to run: both refuse what is new before either waits for what is in flight.
+            stack.callback(lambda: [stop() for stop in (stop_grpc, stop_rest)])
             self._stack = stack.pop_all()
 
     def stop(self) -> None:
@@ -263,31 +302,53 @@ class ModelServer:
             f"REST at http://{host}:{self.rest_port}/v1/models/{name}"
         )
 
-    def _start_grpc(self, stack: contextlib.ExitStack) -> int:
+    def _start_grpc(self, stack: contextlib.ExitStack) -> Callable[[], Any]:
+        """Starts gRPC, has the stack end it, and returns what makes it refuse new calls."""
         options = [
-            ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+            ("grpc.max_receive_message_length", self._gate.limits.max_request_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", SILENCE_SECONDS * 1000),
+            ("grpc.http2.max_pings_without_data", 0),
         ]
-        server = grpc.server(futures.ThreadPoolExecutor(GRPC_THREADS), options=options)
+        pool = futures.ThreadPoolExecutor(self._gate.limits.threads)
+        server = grpc.server(pool, options=options)
         prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-            _PredictionService(self._servables), server
+            _PredictionService(self._servables, self._gate, self._metrics), server
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             _ModelService(self._servables), server
         )
+        checks = health.HealthServicer(
+            experimental_non_blocking=True,
+            experimental_thread_pool=futures.ThreadPoolExecutor(1),
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        for service in HEALTH_SERVICES:
+            checks.set(service, health_pb2.HealthCheckResponse.SERVING)
         address = f"{_in_url(self.host)}:{self.grpc_port}"
         try:
-            port = server.add_insecure_port(address)
+            self.grpc_port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"{address}: cannot listen: {error}") from None
         server.start()
-        stack.callback(lambda: server.stop(GRACE_SECONDS).wait())
-        return port
+        stopped: list[threading.Event] = []
 
-    def _start_rest(self, stack: contextlib.ExitStack, rest_socket: socket.socket) -> None:
+        def stop():
+            checks.enter_graceful_shutdown()
+            stopped.append(server.stop(GRACE_SECONDS))
+
+        stack.callback(lambda: (stopped[0] if stopped else server.stop(None)).wait())
+        return stop
+
+    def _start_rest(
+        self, stack: contextlib.ExitStack, rest_socket: socket.socket
+    ) -> Callable[[], Any]:
+        """Starts REST, has the stack end it, and returns what makes it refuse new requests."""
+        app = RestApp(self._servables, self._gate, self._metrics, self._metrics_path)
         config = uvicorn.Config(
-            RestApp(self._servables),
+            app,
+            http=functools.partial(_HttpProtocol, self._gate.limits.client_timeout),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -296,6 +357,7 @@ class ModelServer:
             timeout_graceful_shutdown=int(GRACE_SECONDS),
         )
         server = uvicorn.Server(config)
+        self.rest_port = rest_socket.getsockname()[1]
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [rest_socket]}, name="rest", daemon=True
         )
@@ -303,13 +365,80 @@ class ModelServer:
 
         def stop():
             server.should_exit = True
-            thread.join()
 
+        stack.callback(app.close)
+        stack.callback(thread.join)
         stack.callback(stop)
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         if not server.started:
             raise OSError(f"{self.host}:{self.rest_port}: the REST server did not start")
+        return stop
+
+
+class _HttpProtocol(H11Protocol):
+    """uvicorn's HTTP, but for clients that are slow, silent, or new when the server stops.
+
+    uvicorn itself waits for ever for the head of a first request, or for the rest of one begun. It
+    gives no answer to a client that has closed its sending side, or that has connected when the
+    server stops and whose request is on its way.
+    """
+
+    def __init__(self, head_timeout: float, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.head_timeout = head_timeout
+        self.head_timer: asyncio.TimerHandle | None = None
+        self.input_ended = self.stopping = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # also for one that stops reading its answer
+            milliseconds = SILENCE_SECONDS * 1000
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        self._watch_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.stopping and self.cycle is not None:
+            self.cycle.keep_alive = False
+        self._watch_head()
+
+    def shutdown(self) -> None:
+        self.stopping = True
+        if self.cycle is None:
+            self.loop.call_later(ON_ITS_WAY_SECONDS, self._close_unused)
+        else:
+            super().shutdown()
+
+    def _close_unused(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            super().shutdown()
+
+    def eof_received(self) -> bool:
+        """Keeps the connection of a client that has sent all and still listens."""
+        self.input_ended = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        return self.input_ended
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.input_ended and self.cycle.response_complete:
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+        super().connection_lost(error)
+
+    def _watch_head(self) -> None:
+        """Starts the timer where a head is awaited, and stops it where one has come."""
+        if self.conn.their_state is not h11.IDLE:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
+        elif self.head_timer is None:
+            self.head_timer = self.loop.call_later(self.head_timeout, self.transport.close)
 
 
 def _in_url(host: str) -> str:
@@ -317,34 +446,26 @@ def _in_url(host: str) -> str:
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """Takes a port, which refuses connections until it is listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named, asyncio sets TCP_NODELAY on what it accepts.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        taken.bind((host, port))
     except (OSError, OverflowError) as error:
+        taken.close()
         raise OSError(f"{host}:{port}: cannot listen: {error}") from None
+    return taken
 
 
-def serve(
-    model_dir: str | os.PathLike | None,
-    *,
-    model_name: str = "align",
-    grpc_port: int = 8500,
-    rest_port: int = 8501,
-    host: str = "127.0.0.1",
-    model_config_file: str | os.PathLike | None = None,
-) -> None:
-    """Serves until SIGINT or SIGTERM; says on stderr when it is ready.
+def serve(server: ModelServer) -> None:
+    """Runs a server until SIGINT or SIGTERM; says on stderr when it is ready.
 
-    Args and Raises: those of ModelServer and its start().
+    Raises: what its start() does.
     """
-    server = ModelServer(
-        model_dir,
-        model_name=model_name,
-        grpc_port=grpc_port,
-        rest_port=rest_port,
-        host=host,
-        model_config_file=model_config_file,
-    )
     with server, _stop_signals() as received:
         print(server.summary, file=sys.stderr, flush=True)
         _wait_for(received)

@@ -39,6 +39,15 @@ class RequestError(Exception):
         return HTTP_STATUS[self.code]
 
 
+class Overloaded(RequestError):
+    """The server has too much to do: RESOURCE_EXHAUSTED over gRPC, 503 over HTTP."""
+
+    http_status = HTTP_STATUS["UNAVAILABLE"]
+
+    def __init__(self, message: str):
+        super().__init__("RESOURCE_EXHAUSTED", message)
+
+
 def invalid_argument(message: str) -> RequestError:
     """Returns the commonest of them."""
     return RequestError("INVALID_ARGUMENT", message)

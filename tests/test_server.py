@@ -28,7 +28,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from align_tf import rapidjson, rest_api, servables
+from align_tf import rapidjson, servables
+from align_tf.limits import Limits
 from align_tf.servables import ModelConfig, read_model_config_file
 from align_tf.server import ModelServer
 from align_tf.status_codes import RequestError
@@ -55,6 +56,15 @@ def stubs(server):
             prediction_service_pb2_grpc.PredictionServiceStub(channel),
             model_service_pb2_grpc.ModelServiceStub(channel),
         )
+
+
+@pytest.fixture(scope="module")
+def small_server():
+    """One that takes 1000 bytes, in a second, and has room for two predictions."""
+    limits = Limits(1000, max_concurrent_requests=1, max_queued_requests=1, client_timeout=1)
+    config = GOLDENS / "models.config"
+    with ModelServer(None, model_config_file=config, limits=limits) as running:
+        yield running
 
 
 def ask(server, method, path, body=None, headers=None):
@@ -353,8 +363,8 @@ def test_gzip_body(server):
         assert answer["error"].startswith("Failed to decompress the gzip body")
 
 
-def test_a_body_over_the_limit_is_refused(server, monkeypatch):
-    monkeypatch.setattr(rest_api, "MAX_REQUEST_BYTES", 1000)
+def test_a_body_over_the_limit_is_refused(small_server):
+    server = small_server
     text = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 2000)
     expected = {"error": "Request body is larger than 1000 bytes"}
     assert predict(server, text) == (413, expected)
@@ -636,7 +646,7 @@ def test_model_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nonsense {", "not a model_config_list"),
+        ("nonsense {", "not a model config file"),
         ("", "expected models"),
         ('model_config_list { config { name: "a" } config { name: "a" } }', "name of their own"),
         ('model_config_list { config { name: "a" model_platform: "x" } }', 'expected "tensorflow"'),
@@ -745,8 +755,8 @@ def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatc
 
 SERVE = """
 import sys
-from align_tf.server import serve
-serve(sys.argv[1], grpc_port=0, rest_port=0)
+from align_tf.server import ModelServer, serve
+serve(ModelServer(sys.argv[1]))
 """
 
 
@@ -771,7 +781,9 @@ def test_serve_says_where_and_stops_on_a_signal():
             assert process.wait(300) == 0
 
 
-@pytest.mark.parametrize("package", ["grpc", "starlette", "uvicorn", "tensorflow_serving"])
+@pytest.mark.parametrize(
+    "package", ["grpc", "grpc_health", "starlette", "uvicorn", "tensorflow_serving"]
+)
 def test_a_missing_extra_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import align_tf.server"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,0 +1,66 @@
+"""What the embedded server takes at most, and the gate that keeps to it."""
+
+import dataclasses
+import threading
+
+from align_tf.status_codes import Overloaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The embedded server's limits.
+
+    Attributes:
+        max_request_bytes: of a REST body, also after decompression, or of a gRPC message.
+        max_concurrent_requests: predictions at work, over REST and gRPC together; one that waits
+            for its batch is at work.
+        max_queued_requests: predictions that wait for one at work to end. Any more are refused:
+            RESOURCE_EXHAUSTED over gRPC, 503 over REST.
+        client_timeout: seconds that the head of a REST request may take, and its body; a body has
+            a second more for each 64 KiB that have come. Then the connection is closed.
+    """
+
+    max_request_bytes: int = 256 * 2**20
+    max_concurrent_requests: int = 32
+    max_queued_requests: int = 128
+    client_timeout: float = 30.0
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 0 or (value == 0 and name != "max_queued_requests"):
+                raise ValueError(f"{name} is {value}, expected a positive number")
+
+    @property
+    def threads(self) -> int:
+        """Threads for one protocol: those of predictions, and some to tell status and health."""
+        return self.max_concurrent_requests + self.max_queued_requests + 4
+
+
+class Gate:
+    """Lets predictions through up to a limit, has some more wait, and refuses the others.
+
+    As a context manager it surrounds the work on one.
+    """
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        places = limits.max_concurrent_requests + limits.max_queued_requests
+        self._places = threading.Semaphore(places)
+        self._turns = threading.Semaphore(limits.max_concurrent_requests)
+
+    def __enter__(self) -> None:
+        """Waits for this request's turn.
+
+        Raises:
+            Overloaded: too many wait already.
+        """
+        if not self._places.acquire(blocking=False):
+            raise Overloaded(
+                f"The server has {self.limits.max_concurrent_requests} requests at work and "
+                f"{self.limits.max_queued_requests} waiting, its limits: try again later"
+            )
+        self._turns.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._turns.release()
+        self._places.release()

@@ -1,0 +1,644 @@
+"""The server as it is operated: batching, limits, slow clients, health, metrics, its end."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+import tensorflow as tf
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from align_tf import cli, servables
+from align_tf.batching import BatchingParameters
+from align_tf.limits import Limits
+from align_tf.metrics import DEFAULT_PATH, Metrics, read_monitoring_config
+from align_tf.server import ModelServer, _bind
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
+PROBE = GOLDENS / "probe"
+ROW = b'{"instances": [[1, 2, 3, 4]]}'
+ANSWER = {"predictions": [[17.1428566, 20.0, 22.8571434]]}  # of version 2
+PREDICT = "/v1/models/align:predict"
+
+
+def ask(port, method="POST", path=PREDICT, body=ROW):
+    """Returns status and body of a request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def predict(port, **parts):
+    status, body = ask(port, **parts)
+    return status, json.loads(body)
+
+
+def grpc_request(x, signature="", name="x"):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "align", signature
+    request.inputs[name].CopyFrom(tf.make_tensor_proto(x))
+    return request
+
+
+@contextlib.contextmanager
+def stub(server, kind=prediction_service_pb2_grpc.PredictionServiceStub):
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield kind(channel)
+
+
+class Held:
+    """Takes the place of a server's run of a signature: holds each until it is let go."""
+
+    def __init__(self, server, monkeypatch):
+        self.at_work, self.go = threading.Semaphore(0), threading.Event()
+        servable = server._servables.find(
+            predict_pb2.PredictRequest(model_spec={"name": "align"}).model_spec
+        )
+        run = servable._run
+
+        def held(*arguments):
+            self.at_work.release()
+            assert self.go.wait(60)
+            return run(*arguments)
+
+        monkeypatch.setattr(servable, "_run", held)
+
+    def wait(self, count=1):
+        for _ in range(count):
+            assert self.at_work.acquire(timeout=60)
+
+
+# --- batching ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batched():
+    parameters = BatchingParameters(
+        max_batch_size=8,
+        batch_timeout_micros=20_000,
+        max_enqueued_batches=100,
+        num_batch_threads=2,
+        allowed_batch_sizes=(1, 4, 8),
+        pad_variable_length_inputs=True,
+    )
+    with ModelServer(PROBE, batching=parameters, metrics_path=DEFAULT_PATH) as running:
+        yield running
+
+
+def metric(server, name):
+    """Returns the sum of a metric's lines, given the beginning of them."""
+    page = ask(server.rest_port, "GET", DEFAULT_PATH)[1].decode()
+    lines = [line for line in page.splitlines() if line.startswith(f":tensorflow:serving:{name}")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def test_callers_that_are_batched_get_their_own_answers(batched):
+    def one(number):
+        x = np.float32([[number, 0, 0, 7]] * (1 + number % 3))
+        expected = x @ (np.arange(12, dtype=np.float32).reshape(4, 3) / 7) * 2
+        if number % 5 == 0:
+            status, answer = predict(batched.rest_port, body=b'{"instances": [[1]]}')
+            return status == 400 and "Matrix size-incompatible" in answer["error"]
+        if number % 5 == 1:
+            with pytest.raises(grpc.RpcError) as error:
+                predictions.Predict(grpc_request(x.astype(int)))
+            return error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        if number % 5 == 2:
+            body = json.dumps({"instances": x.tolist()})
+            return np.allclose(predict(batched.rest_port, body=body)[1]["predictions"], expected)
+        outputs = predictions.Predict(grpc_request(x)).outputs
+        return np.allclose(tf.make_ndarray(outputs["y"]), expected)
+
+    before = metric(batched, "batching_session:wrapped_run_count")
+    with stub(batched) as predictions, concurrent.futures.ThreadPoolExecutor(16) as callers:
+        assert all(callers.map(one, range(200)))
+    assert metric(batched, "batching_session:wrapped_run_count") - before < 150
+    assert metric(batched, "batching_session:queuing_latency_count") >= 160
+
+
+def test_label_lists_of_different_lengths_share_a_batch(batched):
+    def one(labels):
+        row = {"image_bytes": {"b64": "YWI="}, "labels": ["x" * n for n in range(1, labels + 1)]}
+        body = json.dumps({"signature_name": "classify", "instances": [row]})
+        status, answer = predict(batched.rest_port, body=body)
+        logits = answer["predictions"][0]["logits"]
+        return status == 200 and logits[:labels] == [n / 2 for n in range(1, labels + 1)]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(one, [1, 2, 3, 4] * 6))
+
+
+def test_what_cannot_be_batched_is_refused(batched):
+    body = b'{"signature_name": "scalar", "inputs": 1}'
+    error = "Batching Run() input tensors must have at least one dimension"
+    assert predict(batched.rest_port, body=body) == (400, {"error": error})
+    error = "Task size 9 is larger than maximum input batch size 8"
+    body = json.dumps({"instances": [[1, 2, 3, 4]] * 9})
+    assert predict(batched.rest_port, body=body) == (400, {"error": error})
+
+
+def test_a_full_batching_queue_is_unavailable(monkeypatch):
+    parameters = BatchingParameters(1, max_enqueued_batches=1, num_batch_threads=1)
+    with (
+        ModelServer(PROBE, batching=parameters) as server,
+        stub(server) as predictions,
+        concurrent.futures.ThreadPoolExecutor(2) as callers,
+    ):
+        held = Held(server, monkeypatch)
+        running = callers.submit(predict, server.rest_port)
+        held.wait()
+        queued = callers.submit(predict, server.rest_port)
+        while not server._batcher._waiting:
+            time.sleep(0.01)
+        error = "The batch scheduling queue to which this task was submitted is full"
+        assert predict(server.rest_port) == (503, {"error": error})
+        with pytest.raises(grpc.RpcError, match=error) as refusal:
+            predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])))
+        assert refusal.value.code() == grpc.StatusCode.UNAVAILABLE
+        held.go.set()
+        assert (running.result(), queued.result()) == ((200, ANSWER), (200, ANSWER))
+
+
+# --- limits --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One with room for two predictions, which takes 1000 bytes and waits for half a second."""
+    limits = Limits(1000, max_concurrent_requests=1, max_queued_requests=1, client_timeout=0.5)
+    with ModelServer(PROBE, limits=limits) as running:
+        yield running
+
+
+def test_more_requests_than_the_limit_are_refused(small, monkeypatch):
+    error = "The server has 1 requests at work and 1 waiting, its limits: try again later"
+    with (
+        stub(small) as predictions,
+        stub(small, health_pb2_grpc.HealthStub) as checks,
+        concurrent.futures.ThreadPoolExecutor(2) as callers,
+    ):
+        held = Held(small, monkeypatch)
+        callers.submit(predict, small.rest_port)
+        held.wait()
+        queued = callers.submit(predict, small.rest_port)
+        while small._gate._places._value:
+            time.sleep(0.01)
+        assert predict(small.rest_port) == (503, {"error": error})
+        with pytest.raises(grpc.RpcError, match=error) as refusal:
+            predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])))
+        assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert predict(small.rest_port, method="GET", path="/v1/models/align")[0] == 200
+        assert checks.Check(health_pb2.HealthCheckRequest()).status == 1
+        held.go.set()
+        assert queued.result() == (200, ANSWER)
+    assert predict(small.rest_port) == (200, ANSWER)
+
+
+def test_a_call_whose_deadline_passed_in_the_queue_is_not_run(small, monkeypatch):
+    with stub(small) as predictions, concurrent.futures.ThreadPoolExecutor(1) as callers:
+        held = Held(small, monkeypatch)
+        running = callers.submit(predict, small.rest_port)
+        held.wait()
+        with pytest.raises(grpc.RpcError) as error:
+            predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])), timeout=0.2)
+        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        held.go.set()
+        assert running.result() == (200, ANSWER)
+        assert predict(small.rest_port) == (200, ANSWER)
+    assert held.at_work.acquire(blocking=False)  # the last
+    assert not held.at_work.acquire(blocking=False)
+
+
+def test_a_message_over_the_limit_is_refused(small):
+    with stub(small) as predictions:
+        request = grpc_request(np.full(1, b"x" * 2000, object), "text", "texts")
+        with pytest.raises(grpc.RpcError) as error:
+            predictions.Predict(request)
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("name", ["max_request_bytes", "max_concurrent_requests", "client_timeout"])
+def test_a_limit_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected a positive number"):
+        Limits(**{name: 0})
+
+
+HEAD = b"POST /v1/models/align:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 29\r\n\r\n"
+
+
+@contextlib.contextmanager
+def connected(server):
+    with socket.create_connection(("127.0.0.1", server.rest_port), timeout=60) as connection:
+        yield connection
+
+
+def received(connection):
+    """Returns all that comes until the server closes the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD[:30]])
+def test_a_head_that_does_not_come_is_not_waited_for(small, sent):
+    with connected(small) as connection:
+        connection.sendall(sent)
+        assert received(connection) == b""
+
+
+def test_a_second_head_that_does_not_come_is_not_waited_for(small):
+    with connected(small) as connection:
+        connection.sendall(HEAD + ROW)
+        answer = b""
+        while not answer.endswith(b"]\n    ]\n}"):
+            answer += connection.recv(65536)
+        connection.sendall(HEAD[:30])
+        assert received(connection) == b""
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize("trickled", [False, True])
+def test_a_body_that_does_not_come_is_not_waited_for(small, trickled):
+    with connected(small) as connection:
+        connection.sendall(HEAD)
+
+        def trickle():
+            with contextlib.suppress(OSError):
+                for byte in ROW[:-1]:
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.1)
+
+        if trickled:
+            threading.Thread(target=trickle, daemon=True).start()
+        assert predict(small.rest_port) == (200, ANSWER)
+        head, _, body = received(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 Request Timeout") and b"connection: close" in head
+    assert re.fullmatch(r"The body did not come within 0.5\d* s", json.loads(body)["error"])
+
+
+def test_bodies_that_are_kept_are_limited_together():
+    with ModelServer(PROBE, limits=Limits(1000)) as server:
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(connected(server)) for _ in range(9)]
+            for connection in connections:
+                connection.sendall(HEAD.replace(b"29", b"1000") + b"x" * 990)
+            (refused,) = select.select(connections, [], [], 60)[0]
+            head, _, body = received(refused).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert json.loads(body) == {"error": "Too many large requests at once: try again later"}
+        deadline = time.monotonic() + 60  # the others are gone, and their bodies with them
+        while ask(server.rest_port, body=b" " * 990)[0] == 503:
+            assert time.monotonic() < deadline
+
+
+def test_a_body_that_keeps_coming_has_more_time():
+    limits = Limits(client_timeout=0.3)
+    body = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 200_000)
+    with ModelServer(PROBE, limits=limits) as server, connected(server) as connection:
+        connection.sendall(HEAD.replace(b"29", b"%d" % len(body)))
+        connection.sendall(body[:150_000])
+        time.sleep(1)
+        connection.sendall(body[150_000:])
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+
+# --- raw HTTP ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ModelServer(PROBE, metrics_path=DEFAULT_PATH) as running:
+        yield running
+
+
+def exchange(server, request):
+    with connected(server) as connection:
+        connection.sendall(request)
+        with contextlib.suppress(OSError):  # refused already
+            connection.shutdown(socket.SHUT_WR)
+        return received(connection)
+
+
+CHUNKED = HEAD.replace(b"Content-Length: 29", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "answer"),
+    [
+        (HEAD + ROW, b"HTTP/1.1 200 OK"),
+        (HEAD.replace(b"1.1", b"1.0") + ROW, b"HTTP/1.1 200 OK"),
+        (CHUNKED + b"5\r\n%s\r\n18\r\n%s\r\n0\r\n\r\n" % (ROW[:5], ROW[5:]), b"HTTP/1.1 200 OK"),
+        (HEAD.replace(b"Host", b"Expect: 100-continue\r\nHost") + ROW, b"HTTP/1.1 100 "),
+        (b"nonsense\r\n\r\n", b"HTTP/1.1 400 Bad Request"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request"),  # no host
+        (b"GET /v1/models/align HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 2**17, b"HTTP/1.1 400"),
+        (CHUNKED + b"zz\r\n", b"HTTP/1.1 400"),
+    ],
+)
+def test_http_itself(server, request_bytes, answer):
+    assert exchange(server, request_bytes).startswith(answer)
+
+
+def test_two_requests_on_one_connection_are_answered_in_order(server):
+    second = HEAD.replace(b"align:", b"none:")
+    answer = exchange(server, HEAD + ROW + second + ROW)
+    assert [*re.findall(rb"HTTP/1.1 (\d+)", answer)] == [b"200", b"404"]
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "HEAD"])
+def test_other_verbs_are_refused(server, method):
+    status, body = ask(server.rest_port, method)
+    assert status == 400
+    if method != "HEAD":
+        assert json.loads(body) == {"error": f"Malformed request: {method} {PREDICT}"}
+
+
+def test_an_answer_that_is_not_read_holds_no_one_up(server):
+    body = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 2**24)
+    with connected(server) as connection:
+        connection.sendall(HEAD.replace(b"29", b"%d" % len(body)) + body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        assert predict(server.rest_port) == (200, ANSWER)
+
+
+# --- health and metrics --------------------------------------------------------------------
+
+
+def test_health(server):
+    with stub(server, health_pb2_grpc.HealthStub) as checks:
+        for service in ("", "tensorflow.serving.PredictionService"):
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert checks.Check(request).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as error:
+            checks.Check(health_pb2.HealthCheckRequest(service="none"))
+    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_metrics_are_those_of_tensorflow_serving():
+    with ModelServer(PROBE, metrics_path=DEFAULT_PATH) as server, stub(server) as predictions:
+        for body in (ROW, ROW, b"{"):
+            ask(server.rest_port, body=body)
+        ask(server.rest_port, path="/v1/models/made-up:predict")
+        predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])))
+        page = ask(server.rest_port, "GET", DEFAULT_PATH)[1].decode()
+    count = ":tensorflow:serving:request_count"
+    assert f"# TYPE {count} counter" in page
+    assert f'{count}{{model_name="align",status="OK"}} 3\n' in page
+    assert f'{count}{{model_name="align",status="INVALID_ARGUMENT"}} 1\n' in page
+    assert f'{count}{{model_name="",status="NOT_FOUND"}} 1\n' in page
+    latency = ":tensorflow:serving:request_latency"
+    rest = 'model_name="align",API="predict",entrypoint="REST"'
+    assert f"# TYPE {latency} histogram" in page
+    assert f"{latency}_count{{{rest}}} 2\n" in page
+    assert f'{latency}_bucket{{{rest},le="+Inf"}} 2\n' in page
+    assert re.search(re.escape(f'{latency}_bucket{{{rest},le="18"}}') + r" \d+\n", page)
+    grpc_labels = 'model_name="align",API="Predict",entrypoint="GRPC"'
+    assert f"{latency}_count{{{grpc_labels}}} 1\n" in page
+    runtime = ":tensorflow:serving:runtime_latency_count"
+    assert f'{runtime}{{model_name="align",API="Predict",runtime="TF1"}} 3\n' in page
+
+
+def test_a_histogram_counts_up_to_each_limit():
+    metrics = Metrics()
+    for micros in (8, 9, 11, 1e12):
+        metrics.observe("request_latency", micros / 1e6, 'a"b\\', "predict", "REST")
+    lines = metrics.page().decode().splitlines()
+    labels = r'{model_name="a\"b\\",API="predict",entrypoint="REST"'
+    assert len(lines) == 1 + 34 + 2
+    assert lines[1] == f':tensorflow:serving:request_latency_bucket{labels},le="10"}} 2'
+    assert lines[2] == f':tensorflow:serving:request_latency_bucket{labels},le="18"}} 3'
+    assert lines[33].endswith("} 3") and lines[34].endswith('le="+Inf"} 4')
+    assert lines[36] == f":tensorflow:serving:request_latency_count{labels}}} 4"
+
+
+def test_metrics_are_off_by_default(small):
+    assert ask(small.rest_port, "GET", DEFAULT_PATH)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("", None),
+        ("prometheus_config { enable: false path: '/m' }", None),
+        ("prometheus_config { enable: true }", "/monitoring/prometheus/metrics"),
+        ("prometheus_config { enable: true, path: '/m' }", "/m"),
+    ],
+)
+def test_monitoring_config_file(tmp_path, text, path):
+    (tmp_path / "monitoring").write_text(text)
+    assert read_monitoring_config(tmp_path / "monitoring") == path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prometheus { enable: true }", "not a monitoring config file"),
+        ("prometheus_config { enable: true path: 'm' }", 'path is "m"'),
+        ("prometheus_config { enable: true path: '/v1/models' }", 'path is "/v1/models"'),
+    ],
+)
+def test_a_wrong_monitoring_config_file_is_named(tmp_path, text, message):
+    path = tmp_path / "monitoring"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_monitoring_config(path)
+    assert str(path) in str(error.value)
+
+
+# --- its versions and its end --------------------------------------------------------------
+
+
+class Traffic:
+    """Clients that ask without pause; each answer and failure is kept."""
+
+    def __init__(self, rest_port, clients=4):
+        self.port, self.answers, self.failures = rest_port, [], []
+        self.stopped = threading.Event()
+        self.threads = [threading.Thread(target=self.run, daemon=True) for _ in range(clients)]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        self.wait_for_more()
+        return self
+
+    def __exit__(self, *exception):
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def wait_for_more(self, count=20):
+        enough, deadline = len(self.answers) + count, time.monotonic() + 60
+        while len(self.answers) < enough:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def run(self):
+        while not self.stopped.is_set():
+            try:
+                self.answers.append(predict(self.port))
+            except (OSError, http.client.HTTPException) as error:
+                self.failures.append(error)
+                time.sleep(0.1)
+
+
+@pytest.mark.parametrize("batching", [None, BatchingParameters(8, 1000, num_batch_threads=2)])
+def test_a_new_version_fails_no_request(tmp_path, monkeypatch, batching):
+    monkeypatch.setattr(servables, "POLL_SECONDS", 0.05)
+    shutil.copytree(PROBE / "1", tmp_path / "1")
+    with ModelServer(tmp_path, batching=batching) as server, Traffic(server.rest_port) as traffic:
+        shutil.copytree(PROBE / "2", tmp_path / "part")
+        (tmp_path / "part").rename(tmp_path / "2")
+        while server._servables.versions("align") != [2]:
+            time.sleep(0.01)
+        traffic.wait_for_more()
+    one = {"predictions": [[8.5714283, 10.0, 11.4285717]]}
+    assert traffic.failures == []
+    assert traffic.answers[0] == (200, one) and traffic.answers[-1] == (200, ANSWER)
+    assert all(answer in ((200, one), (200, ANSWER)) for answer in traffic.answers)
+
+
+def test_what_is_in_flight_finishes_when_the_server_stops(monkeypatch):
+    server = ModelServer(PROBE)
+    server.start()
+    with (
+        stub(server) as predictions,
+        stub(server, health_pb2_grpc.HealthStub) as checks,
+        concurrent.futures.ThreadPoolExecutor(4) as callers,
+    ):
+        held = Held(server, monkeypatch)
+        watched = checks.Watch(health_pb2.HealthCheckRequest())
+        assert next(watched).status == health_pb2.HealthCheckResponse.SERVING
+        rest = callers.submit(predict, server.rest_port)
+        call = predictions.Predict.future(grpc_request(np.float32([[1, 2, 3, 4]])))
+        held.wait(2)
+        stopping = callers.submit(server.stop)
+        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watched.cancel()
+        refused = None
+        while refused is None:
+            try:
+                ask(server.rest_port, "GET", "/v1/models/align")
+                time.sleep(0.01)
+            except OSError as error:
+                refused = error
+        with pytest.raises(grpc.RpcError) as error:
+            predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])))
+        assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+        held.go.set()
+        assert rest.result() == (200, ANSWER)
+        assert list(call.result().outputs["y"].float_val)[1] == 20.0
+        stopping.result(60)
+
+
+def test_a_request_on_its_way_is_answered_when_the_server_stops():
+    server = ModelServer(PROBE)
+    server.start()
+    with connected(server) as connection, concurrent.futures.ThreadPoolExecutor(1) as callers:
+        ask(server.rest_port, "GET", "/v1/models/align")  # so that the first is accepted
+        stopping = callers.submit(server.stop)
+        with contextlib.suppress(OSError):
+            while True:
+                ask(server.rest_port, "GET", "/v1/models/align")
+        connection.sendall(HEAD + ROW)
+        assert received(connection).startswith(b"HTTP/1.1 200 OK")
+        stopping.result(60)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_a_port_refuses_until_the_models_are_loaded(monkeypatch):
+    server = ModelServer(PROBE, rest_port=free_port(), grpc_port=free_port())
+    load = server._servables.start
+
+    def loading():
+        for port in (server.rest_port, server.grpc_port):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port))
+        load()
+
+    monkeypatch.setattr(server._servables, "start", loading)
+    with server:
+        assert predict(server.rest_port) == (200, ANSWER)
+
+
+def test_small_answers_are_not_held_back():
+    with _bind("127.0.0.1", 0) as listening:  # asyncio sets TCP_NODELAY where it reads this
+        assert listening.proto == socket.IPPROTO_TCP
+
+
+@contextlib.contextmanager
+def served(*flags):
+    """Runs `align-tf serve` in a process of its own; gives it once it listens."""
+    command = [sys.executable, "-m", "align_tf.cli", "serve", os.fspath(PROBE), *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert any(line.startswith("Serving ") for line in process.stderr)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_kill_loses_what_is_in_flight_and_sigterm_nothing(tmp_path):
+    (tmp_path / "batching").write_text("max_batch_size { value: 8 }")
+    (tmp_path / "monitoring").write_text("prometheus_config { enable: true }")
+    port = free_port()
+    flags = ["--rest-port", str(port), "--grpc-port", "0", "--max-concurrent-requests", "16"]
+    flags += ["--enable-batching", "--batching-parameters-file", os.fspath(tmp_path / "batching")]
+    flags += ["--monitoring-config-file", os.fspath(tmp_path / "monitoring")]
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(served(*flags))
+        traffic = stack.enter_context(Traffic(port))
+        assert b"wrapped_run_count" in ask(port, "GET", DEFAULT_PATH)[1]
+        first.kill()
+        first.wait()
+        second = stack.enter_context(served(*flags))
+        traffic.wait_for_more()
+        broken = [e for e in traffic.failures if not isinstance(e, ConnectionRefusedError)]
+        assert len(broken) <= 4  # one of each client
+        traffic.failures.clear()
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(60) == 0
+        traffic.stopped.set()
+        assert "Traceback" not in second.stderr.read()
+    # Reset is what the system does to a connection that the server had not accepted.
+    unsent = (ConnectionRefusedError, ConnectionResetError)
+    assert all(type(error) in unsent for error in traffic.failures), traffic.failures
+    assert all(answer == (200, ANSWER) for answer in traffic.answers)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batching-parameters-file", "x"], "--batching-parameters-file is for"),
+        (["--enable-batching", "--batching-parameters-file", "./x"], "x: no such batching"),
+        (["--monitoring-config-file", "./x"], "x: no such monitoring config file"),
+        (["--max-request-bytes", "0"], "max_request_bytes is 0"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line(capsys, flags, message):
+    assert cli.main(["serve", os.fspath(PROBE), *flags]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("align-tf: error:") and message in last
