@@ -1,4 +1,4 @@
-"""Writes ops.txt: the ops, with their attributes, that the stock TensorFlow Serving images register.
+"""Writes ops.txt: the ops, with attributes, that the stock TensorFlow Serving images register.
 
     python make_ops.py FOLDER
 
