@@ -17,9 +17,9 @@ from align_tf.processor import AlignProcessor
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
 
-# What an empty label, or one that pads a short list, gets for a logit: the lowest float32, so
-# that a softmax over the row agrees with `probs`, and JSON can hold it.
-EMPTY_LABEL_LOGIT = tf.float32.min
+# What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
+# float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
+NO_LABEL_LOGIT = tf.float32.min
 
 
 def export_saved_model(
@@ -31,7 +31,8 @@ def export_saved_model(
 ) -> pathlib.Path:
     """Writes a SavedModel for TensorFlow Serving, warmup requests included.
 
-    Its signatures, each with the batch as the first dimension and no row depending on another:
+    Its signatures, each with the batch as the first dimension and no row depending on another, so
+    that the server may merge requests, and pad them with `pad_variable_length_inputs`:
 
         serving_default  image_bytes (n), labels (n, m)    -> logits (n, m), probs (n, m)
         embed_image      image_bytes (n)                   -> image_embeds (n, d)
@@ -112,10 +113,21 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
         if model.has_logit_bias:
             logits += model.logit_bias.value
-        empty = tf.equal(labels, "")
-        logits = tf.where(empty, EMPTY_LABEL_LOGIT, logits)
-        probs = tf.where(empty, 0.0, tf.nn.softmax(logits))
+        none = tf.equal(labels, "") | _server_padding(own)
+        logits = tf.where(none, NO_LABEL_LOGIT, logits)
+        probs = tf.where(none, 0.0, tf.nn.softmax(logits))
         return {"logits": logits, "probs": probs}
+
+    def embed_padded_tokens(input_ids, attention_mask, token_type_ids):
+        # A text begins with [CLS] and never ends with it.
+        padding = tf.equal(input_ids, tokenizer.cls_token_id) & _server_padding(input_ids)
+        return embed_tokens(
+            {
+                "input_ids": input_ids,
+                "attention_mask": tf.where(padding, 0, attention_mask),
+                "token_type_ids": token_type_ids,
+            }
+        )
 
     def spec(name, shape, dtype=tf.string):
         return tf.TensorSpec(shape, dtype, name)
@@ -140,9 +152,7 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
             (spec("pixel_values", [None, None, None, 3], tf.float32),),
         ),
         "embed_tokens": (
-            lambda *tokens: {
-                "text_embeds": embed_tokens(dict(zip(token_names, tokens, strict=True)))
-            },
+            lambda *tokens: {"text_embeds": embed_padded_tokens(*tokens)},
             tuple(spec(name, [None, None], tf.int32) for name in token_names),
         ),
     }
@@ -150,6 +160,17 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         name: tf.function(function, input_signature=inputs).get_concrete_function()
         for name, (function, inputs) in table.items()
     }
+
+
+def _server_padding(values: tf.Tensor) -> tf.Tensor:
+    """Marks the end of each row, (n, m), as far as it repeats the row's first value.
+
+    So look the rows of a short request that TensorFlow Serving merged with a longer one: it pads
+    with the request's first value (batching_util.cc, PadTensor), not with "" or 0.
+    """
+    differs = tf.cast(tf.not_equal(values, values[:, :1]), tf.int32)
+    differ_from_here = tf.cumsum(differs, axis=1, reverse=True)
+    return tf.equal(differ_from_here, 0) & (tf.range(tf.shape(values)[1]) > 0)
 
 
 def _write_extras(folder: pathlib.Path, model: AlignModel, processor: AlignProcessor) -> None:
