@@ -188,6 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{field.name.replace('_', '-')}"
         train.add_argument(flag, metavar="VALUE", help=_setting_help(field))
 
+    _add_collection_commands(command)
+
     serve = command("serve", _serve, "serve SavedModels over gRPC and REST, on one machine")
     serve.add_argument("directory", nargs="?", metavar="DIR", help="a SavedModel folder")
     serve.add_argument("--model-name", default="align")
@@ -205,6 +207,59 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_ID",
         help="a checkpoint folder, a Hugging Face id such as kakaobrain/align-base, or align-tiny",
     )
+
+
+def _add_collection_commands(command: Any) -> None:
+    embed = command("embed", _embed, "embed a collection of images into Parquet shards")
+    embed.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder of images, tar or TFRecord shards, a table of paths, Parquet, a glob",
+    )
+    embed.add_argument("--output", required=True, metavar="DIR", help="the folder of the shards")
+    _add_model(embed)
+    embed.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    embed.add_argument("--batch-size", type=int, metavar="N", help="images embedded at a time")
+    embed.add_argument("--shard-size", type=int, metavar="N", help="records of a shard")
+    embed.add_argument(
+        "--engine",
+        choices=("default", "ray"),
+        default="default",
+        help="this process, or Ray Data: the cluster of RAY_ADDRESS, or this machine",
+    )
+    embed.add_argument("--workers", type=int, default=2, metavar="N", help="processes of Ray (2)")
+    embed.add_argument("--image-key", metavar="NAME", help="the image's column, feature or key")
+    embed.add_argument("--caption-key", metavar="NAME", help="the caption's")
+    embed.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    index = command("index", _index, "build a FAISS index over embedded images")
+    index.add_argument("embeddings", metavar="DIR", help="the folder that embed wrote")
+    index.add_argument("--output", required=True, metavar="DIR", help="the folder of the index")
+    index.add_argument(
+        "--kind", choices=("flat", "ivf"), help="flat up to 100,000 images, ivf above"
+    )
+    index.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    search = command("search", _search, "find images by a text, an image, or both")
+    search.add_argument("index", metavar="INDEX", help="the folder that index wrote")
+    search.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
+    search.add_argument("--image", metavar="FILE", help="a picture like them")
+    for sign, what in (("add", "towards"), ("subtract", "away from")):
+        search.add_argument(
+            f"--{sign}",
+            nargs="+",
+            default=[],
+            action="extend",
+            metavar="TEXT",
+            help=f"move the query {what} these texts",
+        )
+    search.add_argument("-k", type=int, default=10, metavar="N", help="how many (10)")
+    search.add_argument(
+        "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
+    )
+    search.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
+    search.add_argument("--montage", metavar="FILE", help="also write the pictures as a PNG")
+    search.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
 def _print_version_or_help(parser: argparse.ArgumentParser, arguments: Any) -> int:
@@ -457,6 +512,78 @@ def _serve(arguments: Any) -> int:
         rest_port=arguments.rest_port,
     )
     return 0
+
+
+# --- embed, index and search ---------------------------------------------------------------
+
+
+def _embed(arguments: Any) -> int:
+    _say(f"Loading {arguments.model} ...")
+    _import_tensorflow()
+    from align_tf.collection import embed
+
+    names = ("model", "dtype", "engine", "workers", "image_key", "caption_key")
+    options = {name: getattr(arguments, name) for name in names}
+    for name in ("batch_size", "shard_size"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    summary = embed(arguments.source, arguments.output, **options)
+    if summary["skipped"]:
+        _say(f"align-tf: warning: left out {summary['skipped']} of {summary['records']} records")
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print(f"{arguments.output}: {summary['images']:,} images, {summary['dim']} dimensions")
+    return 0
+
+
+def _index(arguments: Any) -> int:
+    _import_tensorflow()
+    from align_tf.search import build_index
+
+    about = build_index(arguments.embeddings, arguments.output, kind=arguments.kind, progress=True)
+    how = "flat: each vector is compared"
+    if about["kind"] == "ivf":
+        how = f"ivf: {about['nprobe']} of {about['nlist']} lists are searched"
+    _say(f"Chose {how}")
+    if arguments.json:
+        print(json.dumps(about, indent=2))
+    else:
+        recall = ", ".join(f"{v:.1%} ({name})" for name, v in about["recall_at_10"].items())
+        print(f"{arguments.output}: {about['rows']:,} images, recall@10 {recall}")
+    return 0
+
+
+def _search(arguments: Any) -> int:
+    query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
+    if arguments.text is None and arguments.image is None:
+        raise ValueError("expected a TEXT or --image, or both")
+    _import_tensorflow()
+    from align_tf import gallery
+    from align_tf.search import Index, Searcher
+
+    index = Index(arguments.index)
+    _say(f"Loading {arguments.model or index.about['model']} ...")
+    hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
+    said = gallery.describe(**query)
+    if arguments.html:
+        gallery.write_html(arguments.html, said, hits)
+    if arguments.montage:
+        gallery.write_montage(arguments.montage, said, hits)
+    if arguments.json:
+        results = [dataclasses.asdict(hit) for hit in hits]
+        print(json.dumps({"query": said, "results": results}, indent=2))
+    else:
+        rows = [
+            [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
+        ]
+        _table(said, ["cosine", "id", "caption", "file"], rows)
+    return 0
+
+
+def _short(path: str) -> str:
+    """Writes a path as seen from here, where that is shorter."""
+    return min(path, os.path.relpath(path), key=len) if path else ""
 
 
 # --- quickstart ----------------------------------------------------------------------------
