@@ -372,29 +372,46 @@ class ShardWriter:
         return embeds
 
     def _save(self, number: int, parts: list[dict[str, Any]]) -> Shard:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         columns = {
             name: list(itertools.chain.from_iterable(part[name] for part in parts))
             for name in ("id", "path", "caption")
         }
-        none = np.array([text is None for text in columns["caption"]], bool)
+        for name in ("image_embeds", "text_embeds"):
+            columns[name] = np.concatenate([part[name] for part in parts])
         skipped = dict(itertools.chain.from_iterable(part["skipped"].items() for part in parts))
+        named = dict(itertools.islice(skipped.items(), NAMED))
+        rows = len(columns["id"])
         records = sum(part["records"] for part in parts)
-        rows = len(none)
-        shard = Shard(number, rows, records - rows, dict(itertools.islice(skipped.items(), NAMED)))
-        arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
-        for name, empty in (("image_embeds", np.zeros(rows, bool)), ("text_embeds", none)):
-            embeds = np.concatenate([part[name] for part in parts]).astype(self.settings.dtype)
-            arrays[name] = pa.FixedSizeListArray.from_arrays(
-                pa.array(embeds.ravel()), self.settings.dim, mask=pa.array(empty)
-            )
-        about = {**dataclasses.asdict(self.settings), "shard": dataclasses.asdict(shard)}
-        table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps(about)})
-        with checkpoint.replacing(self.output / NAME.format(number)) as temporary:
-            pq.write_table(table, temporary)
+        shard = Shard(number, rows, records - rows, named)
+        write_shard(self.output, self.settings, shard, columns)
         return shard
+
+
+def write_shard(
+    output: pathlib.Path, settings: Settings, shard: Shard, columns: dict[str, Any]
+) -> None:
+    """Writes one shard, at once or not at all.
+
+    Args:
+        output: the folder.
+        settings: of the collection.
+        shard: what its metadata will say.
+        columns: `id`, `path` and `caption`, lists (n,), None where there is none, and
+            `image_embeds` and `text_embeds` (n, d).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrays = {name: pa.array(columns[name], pa.string()) for name in ("id", "path", "caption")}
+    none = np.array([text is None for text in columns["caption"]], bool)
+    for name, empty in (("image_embeds", np.zeros_like(none)), ("text_embeds", none)):
+        values = pa.array(columns[name].astype(settings.dtype).ravel())
+        mask = pa.array(empty)
+        arrays[name] = pa.FixedSizeListArray.from_arrays(values, settings.dim, mask=mask)
+    about = {**dataclasses.asdict(settings), "shard": dataclasses.asdict(shard)}
+    table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps(about)})
+    with checkpoint.replacing(output / NAME.format(shard.number)) as temporary:
+        pq.write_table(table, temporary)
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -448,6 +465,30 @@ class Collection:
         """Yields the caption embeddings of each shard, (m, d); m is less where some have none."""
         for table in self.tables(["text_embeds"]):
             yield _array(table["text_embeds"].drop_null(), self.settings.dim)
+
+    def labelled(self, limit: int, by: str | None = None) -> tuple[np.ndarray, list[str]]:
+        """Reads images with a label each, for a plot.
+
+        Args:
+            limit: how many at most, spread evenly.
+            by: `folder`, the name of the folder an image is in; `caption`; or None, which takes
+                the folders if they differ.
+
+        Returns:
+            Image embeddings float32 (n, d), and labels (n), "" where there is none.
+        """
+        wanted = np.unique(np.linspace(0, self.rows - 1, min(limit, self.rows)).astype(int))
+        parts, found, start = [], {"folder": [], "caption": []}, 0
+        for table in self.tables(["path", "caption", "image_embeds"]):
+            first, last = np.searchsorted(wanted, (start, start + len(table)))
+            start, table = start + len(table), table.take(wanted[first:last] - start)
+            parts.append(_array(table["image_embeds"], self.settings.dim))
+            paths = table["path"].to_pylist()
+            found["folder"] += [os.path.basename(os.path.dirname(path or "")) for path in paths]
+            found["caption"] += [text or "" for text in table["caption"].to_pylist()]
+        if by is None:
+            by = "folder" if len(set(found["folder"])) > 1 else "caption"
+        return np.concatenate(parts).astype(np.float32), found[by]
 
 
 def _array(column: Any, dim: int) -> np.ndarray:

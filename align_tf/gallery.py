@@ -70,7 +70,7 @@ def write_html(path: str | os.PathLike, query: str, hits: Sequence[Hit]) -> None
 
 
 def _card(place: int, hit: Hit) -> str:
-    picture = _thumbnail(hit.path, PAGE_SIDE)
+    picture = thumbnail(hit.path, PAGE_SIDE)
     name = html.escape(hit.caption or hit.id)
     shown = '<span class="dim">no picture file</span>'
     if picture is not None:
@@ -123,7 +123,7 @@ def _draw_hit(
     left: int,
     top: int,
 ) -> None:
-    picture = _thumbnail(hit.path, SIDE)
+    picture = thumbnail(hit.path, SIDE)
     draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), EMPTY)
     if picture is not None:
         offset = [(SIDE - length) // 2 for length in picture.size]
@@ -144,7 +144,7 @@ def _fitted(text: str, font: PIL.ImageFont.FreeTypeFont, width: float) -> str:
     return text.rstrip() + "…"
 
 
-def _thumbnail(path: str | None, side: int) -> PIL.Image.Image | None:
+def thumbnail(path: str | None, side: int) -> PIL.Image.Image | None:
     """Reads a picture to fit a square; a small one is enlarged. None where there is none."""
     if path is None:
         return None

@@ -49,7 +49,9 @@ def write_shards(
         return
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        # A cluster knows its processors; on this machine each worker counts as one.
+        options = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
+        ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False, **options)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         items = [{"number": number} for number in numbers]

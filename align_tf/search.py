@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from align_tf import checkpoint
-from align_tf.client import AlignClient
+from align_tf.client import AlignClient, Classification
 from align_tf.collection import Collection, embed, fingerprint, load_model
 from align_tf.embedding import Embedder
 from align_tf.model import AlignModel
@@ -341,7 +341,7 @@ class Index:
 
 
 class Encoder:
-    """Embeds image files and texts with a model in this process, as `AlignClient` does by a server.
+    """A model in this process, asked as `AlignClient` asks one on a server.
 
     Args:
         model: the model.
@@ -349,7 +349,8 @@ class Encoder:
     """
 
     def __init__(self, model: AlignModel, processor: AlignProcessor):
-        self.embedder, self.processor = Embedder(model), processor
+        self.model, self.processor = model, processor
+        self.embedder = Embedder(model)
 
     def embed_images(self, images: Any) -> np.ndarray:
         """Returns (n, d), of unit length, of what `AlignProcessor` takes as images."""
@@ -358,6 +359,15 @@ class Encoder:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (n, d), of unit length."""
         return self.embedder.texts(self.processor(text=list(texts), padding="longest"))
+
+    def classify(self, images: Any, labels: Sequence[str], template: str = "{}") -> Classification:
+        """Classifies images, as `AlignClient.classify` does."""
+        if "{}" not in template:
+            raise ValueError(f"template={template!r}: expected a {{}} for the label")
+        texts = self.embed_texts([template.replace("{}", label) for label in labels])
+        logits = self.embed_images(images) @ texts.T / float(self.model.temperature)
+        probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return Classification(list(labels), logits, probs / probs.sum(axis=1, keepdims=True))
 
 
 class Searcher:
