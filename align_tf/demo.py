@@ -28,7 +28,7 @@ LABELS = ("panda", "police car", "pineapple", "cupcake", "rose", "star")
 FONTS = ("system-ui", "sans-serif")
 CSS = """
 .message { border-left: 4px solid #c2410c; padding: 4px 12px; }
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
+.gradio-container { margin: 0 auto !important; max-width: 1100px !important; width: 100%; }
 """
 MISTAKES = (ValueError, OSError, AlignServerError)
 
@@ -76,7 +76,10 @@ def serve(
         OSError: the port is taken.
     """
     gradio = require_gradio()
-    theme = gradio.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"))
+    theme = gradio.themes.Default("blue", font=FONTS, font_mono=FONTS).set(
+        button_primary_background_fill="*primary_600",  # white on it can be read
+        button_primary_background_fill_hover="*primary_700",
+    )
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -134,7 +137,7 @@ def require_gradio() -> Any:
 def _classify_tab(gradio: Any, encoder: Encoder | AlignClient) -> None:
     with gradio.Row():
         with gradio.Column():
-            image = _picture(gradio, "Picture")
+            image = _picture(gradio)
             labels = gradio.Textbox(
                 "\n".join(LABELS), lines=6, max_lines=12, label="Labels, one a line"
             )
@@ -148,7 +151,6 @@ def _classify_tab(gradio: Any, encoder: Encoder | AlignClient) -> None:
         with gradio.Column():
             message = _message(gradio)
             result = gradio.Label(num_top_classes=10, label="Probabilities")
-    gradio.Examples([[str(path)] for path in EXAMPLES], [image], label="Try one of these")
     button.click(
         _answer(gradio, functools.partial(classify, encoder)),
         [image, labels, templates],
@@ -173,12 +175,11 @@ def _search_tab(gradio: Any, searcher: Searcher) -> None:
 def _arithmetic_tab(gradio: Any, searcher: Searcher) -> None:
     with gradio.Row():
         with gradio.Column():
-            image = _picture(gradio, "Picture")
+            image = _picture(gradio)
         with gradio.Column():
             add = gradio.Textbox(lines=2, label="Add, one a line", placeholder="in the snow")
             subtract = gradio.Textbox(lines=2, label="Subtract, one a line", placeholder="forest")
             button = gradio.Button("Search", variant="primary")
-    gradio.Examples([[str(path)] for path in EXAMPLES], [image], label="Try one of these")
     message, results = _message(gradio), _results(gradio)
 
     def ask(image: str | None, add: str, subtract: str) -> list:
@@ -189,23 +190,16 @@ def _arithmetic_tab(gradio: Any, searcher: Searcher) -> None:
     )
 
 
-def _picture(gradio: Any, label: str) -> Any:
-    class Image(gradio.Image):
-        """Hands over the file as it was sent: what is wrong with it is told on the page."""
-
-        is_template = True  # the browser's part is that of gradio.Image
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
-    return Image(
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "clipboard"],
-        label=label,
-        height=280,
-        buttons=[],
+def _picture(gradio: Any) -> Any:
+    """Makes the place for a picture, with some to try beneath it."""
+    image = gradio.Image(
+        type="filepath", sources=["upload", "clipboard"], label="Picture", height=280, buttons=[]
     )
+    # The file as it was sent, so that what is wrong with it is told on the page. Not a subclass,
+    # for which Gradio writes a file beside this one.
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    gradio.Examples([[str(path)] for path in EXAMPLES], [image], label="Try one of these")
+    return image
 
 
 def _message(gradio: Any) -> Any:
@@ -214,7 +208,12 @@ def _message(gradio: Any) -> Any:
 
 def _results(gradio: Any) -> Any:
     return gradio.Gallery(
-        label="Nearest first", columns=4, object_fit="contain", height="auto", buttons=[]
+        label="Results, the nearest first",
+        show_label=False,
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        buttons=[],
     )
 
 
