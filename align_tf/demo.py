@@ -20,6 +20,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture
 MAX_LABELS = 200
+TRIED = 5  # example pictures, a row of them
 SHOWN = 12  # results of a search
 PICTURE = 320  # pixels of a result
 
@@ -28,6 +29,7 @@ LABELS = ("panda", "police car", "pineapple", "cupcake", "rose", "star")
 FONTS = ("system-ui", "sans-serif")
 CSS = """
 .message { border-left: 4px solid #c2410c; padding: 4px 12px; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
 .gradio-container { margin: 0 auto !important; max-width: 1100px !important; width: 100%; }
 """
 MISTAKES = (ValueError, OSError, AlignServerError)
@@ -76,7 +78,7 @@ def serve(
         OSError: the port is taken.
     """
     gradio = require_gradio()
-    theme = gradio.themes.Default("blue", font=FONTS, font_mono=FONTS).set(
+    theme = gradio.themes.Default(primary_hue="blue", font=FONTS, font_mono=FONTS).set(
         button_primary_background_fill="*primary_600",  # white on it can be read
         button_primary_background_fill_hover="*primary_700",
     )
@@ -198,7 +200,8 @@ def _picture(gradio: Any) -> Any:
     # The file as it was sent, so that what is wrong with it is told on the page. Not a subclass,
     # for which Gradio writes a file beside this one.
     image.preprocess = lambda payload: None if payload is None else payload.path
-    gradio.Examples([[str(path)] for path in EXAMPLES], [image], label="Try one of these")
+    tried = [[str(path)] for path in EXAMPLES[:TRIED]]
+    gradio.Examples(tried, [image], label="Try one of these")
     return image
 
 

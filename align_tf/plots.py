@@ -28,15 +28,15 @@ NUMBERED = 16  # a heat map of up to so many rows and columns has its numbers wr
 NAME_LENGTH = 32  # characters of an image's name or a text
 PERPLEXITY = 30.0  # of t-SNE, at most
 
-# Panels of a training: title, the values of metrics.jsonl, the axis
+# Panels of a training: title, the values of metrics.jsonl
 PANELS = (
-    ("loss", ("loss", "loss_i2t", "loss_t2i"), "linear"),
-    ("accuracy within the batch", ("accuracy_i2t", "accuracy_t2i"), "linear"),
-    ("validation: recall", ("val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i"), "linear"),
-    ("validation: median rank", ("val_median_rank_i2t", "val_median_rank_t2i"), "log"),
-    ("temperature", ("temperature",), "linear"),
-    ("learning rate", ("learning_rate",), "linear"),
-    ("images per second", ("images_per_second",), "linear"),
+    ("loss", ("loss", "loss_i2t", "loss_t2i")),
+    ("accuracy within the batch", ("accuracy_i2t", "accuracy_t2i")),
+    ("validation: recall", ("val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")),
+    ("validation: median rank", ("val_median_rank_i2t", "val_median_rank_t2i")),
+    ("temperature", ("temperature",)),
+    ("learning rate", ("learning_rate",)),
+    ("images per second", ("images_per_second",)),
 )
 
 
@@ -81,7 +81,7 @@ def heatmap(
         _place(axes, row, picture)
     if len(pictures):
         axes.tick_params(axis="y", pad=40)
-    bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 3 / (rows * CELL)), pad=0.03)
+    bar = figure.colorbar(drawn, cax=axes.inset_axes([1 + 0.3 / columns, 0, 0.25 / columns, 1]))
     bar.set_label("cosine")
     bar.outline.set_visible(False)
     return figure
@@ -136,13 +136,13 @@ def embeddings(embeds: Any, labels: Sequence[str], method: str = "pca", seed: in
     shown = [label for label, _ in counts.most_common(len(COLORS))]
     labels = np.array(labels, object)
     size = float(np.clip(4000 / len(points), 3, 36))
-    others = ~np.isin(labels, shown)
-    if others.any():
-        left = f"{len(counts) - len(shown)} other labels"
-        axes.scatter(*points[others].T, s=size, c=OTHERS, label=left, linewidths=0)
     for label, color in zip(shown, COLORS, strict=False):
         own = points[labels == label]
         axes.scatter(*own.T, s=size, c=color, label=_short(str(label)), linewidths=0, alpha=0.85)
+    others = ~np.isin(labels, shown)
+    if others.any():
+        left = f"{len(counts) - len(shown)} other labels"
+        axes.scatter(*points[others].T, s=size, c=OTHERS, label=left, linewidths=0, zorder=0)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     _clear(axes)
@@ -188,7 +188,7 @@ def curves(lines: Sequence[dict[str, float]], title: str = "") -> Any:
         ValueError: there is nothing to draw.
     """
     known = {key for line in lines for key in line}
-    panels = [(name, [k for k in keys if k in known], scale) for name, keys, scale in PANELS]
+    panels = [(name, [key for key in keys if key in known]) for name, keys in PANELS]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         raise ValueError("the log holds no line with a loss or another value to draw")
@@ -196,14 +196,14 @@ def curves(lines: Sequence[dict[str, float]], title: str = "") -> Any:
     down = -(-len(panels) // across)
     figure = _figure(4.2 * across, 3.0 * down)
     figure.suptitle(title)
-    for place, (name, keys, scale) in enumerate(panels, 1):
+    for place, (name, keys) in enumerate(panels, 1):
         axes = figure.add_subplot(down, across, place)
         for key, color in zip(keys, COLORS, strict=False):
             points = [(line["step"], line[key]) for line in lines if key in line]
             mark = "o" if len(points) == 1 else None
             axes.plot(*zip(*points, strict=True), color=color, label=key, marker=mark)
         axes.set_title(name, fontsize=10)
-        axes.set_yscale(scale)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         axes.set_xlabel("step")
         _clear(axes)
         if len(keys) > 1:
