@@ -43,6 +43,7 @@ FIGURES = (
     ("C", "C", "{:.3g}"),
 )
 SKIPPED_NAMED = 5  # of the images that are left out
+HEATMAP_PICTURE = 96  # pixels, of an image beside its row
 
 # Offered beside the names of the bundled pictures.
 QUICKSTART_DISTRACTORS = ("dog", "cup of coffee", "airplane", "house", "clock")
@@ -189,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{field.name.replace('_', '-')}"
         train.add_argument(flag, metavar="VALUE", help=_setting_help(field))
 
+    _add_collection_commands(command)
+    _add_plot_commands(command)
+    _add_demo_command(command)
+
     serve = command("serve", _serve, "serve SavedModels over gRPC and REST, on one machine")
     serve.add_argument("directory", nargs="?", metavar="DIR", help="a SavedModel folder")
     serve.add_argument("--model-name", default="align")
@@ -218,6 +223,106 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_ID",
         help="a checkpoint folder, a Hugging Face id such as kakaobrain/align-base, or align-tiny",
     )
+
+
+def _add_collection_commands(command: Any) -> None:
+    embed = command("embed", _embed, "embed a collection of images into Parquet shards")
+    embed.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder of images, tar or TFRecord shards, a table of paths, Parquet, a glob",
+    )
+    embed.add_argument("--output", required=True, metavar="DIR", help="the folder of the shards")
+    _add_model(embed)
+    embed.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    embed.add_argument("--batch-size", type=int, metavar="N", help="images embedded at a time")
+    embed.add_argument("--shard-size", type=int, metavar="N", help="records of a shard")
+    embed.add_argument(
+        "--engine",
+        choices=("default", "ray"),
+        default="default",
+        help="this process, or Ray Data: the cluster of RAY_ADDRESS, or this machine",
+    )
+    embed.add_argument("--workers", type=int, default=2, metavar="N", help="processes of Ray (2)")
+    embed.add_argument("--image-key", metavar="NAME", help="the image's column, feature or key")
+    embed.add_argument("--caption-key", metavar="NAME", help="the caption's")
+    embed.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    index = command("index", _index, "build a FAISS index over embedded images")
+    index.add_argument("embeddings", metavar="DIR", help="the folder that embed wrote")
+    index.add_argument("--output", required=True, metavar="DIR", help="the folder of the index")
+    index.add_argument(
+        "--kind", choices=("flat", "ivf"), help="flat up to 100,000 images, ivf above"
+    )
+    index.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    search = command("search", _search, "find images by a text, an image, or both")
+    search.add_argument("index", metavar="INDEX", help="the folder that index wrote")
+    search.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
+    search.add_argument("--image", metavar="FILE", help="a picture like them")
+    for sign, what in (("add", "towards"), ("subtract", "away from")):
+        search.add_argument(
+            f"--{sign}",
+            nargs="+",
+            default=[],
+            action="extend",
+            metavar="TEXT",
+            help=f"move the query {what} these texts",
+        )
+    search.add_argument("-k", type=int, default=10, metavar="N", help="how many (10)")
+    search.add_argument(
+        "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
+    )
+    search.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
+    search.add_argument("--montage", metavar="FILE", help="also write the pictures as a PNG")
+    search.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def _add_plot_commands(command: Any) -> None:
+    plot = command("plot", None, "draw similarities, embeddings or the curves of a training")
+    kinds = plot.add_subparsers(title="plots", metavar="PLOT", required=True)
+
+    def kind(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = kinds.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument("--output", required=True, metavar="FILE", help="a .png or .svg file")
+        return added
+
+    heatmap = kind("heatmap", _plot_heatmap, "the similarity of images and texts")
+    heatmap.add_argument("--images", nargs="+", required=True, metavar="IMAGE")
+    heatmap.add_argument("--texts", nargs="+", required=True, metavar="TEXT")
+    _add_model(heatmap)
+
+    embeddings = kind("embeddings", _plot_embeddings, "the images of a collection in the plane")
+    embeddings.add_argument("embeddings", metavar="DIR", help="the folder that embed wrote")
+    embeddings.add_argument("--method", choices=("pca", "tsne"), default="pca")
+    embeddings.add_argument(
+        "--color-by",
+        choices=("folder", "caption"),
+        help="what the labels are (the folders of the images if they differ, else the captions)",
+    )
+    embeddings.add_argument(
+        "--max-images", type=int, default=5000, metavar="N", help="drawn at most (5000)"
+    )
+
+    curves = kind("curves", _plot_curves, "the curves of a training")
+    curves.add_argument("run", metavar="DIR", help="the folder that train wrote")
+
+
+def _add_demo_command(command: Any) -> None:
+    demo = command("demo", _demo, "a web page: classify and search by pictures and words")
+    _add_model(demo)
+    demo.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="ask TensorFlow Serving's REST there, or gRPC at grpc://HOST:PORT, not a model here",
+    )
+    demo.add_argument("--model-name", default="align", help="the server's name of it (align)")
+    demo.add_argument(
+        "--index", metavar="DIR", help="what index wrote (without it, six example pictures)"
+    )
+    demo.add_argument("--host", default="127.0.0.1")
+    demo.add_argument("--port", type=int, default=7860)
 
 
 def _print_version_or_help(parser: argparse.ArgumentParser, arguments: Any) -> int:
@@ -298,9 +403,7 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def _classify(arguments: Any) -> int:
     if "{}" not in arguments.template:
         raise ValueError(f"--template {arguments.template!r}: expected a {{}} for the label")
-    missing = [path for path in arguments.images if not pathlib.Path(path).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such file")
+    _check_files(arguments.images)
     model, processor = _load(arguments.model)
     prompts = [arguments.template.format(label) for label in arguments.labels]
     results, broken = [], []
@@ -317,6 +420,12 @@ def _classify(arguments: Any) -> int:
     for message in broken:
         _say(f"align-tf: error: {message}")
     return EXIT_USER_ERROR if broken else 0
+
+
+def _check_files(paths: list[str]) -> None:
+    missing = [path for path in paths if not pathlib.Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file")
 
 
 def _classified(model: Any, processor: Any, paths: list, prompts: list[str]) -> Iterator[tuple]:
@@ -486,6 +595,167 @@ def _serve(arguments: Any) -> int:
             metrics_path=metrics_path,
         )
     )
+    return 0
+
+
+# --- embed, index and search ---------------------------------------------------------------
+
+
+def _embed(arguments: Any) -> int:
+    _say(f"Loading {arguments.model} ...")
+    _import_tensorflow()
+    from align_tf.collection import embed
+
+    names = ("model", "dtype", "engine", "workers", "image_key", "caption_key")
+    options = {name: getattr(arguments, name) for name in names}
+    for name in ("batch_size", "shard_size"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    summary = embed(arguments.source, arguments.output, **options)
+    if summary["skipped"]:
+        _say(f"align-tf: warning: left out {summary['skipped']} of {summary['records']} records")
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print(f"{arguments.output}: {summary['images']:,} images, {summary['dim']} dimensions")
+    return 0
+
+
+def _index(arguments: Any) -> int:
+    _import_tensorflow()
+    from align_tf.search import build_index
+
+    about = build_index(arguments.embeddings, arguments.output, kind=arguments.kind, progress=True)
+    how = "flat: each vector is compared"
+    if about["kind"] == "ivf":
+        how = f"ivf: {about['nprobe']} of {about['nlist']} lists are searched"
+    _say(f"Chose {how}")
+    if arguments.json:
+        print(json.dumps(about, indent=2))
+    else:
+        recall = ", ".join(f"{v:.1%} ({name})" for name, v in about["recall_at_10"].items())
+        print(f"{arguments.output}: {about['rows']:,} images, recall@10 {recall}")
+    return 0
+
+
+def _search(arguments: Any) -> int:
+    query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
+    if arguments.text is None and arguments.image is None:
+        raise ValueError("expected a TEXT or --image, or both")
+    _import_tensorflow()
+    from align_tf import gallery
+    from align_tf.search import Index, Searcher
+
+    index = Index(arguments.index)
+    _say(f"Loading {arguments.model or index.about['model']} ...")
+    hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
+    said = gallery.describe(**query)
+    if arguments.html:
+        gallery.write_html(arguments.html, said, hits)
+    if arguments.montage:
+        gallery.write_montage(arguments.montage, said, hits)
+    if arguments.json:
+        results = [dataclasses.asdict(hit) for hit in hits]
+        print(json.dumps({"query": said, "results": results}, indent=2))
+    else:
+        rows = [
+            [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
+        ]
+        _table(said, ["cosine", "id", "caption", "file"], rows)
+    return 0
+
+
+def _short(path: str) -> str:
+    """Writes a path as seen from here, where that is shorter."""
+    return min(path, os.path.relpath(path), key=len) if path else ""
+
+
+# --- plot ----------------------------------------------------------------------------------
+
+
+def _plot_heatmap(arguments: Any) -> int:
+    _check_files(arguments.images)
+    plots = _plots(arguments.output)
+    model, processor = _load(arguments.model)
+    from align_tf.search import Encoder
+
+    encoder = Encoder(model, processor)
+    images = encoder.embed_images(arguments.images)
+    similarities = images @ encoder.embed_texts(arguments.texts).T
+    from align_tf.gallery import thumbnail
+
+    pictures = [thumbnail(path, HEATMAP_PICTURE) for path in arguments.images]
+    names = [pathlib.Path(path).stem for path in arguments.images]
+    figure = plots.heatmap(similarities, names, arguments.texts, pictures)
+    return _save_plot(figure, arguments.output)
+
+
+def _plot_embeddings(arguments: Any) -> int:
+    plots = _plots(arguments.output)
+    _import_tensorflow()
+    from align_tf.collection import Collection
+
+    collection = Collection(arguments.embeddings)
+    embeds, labels = collection.labelled(arguments.max_images, arguments.color_by)
+    if len(embeds) < collection.rows:
+        _say(f"Drawing {len(embeds):,} of {collection.rows:,} images")
+    return _save_plot(plots.embeddings(embeds, labels, arguments.method), arguments.output)
+
+
+def _plot_curves(arguments: Any) -> int:
+    plots = _plots(arguments.output)
+    lines = plots.read_metrics(arguments.run)
+    figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.run)))
+    return _save_plot(figure, arguments.output)
+
+
+def _plots(output: str) -> Any:
+    from align_tf import plots
+
+    plots.check_suffix(output)
+    return plots
+
+
+def _save_plot(figure: Any, output: str) -> int:
+    from align_tf import plots
+
+    plots.save(figure, output)
+    print(output)
+    return 0
+
+
+# --- demo ----------------------------------------------------------------------------------
+
+
+def _demo(arguments: Any) -> int:
+    _import_tensorflow()
+    from align_tf import demo
+    from align_tf.client import AlignClient, AlignServerError
+    from align_tf.search import Encoder, Searcher
+
+    demo.require_gradio()
+    if arguments.server:
+        name = f"{arguments.model_name} at {arguments.server}"
+        protocol = "grpc" if arguments.server.startswith("grpc:") else "rest"
+        encoder = AlignClient(arguments.server, model_name=arguments.model_name, protocol=protocol)
+        try:
+            encoder.metadata()
+        except AlignServerError as error:
+            raise ValueError(f"{arguments.server}: {error}") from error
+        searcher = arguments.index and Searcher(arguments.index, client=encoder)
+    else:
+        name = arguments.model
+        model, processor = _load(name)
+        encoder = Encoder(model, processor)
+        searcher = arguments.index and Searcher(arguments.index, model=model, processor=processor)
+    page = demo.build_page(encoder, searcher or demo.example_searcher(encoder), name)
+    url, stop = demo.serve(page, arguments.host, arguments.port)
+    print(url, flush=True)
+    _say("Serving the page there; Ctrl-C stops it.")
+    try:
+        threading.Event().wait()
+    finally:
+        stop()
     return 0
 
 

@@ -54,19 +54,25 @@ class Source:
         name: for messages.
         count: its records; None where only reading it through would tell.
         elements: takes None, or the seed of an epoch's order, int64 (2,), to a dataset of the
-            elements that stand for the records: row numbers, or records still encoded.
+            elements that stand for the records: row numbers, or records still encoded. With
+            `first` it leaves out so many, and does not open the files they fill.
         load: takes a batch of elements to `key` (n,), `image_bytes` (n,) and `captions`, ragged
             (n, None). What could not be read has no image and no caption.
+        paths: the image file of each record, where the images are files.
     """
 
     name: str
     count: int | None
-    elements: Callable[[tf.Tensor | None], tf.data.Dataset]
+    elements: Callable[..., tf.data.Dataset]
     load: Callable[[Any], dict[str, Any]]
+    paths: list[str] | None = None
 
 
 def open_source(
-    source: Any, image_key: str | None = None, caption_key: str | None = None
+    source: Any,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    need_captions: bool = True,
 ) -> Source:
     """Finds out what a source is and lists or counts its records.
 
@@ -74,14 +80,15 @@ def open_source(
         source: see `align_tf.data.make_dataset`.
         image_key: name of the image's column, feature or key; None looks for the usual ones.
         caption_key: name of the caption's.
+        need_captions: False opens images alone too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, of no known kind, or has no captions.
+        ValueError: it is empty, of no known kind, or has no captions that are needed.
         ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
     """
     if isinstance(source, tf.data.Dataset):
-        return _open_dataset(source, image_key, caption_key)
+        return _open_dataset(source, image_key, caption_key, need_captions)
     paths = _find(source)
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
@@ -89,18 +96,18 @@ def open_source(
         raise ValueError(f"{name}: expected one kind of file, found {', '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind == "tfrecord":
-        return _open_tfrecords(name, paths, image_key, caption_key)
+        return _open_tfrecords(name, paths, image_key, caption_key, need_captions)
     if kind == "tar":
         images = IMAGE if image_key is None else (f".{image_key}",)
         return _open_generated(
             name,
             paths,
-            functools.partial(_count_tar, images=images),
+            functools.partial(_count_tar, images=images, need_captions=need_captions),
             functools.partial(_tar_records, images=images, caption_key=caption_key),
         )
     if kind == "folder":
-        return _open_folders(name, paths, caption_key)
-    return _open_tables(name, paths, image_key, caption_key)
+        return _open_folders(name, paths, caption_key, need_captions)
+    return _open_tables(name, paths, image_key, caption_key, need_captions)
 
 
 # --- finding files -------------------------------------------------------------------------
@@ -162,13 +169,20 @@ def _progress(items: Iterable[Any], what: str) -> Iterator[Any]:
 
 
 def _choose(
-    name: str, what: str, key: str | None, usual: Sequence[str], found: Iterable[str]
-) -> str:
+    name: str,
+    what: str,
+    key: str | None,
+    usual: Sequence[str],
+    found: Iterable[str],
+    needed: bool = True,
+) -> str | None:
     """Returns the column, feature or key that holds the images or the captions."""
     found = list(found)
     for candidate in usual if key is None else (key,):
         if candidate in found:
             return candidate
+    if key is None and not needed:
+        return None
     expected = repr(key) if key is not None else f"one of {', '.join(usual)}"
     raise ValueError(
         f"{name}: no {what}s: expected {expected}, or the name of another by {what}_key; "
@@ -179,22 +193,24 @@ def _choose(
 # --- rows that are known by their paths: folders and tables -----------------------------------
 
 
-def _open_listed(name: str, keys: list[str], paths: list[str], captions: list[list[str]]) -> Source:
+def _open_listed(
+    name: str, keys: list[str], files: list[str], captions: list[list[str]], need_captions: bool
+) -> Source:
     if not keys:
         raise ValueError(f"{name}: empty, expected one image or more")
     lengths = [len(of_image) for of_image in captions]
-    if not any(lengths):
+    if need_captions and not any(lengths):
         raise ValueError(f"{name}: no captions")
-    keys, paths = tf.constant(keys), tf.constant(paths)
-    flat = tf.constant(list(itertools.chain.from_iterable(captions)))
+    keys, paths = tf.constant(keys), tf.constant(files)
+    flat = tf.constant(list(itertools.chain.from_iterable(captions)), tf.string)
     captions = tf.RaggedTensor.from_row_lengths(flat, tf.constant(lengths, tf.int64))
     count = len(lengths)
 
-    def elements(seed: tf.Tensor | None) -> tf.data.Dataset:
+    def elements(seed: tf.Tensor | None, first: int = 0) -> tf.data.Dataset:
         rows = tf.range(count)
         if seed is not None:
             rows = tf.random.experimental.stateless_shuffle(rows, seed)
-        return tf.data.Dataset.from_tensor_slices(rows)
+        return tf.data.Dataset.from_tensor_slices(rows[first:])
 
     def load(rows: tf.Tensor) -> dict[str, Any]:
         return {
@@ -203,7 +219,7 @@ def _open_listed(name: str, keys: list[str], paths: list[str], captions: list[li
             "captions": tf.gather(captions, rows),
         }
 
-    return Source(name, count, elements, load)
+    return Source(name, count, elements, load, files)
 
 
 def _read_files(paths: tf.Tensor) -> tf.Tensor:
@@ -219,16 +235,18 @@ def _read_files(paths: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(tf.fill(tf.shape(paths), ""), row[:, None], content)
 
 
-def _open_folders(name: str, folders: list[pathlib.Path], caption_key: str | None) -> Source:
+def _open_folders(
+    name: str, folders: list[pathlib.Path], caption_key: str | None, need_captions: bool
+) -> Source:
     keys, paths, captions = [], [], []
     for folder in folders:
         for image, beside in _progress(_images(folder), f"Listing {folder}"):
             keys.append(os.path.splitext(os.path.relpath(image, folder))[0])
             paths.append(image)
             captions.append(_captions_beside(image, beside, caption_key))
-    if keys and not any(captions):
+    if need_captions and keys and not any(captions):
         raise ValueError(f"{name}: no captions: expected a .txt or a .json beside each image")
-    return _open_listed(name, keys, paths, captions)
+    return _open_listed(name, keys, paths, captions, need_captions)
 
 
 def _images(folder: pathlib.Path) -> Iterator[tuple[str, set[str]]]:
@@ -272,11 +290,20 @@ def _strings(value: Any) -> list[str]:
 
 
 def _open_tables(
-    name: str, files: list[pathlib.Path], image_key: str | None, caption_key: str | None
+    name: str,
+    files: list[pathlib.Path],
+    image_key: str | None,
+    caption_key: str | None,
+    need_captions: bool,
 ) -> Source:
     if any(_image_column(file, image_key) for file in files):
-        count = functools.partial(_count_parquet, image_key=image_key, caption_key=caption_key)
-        read = functools.partial(_parquet_records, image_key=image_key, caption_key=caption_key)
+        keys = {
+            "image_key": image_key,
+            "caption_key": caption_key,
+            "need_captions": need_captions,
+        }
+        count = functools.partial(_count_parquet, **keys)
+        read = functools.partial(_parquet_records, **keys)
         return _open_generated(name, files, count, read)
     captions: dict[str, list[str]] = {}  # of each path, in the order of its first row
     keys: dict[str, str] = {}
@@ -286,14 +313,17 @@ def _open_tables(
         if first is None:
             continue
         image = _choose(str(file), "image", image_key, PATH_KEYS, first)
-        caption = _choose(str(file), "caption", caption_key, CAPTION_KEYS, first)
+        caption = _choose(str(file), "caption", caption_key, CAPTION_KEYS, first, need_captions)
         for row in _progress(itertools.chain([first], rows), f"Reading {file}"):
             if not isinstance(row.get(image), str):
                 raise ValueError(f"{file}: expected a path in column {image!r} of each row")
             path = os.path.join(file.parent, row[image])
             keys.setdefault(path, os.path.splitext(row[image])[0])
-            captions.setdefault(path, []).extend(_strings(row.get(caption)))
-    return _open_listed(name, list(keys.values()), list(captions), list(captions.values()))
+            texts = _strings(row.get(caption)) if caption else []
+            captions.setdefault(path, []).extend(texts)
+    return _open_listed(
+        name, list(keys.values()), list(captions), list(captions.values()), need_captions
+    )
 
 
 def _table_rows(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
@@ -335,19 +365,24 @@ def _stream(
     count = sum(counts)
     if not count:
         raise ValueError(f"{name}: empty, expected one record or more")
+    ends = np.cumsum(counts)
     names, counts = tf.constant([str(file) for file in files]), tf.constant(counts, tf.int64)
 
-    def elements(seed: tf.Tensor | None) -> tf.data.Dataset:
+    def elements(seed: tf.Tensor | None, first: int = 0) -> tf.data.Dataset:
         order = tf.range(len(files))
         if seed is not None:
             order = tf.random.experimental.stateless_shuffle(order, seed)
+        elif first:
+            passed = int(np.searchsorted(ends, first, side="right"))
+            order = order[passed:]
+            first -= int(ends[passed - 1]) if passed else 0
         dataset = tf.data.Dataset.from_tensor_slices(order).interleave(
             lambda file: read(names[file], counts[file]),
             cycle_length=1 if seed is None else min(FILES_AT_A_TIME, len(files)),
             num_parallel_calls=1 if seed is None else tf.data.AUTOTUNE,
             deterministic=True,
         )
-        return _shuffled(dataset, seed)
+        return _shuffled(dataset, seed).skip(first)
 
     return Source(name, count, elements, load)
 
@@ -363,7 +398,11 @@ def _shuffled(dataset: tf.data.Dataset, seed: tf.Tensor | None) -> tf.data.Datas
 
 
 def _open_tfrecords(
-    name: str, files: list[pathlib.Path], image_key: str | None, caption_key: str | None
+    name: str,
+    files: list[pathlib.Path],
+    image_key: str | None,
+    caption_key: str | None,
+    need_captions: bool,
 ) -> Source:
     counts = [_count_tfrecord(file) for file in _progress(files, f"Counting {name}, files")]
     first = next((file for file, count in zip(files, counts, strict=True) if count), None)
@@ -371,11 +410,12 @@ def _open_tfrecords(
         raise ValueError(f"{name}: empty, expected one record or more")
     features = _features(first)
     image_key = _choose(str(first), "image", image_key, IMAGE_KEYS, features)
-    caption_key = _choose(str(first), "caption", caption_key, CAPTION_KEYS, features)
+    caption_key = _choose(str(first), "caption", caption_key, CAPTION_KEYS, features, need_captions)
     spec = {
         "key": tf.io.FixedLenFeature([], tf.string, ""),
         image_key: tf.io.FixedLenFeature([], tf.string, ""),
-        caption_key: tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
+        # A feature that is not there has no values.
+        caption_key or "caption": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
     }
 
     def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
@@ -392,7 +432,7 @@ def _open_tfrecords(
         return {
             "key": tf.where(parsed["key"] == "", place, parsed["key"]),
             "image_bytes": parsed[image_key],
-            "captions": parsed[caption_key],
+            "captions": parsed[caption_key or "caption"],
         }
 
     return _stream(name, files, counts, read, load)
@@ -520,7 +560,7 @@ def _tar_records(
                 yield key, image, captions
 
 
-def _count_tar(file: pathlib.Path, images: tuple[str, ...]) -> int:
+def _count_tar(file: pathlib.Path, images: tuple[str, ...], need_captions: bool) -> int:
     """Counts records by the names of their members; the one that is cut off is a record too."""
     count, suffixes = 0, set()
     try:
@@ -533,7 +573,8 @@ def _count_tar(file: pathlib.Path, images: tuple[str, ...]) -> int:
         if not suffixes:
             raise ValueError(f"{file}: not a tar file") from error
         count += 1
-    for what, expected in (("images", images), ("captions", CAPTION)):
+    needed = (("images", images), ("captions", CAPTION))
+    for what, expected in needed if need_captions else needed[:1]:
         if suffixes and suffixes.isdisjoint(expected):
             raise ValueError(
                 f"{file}: no {what}: expected members that end in {', '.join(expected)}, "
@@ -566,13 +607,13 @@ def _image_column(file: pathlib.Path, image_key: str | None) -> str | None:
 
 
 def _parquet_records(
-    file: pathlib.Path, image_key: str | None, caption_key: str | None
+    file: pathlib.Path, image_key: str | None, caption_key: str | None, need_captions: bool
 ) -> Iterator[Record]:
     table = _parquet(file)
     names = table.schema_arrow.names
     image = _image_column(file, image_key)
-    caption = _choose(str(file), "caption", caption_key, CAPTION_KEYS, names)
-    columns = [image, caption, *({"key"} & set(names))]
+    caption = _choose(str(file), "caption", caption_key, CAPTION_KEYS, names, need_captions)
+    columns = [image, *({caption, "key"} & set(names))]
     batches = table.iter_batches(batch_size=CHUNK, columns=columns)
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
     for number, row in enumerate(rows):
@@ -580,14 +621,17 @@ def _parquet_records(
         if isinstance(content, dict):  # as Hugging Face's datasets writes them
             key = key or os.path.splitext(content.get("path") or "")[0]
             content = content["bytes"]
-        yield str(key or f"{file}[{number}]"), content or b"", _strings(row[caption])
+        yield str(key or f"{file}[{number}]"), content or b"", _strings(row.get(caption))
 
 
-def _count_parquet(file: pathlib.Path, image_key: str | None, caption_key: str | None) -> int:
+def _count_parquet(
+    file: pathlib.Path, image_key: str | None, caption_key: str | None, need_captions: bool
+) -> int:
     table = _parquet(file)
     if _image_column(file, image_key) is None:
         raise ValueError(f"{file}: expected images in it, as in the files before")
-    _choose(str(file), "caption", caption_key, CAPTION_KEYS, table.schema_arrow.names)
+    names = table.schema_arrow.names
+    _choose(str(file), "caption", caption_key, CAPTION_KEYS, names, need_captions)
     return table.metadata.num_rows
 
 
@@ -595,15 +639,18 @@ def _count_parquet(file: pathlib.Path, image_key: str | None, caption_key: str |
 
 
 def _open_dataset(
-    dataset: tf.data.Dataset, image_key: str | None, caption_key: str | None
+    dataset: tf.data.Dataset,
+    image_key: str | None,
+    caption_key: str | None,
+    need_captions: bool,
 ) -> Source:
     spec, name = dataset.element_spec, "the dataset"
     if not isinstance(spec, dict):
         raise ValueError(f"{name}: expected dicts with an image and captions, found {spec}")
     image_key = _choose(name, "image", image_key, IMAGE_KEYS, spec)
-    caption_key = _choose(name, "caption", caption_key, CAPTION_KEYS, spec)
+    caption_key = _choose(name, "caption", caption_key, CAPTION_KEYS, spec, need_captions)
     inner = None  # as in TensorFlow Datasets' coco_captions
-    if isinstance(spec[caption_key], dict):
+    if caption_key and isinstance(spec[caption_key], dict):
         inner = _choose(f"{name}'s {caption_key}", "caption", None, JSON_KEYS, spec[caption_key])
     count = int(dataset.cardinality())
     if count == tf.data.INFINITE_CARDINALITY:
@@ -612,7 +659,9 @@ def _open_dataset(
         raise ValueError(f"{name}: empty, expected one record or more")
 
     def element(number: tf.Tensor, features: dict[str, Any]) -> tuple[Any, Any, Any]:
-        image, captions = features[image_key], features[caption_key]
+        image = features[image_key]
+        # None, of a length that is not known in the graph: so that batches of them are ragged.
+        captions = features[caption_key] if caption_key else tf.boolean_mask([""], [False])
         if image.dtype != tf.string:
             image = tf.io.encode_png(image, compression=0)  # stored: quick, and exact
         captions = captions[inner] if inner else captions
@@ -623,7 +672,7 @@ def _open_dataset(
     return Source(
         name,
         None if count == tf.data.UNKNOWN_CARDINALITY else count,
-        lambda seed: _shuffled(records, seed),
+        lambda seed, first=0: _shuffled(records, seed).skip(first),
         _load_record,
     )
 

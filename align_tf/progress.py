@@ -1,7 +1,12 @@
 """Progress of long work, on stderr."""
 
+import datetime
+import sys
+import time
 from collections.abc import Iterable
 from typing import Any
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0  # between two states of a Rate
 
 
 def track(items: Iterable, description: str, total: int | None = None, show: bool = True) -> Any:
@@ -24,3 +29,52 @@ def track(items: Iterable, description: str, total: int | None = None, show: boo
     console = rich.console.Console(stderr=True)
     transient = console.is_terminal  # in a log the last state stays
     return rich.progress.track(items, description, total, console=console, transient=transient)
+
+
+class Rate:
+    """Shows how many items are done, how many a second, and the time left, on stderr.
+
+    On a terminal it is one line that changes; elsewhere a line now and then, and at the end.
+
+    Args:
+        description: what is done, such as `Embedding`.
+        total: how many items there are.
+        unit: what they are, such as `images`.
+    """
+
+    def __init__(self, description: str, total: int, unit: str):
+        self.description, self.total, self.unit = description, total, unit
+        self.done = self.skipped = 0
+
+    def __enter__(self) -> "Rate":
+        self.started = self.told = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.done:
+            self._tell(f"in {datetime.timedelta(seconds=round(self._seconds()))}", "\n")
+
+    def skip(self, count: int) -> None:
+        """Counts items that were done before."""
+        self.skipped += count
+
+    def advance(self, count: int) -> None:
+        """Counts items that are done now."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.told >= (TERMINAL_SECONDS if self.terminal else LOG_SECONDS):
+            self.told = now
+            left = (self.total - self.skipped - self.done) * self._seconds() / self.done
+            left = datetime.timedelta(seconds=round(left))
+            self._tell(f"{left} left", "" if self.terminal else "\n")
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def _tell(self, time_said: str, end: str) -> None:
+        rate = self.done / max(self._seconds(), 1e-9)
+        line = f"{self.description}: {self.skipped + self.done:,} of {self.total:,} {self.unit}, "
+        line += f"{rate:,.1f} {self.unit}/s, {time_said}"
+        start = "\r\x1b[K" if self.terminal else ""
+        print(start + line, end=end, file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def test_help_loads_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    for command in ("quickstart", "classify", "train", "evaluate", "export", "serve"):
+    for command in ("quickstart", "classify", "train", "evaluate", "search", "export", "serve"):
         assert command in shown.stdout
 
 

@@ -224,6 +224,69 @@ def test_each_format_gives_the_same_records(source, name):
         assert [record["image_bytes"] for record in found] == [image for _, image, _ in RECORDS]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_first_records_can_be_left_out(source, name):
+    opened = open_source(source(name))
+    expected = [key for key, _, _ in RECORDS]
+    for first in (0, 3, 10):
+        batches = opened.elements(None, first).ragged_batch(4).enumerate()
+        loaded = batches.map(lambda _, elements: opened.load(elements)["key"])
+        keys = [key.decode() for batch in loaded.as_numpy_iterator() for key in batch]
+        assert keys == expected[first:]
+
+
+def test_the_files_before_the_first_record_are_not_opened(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", RECORDS[3 * number : 3 * number + 3])
+    opened = open_source(tmp_path)
+    (tmp_path / "0.tar").unlink()
+    (tmp_path / "1.tar").unlink()
+    for first, expected in ((6, ["gnu", "hen", "ibis"]), (8, ["ibis"])):
+        found = [key.decode() for key, _, _ in opened.elements(None, first).as_numpy_iterator()]
+        assert [key.rpartition("/")[2] for key in found] == expected
+
+
+def without_captions(name: str, path: pathlib.Path) -> str | tf.data.Dataset:
+    """The first three records, images alone."""
+    keys, images, _ = map(list, zip(*RECORDS[:3], strict=True))
+    if name == "dataset":
+        return tf.data.Dataset.from_tensor_slices({"key": keys, "image": images})
+    if name == "parquet":
+        write_parquet(path / "0.parquet", {"key": keys, "jpg": images})
+    elif name == "csv":
+        (path / "0.csv").write_text("\n".join(["path", *(f"{key}.png" for key in keys)]))
+    for key, image in zip(keys, images, strict=True):
+        if name == "tar":
+            member = tarfile.TarInfo(f"{key}.png")
+            member.size = len(image)
+            with tarfile.open(path / "0.tar", "a") as tar:
+                tar.addfile(member, io.BytesIO(image))
+        elif name in ("folder", "csv"):
+            (path / key).parent.mkdir(exist_ok=True)
+            (path / f"{key}.png").write_bytes(image)
+    if name == "tfrecord":
+        with tf.io.TFRecordWriter(str(path / "0.tfrecord")) as writer:
+            for key, image in zip(keys, images, strict=True):
+                writer.write(example(key=[key.encode()], jpg=[image]))
+    return str(path / "0.csv" if name == "csv" else path)
+
+
+@pytest.mark.parametrize("name", ["folder", "csv", "tar", "tfrecord", "parquet", "dataset"])
+def test_images_alone_are_read_where_captions_are_not_needed(tmp_path, name):
+    source = without_captions(name, tmp_path)
+    with pytest.raises(ValueError, match="no captions"):
+        open_source(source)
+    opened = open_source(source, need_captions=False)
+    batches = opened.elements(None).ragged_batch(2).enumerate()
+    loaded = list(batches.map(lambda _, elements: opened.load(elements)))
+    keys = [key.decode() for batch in loaded for key in batch["key"].numpy()]
+    assert keys == [key for key, _, _ in RECORDS[:3]]
+    assert [image for batch in loaded for image in batch["image_bytes"].numpy()] == [
+        image for _, image, _ in RECORDS[:3]
+    ]
+    assert [texts for batch in loaded for texts in batch["captions"].to_list()] == [[], [], []]
+
+
 def test_records_are_plain_tensors(source):
     dataset = records(source("tar"))
     assert len(dataset) == 10

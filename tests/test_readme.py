@@ -2,11 +2,13 @@
 
 import pathlib
 import re
+import shlex
 import shutil
 
 import keras
 import pytest
 
+from align_tf import cli
 from align_tf.checkpoint import BUNDLED
 
 if keras.backend.backend() != "tensorflow":
@@ -21,8 +23,9 @@ def test_python_examples_run(tmp_path, monkeypatch):
 
     from align_tf.server import ModelServer
 
-    classify, data, fine_tune, export, client = re.findall(
-        r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    readme = README.read_text(encoding="utf-8")
+    classify, data, fine_tune, search, export, client = re.findall(
+        r"```python\n(.*?)```", readme, re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
     example = next((BUNDLED["align-tiny"] / "examples").glob("*.png"))
@@ -39,8 +42,23 @@ def test_python_examples_run(tmp_path, monkeypatch):
     assert len(names["validation"]) == 1
     exec(fine_tune, names)
     assert (tmp_path / "my-align" / "model.safetensors").is_file()
+    exec(search, names)
+    assert [pathlib.Path(hit.path).stem for hit in names["hits"]] in (["a", "b"], ["b", "a"])
     exec(export, names)
     with ModelServer("models/align", model_name="align") as server:
         exec(client.replace("8501", str(server.rest_port)), names)
     assert names["result"].probs.shape == (1, 2)
     shutil.rmtree("models")
+
+
+def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    section = README.read_text(encoding="utf-8").partition("## Search a collection")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BUNDLED["align-tiny"] / "examples", "photos")
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert (program, cli.main(arguments)) == ("align-tf", 0), command
+    assert "panda" in capsys.readouterr().out
+    assert pathlib.Path("found.png").is_file()

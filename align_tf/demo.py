@@ -1,0 +1,291 @@
+"""A web page: zero-shot classification, search over a collection, and text+image queries."""
+
+import functools
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from align_tf import gallery
+from align_tf.checkpoint import BUNDLED
+from align_tf.client import AlignClient, AlignServerError
+from align_tf.collection import Settings, Shard, write_shard
+from align_tf.data_readers import IMAGE
+from align_tf.search import Encoder, Index, Searcher, build_index
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
+
+MAX_UPLOAD = 10 * 2**20  # bytes of a picture
+MAX_LABELS = 200
+TRIED = 5  # example pictures, a row of them
+SHOWN = 12  # results of a search
+PICTURE = 320  # pixels of a result
+
+EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+LABELS = ("panda", "police car", "pineapple", "cupcake", "rose", "star")
+FONTS = ("system-ui", "sans-serif")
+CSS = """
+.message { border-left: 4px solid #c2410c; padding: 4px 12px; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
+.gradio-container { margin: 0 auto !important; max-width: 1100px !important; width: 100%; }
+"""
+MISTAKES = (ValueError, OSError, AlignServerError)
+
+
+def build_page(encoder: Encoder | AlignClient, searcher: Searcher, name: str) -> Any:
+    """Builds the page.
+
+    Args:
+        encoder: what classifies and embeds.
+        searcher: of the collection that is searched.
+        name: of the model, shown.
+
+    Returns:
+        A gradio Blocks.
+
+    Raises:
+        ModuleNotFoundError: Gradio is not installed.
+    """
+    gradio = require_gradio()
+    with gradio.Blocks(title="ALIGN", analytics_enabled=False) as page:
+        gradio.Markdown(f"# ALIGN\n{name} · {len(searcher.index):,} pictures to search")
+        with gradio.Tab("Classify"):
+            _classify_tab(gradio, encoder)
+        with gradio.Tab("Search"):
+            _search_tab(gradio, searcher)
+        with gradio.Tab("Picture + words"):
+            _arithmetic_tab(gradio, searcher)
+    return page
+
+
+def serve(
+    page: Any, host: str = "127.0.0.1", port: int | None = 7860
+) -> tuple[str, Callable[[], None]]:
+    """Serves the page, from threads of its own.
+
+    Args:
+        page: what `build_page` returned.
+        host: the address to listen on.
+        port: the port; None takes a free one from 7860 on.
+
+    Returns:
+        The page's URL, and what stops it.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    gradio = require_gradio()
+    theme = gradio.themes.Default(primary_hue="blue", font=FONTS, font_mono=FONTS).set(
+        button_primary_background_fill="*primary_600",  # white on it can be read
+        button_primary_background_fill_hover="*primary_700",
+    )
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        max_file_size=MAX_UPLOAD,
+        footer_links=[],
+        theme=theme,
+        css=CSS,
+        prevent_thread_lock=True,
+    )
+    return url, page.close
+
+
+def example_searcher(encoder: Encoder | AlignClient) -> Searcher:
+    """Indexes the pictures that come with align-tiny, by any model."""
+    embeds = encoder.embed_images(EXAMPLES)
+    captions = [path.stem.replace("_", " ") for path in EXAMPLES]
+    count, dim = embeds.shape
+    settings = Settings("examples", count, count, "float32", dim, "", "")
+    columns = {
+        "id": [path.stem for path in EXAMPLES],
+        "path": [str(path) for path in EXAMPLES],
+        "caption": captions,
+        "image_embeds": embeds,
+        "text_embeds": encoder.embed_texts(captions),
+    }
+    # The index stays mapped when its folder is gone; Windows keeps the folder.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        output = pathlib.Path(folder)
+        write_shard(output / "embeds", settings, Shard(0, count, 0, {}), columns)
+        build_index(output / "embeds", output / "index")
+        return Searcher(Index(output / "index"), client=encoder)
+
+
+def require_gradio() -> Any:
+    """Imports Gradio.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'the demo needs Gradio: pip install "align-tf[demo]"', name=error.name
+        ) from error
+    return gradio
+
+
+# --- the tabs ------------------------------------------------------------------------------
+
+
+def _classify_tab(gradio: Any, encoder: Encoder | AlignClient) -> None:
+    with gradio.Row():
+        with gradio.Column():
+            image = _picture(gradio)
+            labels = gradio.Textbox(
+                "\n".join(LABELS), lines=6, max_lines=12, label="Labels, one a line"
+            )
+            templates = gradio.Textbox(
+                "{}",
+                lines=2,
+                label="Templates, one a line",
+                info="{} stands for the label, as in: a photo of a {}",
+            )
+            button = gradio.Button("Classify", variant="primary")
+        with gradio.Column():
+            message = _message(gradio)
+            result = gradio.Label(num_top_classes=10, label="Probabilities")
+    button.click(
+        _answer(gradio, functools.partial(classify, encoder)),
+        [image, labels, templates],
+        [result, message],
+        api_visibility="private",
+    )
+
+
+def _search_tab(gradio: Any, searcher: Searcher) -> None:
+    text = gradio.Textbox(label="What the pictures show", placeholder="a red flower")
+    button = gradio.Button("Search", variant="primary")
+    message, results = _message(gradio), _results(gradio)
+    for asked in (button.click, text.submit):
+        asked(
+            _answer(gradio, lambda text: find(searcher, text=text)),
+            [text],
+            [results, message],
+            api_visibility="private",
+        )
+
+
+def _arithmetic_tab(gradio: Any, searcher: Searcher) -> None:
+    with gradio.Row():
+        with gradio.Column():
+            image = _picture(gradio)
+        with gradio.Column():
+            add = gradio.Textbox(lines=2, label="Add, one a line", placeholder="in the snow")
+            subtract = gradio.Textbox(lines=2, label="Subtract, one a line", placeholder="forest")
+            button = gradio.Button("Search", variant="primary")
+    message, results = _message(gradio), _results(gradio)
+
+    def ask(image: str | None, add: str, subtract: str) -> list:
+        return find(searcher, image=_chosen(image), add=_lines(add), subtract=_lines(subtract))
+
+    button.click(
+        _answer(gradio, ask), [image, add, subtract], [results, message], api_visibility="private"
+    )
+
+
+def _picture(gradio: Any) -> Any:
+    """Makes the place for a picture, with some to try beneath it."""
+    image = gradio.Image(
+        type="filepath", sources=["upload", "clipboard"], label="Picture", height=280, buttons=[]
+    )
+    # The file as it was sent, so that what is wrong with it is told on the page. Not a subclass,
+    # for which Gradio writes a file beside this one.
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    tried = [[str(path)] for path in EXAMPLES[:TRIED]]
+    gradio.Examples(tried, [image], label="Try one of these")
+    return image
+
+
+def _message(gradio: Any) -> Any:
+    return gradio.Markdown(visible=False, elem_classes="message")
+
+
+def _results(gradio: Any) -> Any:
+    return gradio.Gallery(
+        label="Results, the nearest first",
+        show_label=False,
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        buttons=[],
+    )
+
+
+# --- what the buttons do --------------------------------------------------------------------
+
+
+def _answer(gradio: Any, function: Callable) -> Callable:
+    """Has a function's result shown, or in its place the message of a mistake."""
+
+    def answer(*inputs: Any) -> tuple[Any, Any]:
+        try:
+            return function(*inputs), gradio.Markdown(visible=False)
+        except MISTAKES as error:
+            said = str(error)
+            for path in (value for value in inputs if isinstance(value, str) and os.sep in value):
+                said = said.replace(path, os.path.basename(path))  # not where the upload lies
+            return None, gradio.Markdown(said, visible=True)
+
+    return answer
+
+
+def classify(
+    encoder: Encoder | AlignClient, image: str | None, labels: str, templates: str
+) -> dict[str, float]:
+    """Classifies one picture.
+
+    Args:
+        encoder: what classifies.
+        image: its file.
+        labels: one a line.
+        templates: one a line; the logits are the mean of theirs.
+
+    Returns:
+        Label -> probability.
+
+    Raises:
+        ValueError: there is no picture, no label, or a template without `{}`.
+    """
+    image, names = _chosen(image), list(dict.fromkeys(_lines(labels)))
+    if not names:
+        raise ValueError("No labels: type one a line.")
+    if len(names) > MAX_LABELS:
+        raise ValueError(f"{len(names)} labels: expected {MAX_LABELS} at most.")
+    answers = [
+        encoder.classify([image], names, template) for template in _lines(templates) or ["{}"]
+    ]
+    logits = np.mean([answer.logits[0] for answer in answers], axis=0)
+    probs = np.exp(logits - logits.max())
+    return dict(zip(names, map(float, probs / probs.sum()), strict=True))
+
+
+def find(searcher: Searcher, **query: Any) -> list[tuple[Any, str]]:
+    """Searches, as `Searcher.search`; returns pictures with what is written under them."""
+    hits = searcher.search(**query, k=SHOWN)
+    if not any(hit.path and os.path.isfile(hit.path) for hit in hits):
+        raise ValueError("The picture files of the collection are not on this machine.")
+    pictures = [(gallery.thumbnail(hit.path, PICTURE), hit) for hit in hits]
+    return [
+        (picture, f"{hit.caption or hit.id} · {hit.score:.2f}")
+        for picture, hit in pictures
+        if picture is not None
+    ]
+
+
+def _chosen(image: str | None) -> str:
+    if image is None:
+        raise ValueError(f"No picture: drop one, a {', '.join(IMAGE)} file.")
+    return image
+
+
+def _lines(text: str | None) -> Sequence[str]:
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]

@@ -1,0 +1,279 @@
+"""A collection of embeddings: what is in it, going on after a kill, the records left out, Ray."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, cli
+from align_tf.collection import Collection, embed, fingerprint
+
+pq = pytest.importorskip("pyarrow.parquet")
+
+WORDS = ["red", "green", "blue", "a", "picture"]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+RECORDS = 50  # of which three cannot be embedded
+BROKEN, ABSENT, HUGE = 5, 17, 30
+SIZES = {"batch_size": 3, "shard_size": 8}  # 9 records a shard, 6 shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Fifty pictures, every other one with a caption; three of them cannot be read."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(RECORDS):
+        path = folder / f"{number:03}.png"
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(path)
+        if number % 2 == 0:
+            path.with_suffix(".txt").write_text(f"a {WORDS[number % 3]} picture\n")
+    (folder / f"{BROKEN:03}.png").write_bytes(b"\x89PNG\r\n\x1a\n, and no more")
+    (folder / f"{ABSENT:03}.png").write_bytes(b"")
+    Image.new("L", (2000, 2000)).save(folder / f"{HUGE:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor() -> AlignProcessor:
+    images = AlignImageProcessor(size=20, crop_size=16, max_image_pixels=1_000_000)
+    return AlignProcessor(images, AlignTokenizer(VOCAB))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, processor, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    keras.utils.set_random_seed(1)
+    AlignModel(tiny_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> AlignModel:
+    return AlignModel.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, checkpoint, processor, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """The collection of an unbroken run, and its summary."""
+    output = tmp_path_factory.mktemp("whole") / "embeds"
+    return output, embed(folder, output, model=checkpoint, processor=processor, **SIZES)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_columns_and_what_is_left_out(whole, folder):
+    output, summary = whole
+    table = pq.read_table(output)
+    fine = [n for n in range(RECORDS) if n not in (BROKEN, ABSENT, HUGE)]
+    assert table["id"].to_pylist() == [f"{n:03}" for n in fine]
+    assert table["path"].to_pylist() == [str(folder / f"{n:03}.png") for n in fine]
+    captions = [f"a {WORDS[n % 3]} picture" if n % 2 == 0 else None for n in fine]
+    assert table["caption"].to_pylist() == captions
+    assert [row is None for row in table["text_embeds"].to_pylist()] == [
+        text is None for text in captions
+    ]
+    assert str(table.schema.field("image_embeds").type) == "fixed_size_list<element: halffloat>[8]"
+    assert (summary["records"], summary["images"], summary["skipped"]) == (50, 47, 3)
+    assert list(summary["named"]) == [f"{n:03}" for n in (BROKEN, ABSENT, HUGE)]
+    assert "pixels" in summary["named"][f"{HUGE:03}"]
+    assert sorted(contents(output)) == [f"shard-{n:06}.parquet" for n in range(6)]
+
+
+def test_the_embeddings_are_the_models(whole, folder, model, processor):
+    output, _ = whole
+    rows = pq.read_table(output).slice(10, 1).to_pylist()[0]
+    assert rows["id"] == "011"
+    outputs = model(processor(images=[rows["path"]], text="a red picture", padding="longest"))
+    np.testing.assert_allclose(rows["image_embeds"], np.asarray(outputs.image_embeds)[0], atol=1e-3)
+    row = pq.read_table(output).to_pylist()[0]
+    assert row["caption"] == "a red picture"
+    np.testing.assert_allclose(row["text_embeds"], np.asarray(outputs.text_embeds)[0], atol=1e-3)
+
+
+def test_the_metadata_hold_the_fingerprint(whole, model, processor):
+    output, summary = whole
+    about = json.loads(pq.read_schema(output / "shard-000001.parquet").metadata[b"align_tf"])
+    assert about["fingerprint"] == summary["fingerprint"] == fingerprint(model, processor)
+    assert about["shard"]["number"] == 1
+    collection = Collection(output)
+    assert collection.rows == 47
+    assert sum(len(embeds) for embeds in collection.image_embeds()) == 47
+    assert sum(len(embeds) for embeds in collection.text_embeds()) == 24
+
+
+def test_the_fingerprint_is_of_weights_configuration_and_image_settings(tiny_config, processor):
+    model = AlignModel(tiny_config)
+    before = fingerprint(model, processor)
+    assert fingerprint(model, processor) == before
+    other = AlignImageProcessor(size=21, crop_size=16)
+    assert fingerprint(model, AlignProcessor(other, processor.tokenizer)) != before
+    kernel = model.text_projection.kernel
+    values = np.array(kernel)
+    values[0, 0] += 1e-3
+    kernel.assign(values)
+    assert fingerprint(model, processor) != before
+
+
+def test_a_killed_run_goes_on_to_the_same_files(whole, folder, checkpoint, tmp_path):
+    script = (
+        "import sys\nfrom align_tf.collection import embed\n"
+        "embed(sys.argv[1], sys.argv[2], model=sys.argv[3], batch_size=3, shard_size=8)"
+    )
+    output = tmp_path / "embeds"
+    save = AlignProcessor.from_pretrained(checkpoint)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, folder, output, checkpoint], stderr=subprocess.PIPE
+    )
+    try:
+        while not list(output.glob("shard-*")):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = contents(output)
+    assert 1 <= len([name for name in done if name.startswith("shard-")]) < 6
+    before = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    (output / ".shard-000004.parquet.left").write_bytes(b"half a shard")  # as a kill leaves it
+
+    embed(folder, output, model=checkpoint, processor=save, **SIZES)
+    assert contents(output) == contents(whole[0])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_hole_in_the_middle_is_filled_and_a_whole_collection_is_left(
+    whole, folder, checkpoint, tmp_path, capsys
+):
+    output = tmp_path / "embeds"
+    output.mkdir()
+    for name, content in contents(whole[0]).items():
+        if name not in ("shard-000001.parquet", "shard-000002.parquet", "shard-000005.parquet"):
+            (output / name).write_bytes(content)
+    with pytest.raises(ValueError, match="3 of 6 shards"):
+        Collection(output)
+    capsys.readouterr()
+    assert embed(folder, output, model=checkpoint, **SIZES) == {**whole[1], "output": str(output)}
+    shown = capsys.readouterr().err
+    assert "left out 017" in shown and "left out 005" not in shown
+    assert "50 of 50 images" in shown and "images/s" in shown
+    assert contents(output) == contents(whole[0])
+    assert embed(folder, output, model=checkpoint, **SIZES)["images"] == 47
+    assert "images/s" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"shard_size": 12}, "shard_size 9, not 12"),
+        ({"dtype": "float32"}, "dtype 'float16', not 'float32'"),
+    ],
+)
+def test_another_collection_in_the_folder_is_refused(whole, folder, checkpoint, options, name):
+    with pytest.raises(ValueError, match=name):
+        embed(folder, whole[0], model=checkpoint, **{**SIZES, **options})
+
+
+def test_another_model_or_source_is_refused(whole, folder, tiny_config, processor, checkpoint):
+    keras.utils.set_random_seed(2)
+    with pytest.raises(ValueError, match="fingerprint"):
+        embed(folder, whole[0], model=AlignModel(tiny_config), processor=processor, **SIZES)
+    with pytest.raises(ValueError, match="source"):
+        embed([str(folder)] * 2, whole[0], model=checkpoint, **SIZES)
+
+
+def test_a_tf_data_set_of_unknown_length_in_float32(model, processor, tmp_path):
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 255, (7, 20, 20, 3), np.uint8)
+
+    def features():
+        yield from ({"image": image} for image in images)
+
+    spec = {"image": tf.TensorSpec([20, 20, 3], tf.uint8)}
+    dataset = tf.data.Dataset.from_generator(features, output_signature=spec)
+    summary = embed(
+        dataset, tmp_path, model=model, processor=processor, dtype="float32", batch_size=2
+    )
+    assert (summary["images"], summary["model"]) == (7, "")
+    (embeds,) = Collection(tmp_path).image_embeds()
+    expected = np.asarray(model(processor(images=images, text="a", padding="longest")).image_embeds)
+    np.testing.assert_allclose(embeds, expected, atol=1e-6)
+    assert embeds.dtype == np.float32
+
+
+def test_nothing_to_embed_is_an_error(model, processor, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of 1 images"):
+        embed(tmp_path, tmp_path / "out", model=model, processor=processor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"engine": "spark"}, "engine='spark'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"engine": "ray"}, "expected paths and the name"),
+    ],
+)
+def test_arguments_are_checked(folder, model, processor, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed(folder, tmp_path / "out", model=model, processor=processor, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_collection(tmp_path):
+    with pytest.raises(FileNotFoundError, match="align-tf embed"):
+        Collection(tmp_path)
+    (tmp_path / "shard-000000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="not a whole shard"):
+        Collection(tmp_path)
+
+
+def test_the_command(folder, checkpoint, whole, tmp_path, capsys):
+    arguments = ["embed", folder, "--output", tmp_path / "e", "--model", checkpoint, "--json"]
+    arguments += ["--batch-size", 3, "--shard-size", 8]
+    assert cli.main([str(argument) for argument in arguments]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["images"] == 47
+    assert "left out 3 of 50 records" in captured.err
+    assert contents(tmp_path / "e") == contents(whole[0])
+
+
+def kill_a_worker(output: pathlib.Path, killed: list[int]) -> None:
+    """Kills one of two workers of Ray once a shard is written."""
+    while not list(output.glob("shard-*")):
+        time.sleep(0.01)
+    for cmdline in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if cmdline.read_bytes().startswith(b"ray::") and b"_Worker" in cmdline.read_bytes():
+                killed.append(int(cmdline.parent.name))
+    os.kill(killed[0], signal.SIGKILL)
+
+
+# Starting Ray and its workers takes half a minute.
+@pytest.mark.skipif("ALIGN_TF_RAY" not in os.environ, reason="ALIGN_TF_RAY=1 runs Ray")
+def test_ray_gives_the_same_files_with_a_worker_killed(whole, folder, checkpoint, tmp_path):
+    pytest.importorskip("ray")
+    output, workers = tmp_path / "embeds", []
+    output.mkdir()
+    killer = threading.Thread(target=kill_a_worker, args=(output, workers), daemon=True)
+    killer.start()
+    summary = embed(folder, output, model=checkpoint, engine="ray", workers=2, **SIZES)
+    killer.join()
+    assert len(workers) == 2, workers
+    assert summary == {**whole[1], "output": str(output)}
+    assert contents(output) == contents(whole[0])

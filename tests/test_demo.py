@@ -1,0 +1,212 @@
+"""The demo page in a real browser: results, mistakes, keyboard, a narrow screen; by a server."""
+
+import os
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_tf import AlignModel, AlignProcessor, cli
+from align_tf.checkpoint import BUNDLED
+
+pytest.importorskip("gradio", reason='pip install "align-tf[demo]"')
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+from align_tf import demo  # noqa: E402
+from align_tf.search import Encoder  # noqa: E402
+
+EXAMPLES = BUNDLED["align-tiny"] / "examples"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = os.environ.get("ALIGN_TF_BROWSER") or next(
+    filter(None, map(shutil.which, BROWSERS)), None
+)
+SECONDS = 60_000  # milliseconds, for a page on a busy machine
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None,
+    reason="no browser: apt-get install chromium, or ALIGN_TF_BROWSER=/path/to/chromium",
+)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(
+        AlignModel.from_pretrained("align-tiny"), AlignProcessor.from_pretrained("align-tiny")
+    )
+
+
+@pytest.fixture(scope="module")
+def url(encoder):
+    page = demo.build_page(encoder, demo.example_searcher(encoder), "align-tiny")
+    url, stop = demo.serve(page, port=None)
+    yield url
+    stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(url, browser):
+    """The page, which may ask this machine alone."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(SECONDS)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(url)
+    page.get_by_role("button", name="Classify", exact=True).wait_for()
+    yield page
+    outside = [at for at in asked if not at.startswith((url, "data:", "blob:"))]
+    page.close()
+    assert not outside
+
+
+def choose(page, path: pathlib.Path, tab: int = 0) -> None:
+    """Uploads a picture to the tab that is open."""
+    page.locator("input[type=file]").nth(tab).set_input_files(path)
+    page.locator("img[src*='/file=']").filter(visible=True).first.wait_for()
+
+
+def message(page) -> str:
+    found = page.locator(".message").filter(visible=True)
+    found.wait_for()
+    return found.inner_text()
+
+
+# --- in the browser ------------------------------------------------------------------------
+
+
+@needs_browser
+def test_classify(page):
+    choose(page, EXAMPLES / "panda.png")
+    page.get_by_label("Labels, one a line").fill("rocket\npanda\npizza")
+    page.get_by_label("Templates, one a line").fill("{}\na picture of a {}")
+    page.get_by_role("button", name="Classify", exact=True).click()
+    page.get_by_test_id("label-output-value").filter(has_text="panda").wait_for()
+    bars = [page.get_by_test_id(f"{name}-confidence-set") for name in ("panda", "rocket", "pizza")]
+    shown = [float(re.search(r"(\d+)%", bar.inner_text())[1]) for bar in bars]
+    assert shown[0] == max(shown) and sum(shown) == pytest.approx(100, abs=2)
+
+
+@needs_browser
+def test_search_finds_by_words(page):
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("What the pictures show").fill("a panda")
+    page.get_by_role("button", name="Search", exact=True).filter(visible=True).click()
+    first = page.locator(".thumbnail-item").filter(visible=True).first
+    first.wait_for()
+    assert "panda" in first.inner_text()
+    assert page.locator(".thumbnail-item").filter(visible=True).count() == 6
+
+
+@needs_browser
+def test_a_picture_with_words_added_and_subtracted(page):
+    page.get_by_role("tab", name="Picture + words").click()
+    choose(page, EXAMPLES / "panda.png", tab=1)
+    page.get_by_label("Add, one a line").fill("police car")
+    page.get_by_label("Subtract, one a line").fill("panda")
+    page.get_by_role("button", name="Search", exact=True).filter(visible=True).click()
+    first = page.locator(".thumbnail-item").filter(visible=True).first
+    first.wait_for()
+    assert "police car" in first.inner_text()
+
+
+@needs_browser
+def test_mistakes_are_told_on_the_page(page, tmp_path):
+    classify = page.get_by_role("button", name="Classify", exact=True)
+    classify.click()
+    assert "No picture" in message(page)
+    (tmp_path / "broken.png").write_bytes((EXAMPLES / "panda.png").read_bytes()[:300])
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    page.wait_for_timeout(1000)
+    classify.click()
+    page.locator(".message").filter(has_text="broken.png").wait_for()
+    said = message(page)
+    assert said.startswith("broken.png: not a decodable image") and "tmp" not in said
+    page.get_by_label("Templates, one a line").fill("a photo")
+    page.get_by_role("button", name="Classify", exact=True).click()
+    page.locator(".message").filter(has_text="expected a {}").wait_for()
+    page.get_by_label("Labels, one a line").fill("\n")
+    classify.click()
+    page.locator(".message").filter(has_text="No labels").wait_for()
+
+
+@needs_browser
+def test_a_picture_that_is_too_large_is_refused(page, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (2000, 2000, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > demo.MAX_UPLOAD
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
+    page.get_by_text("exceeds the maximum").first.wait_for()
+
+
+@needs_browser
+def test_by_the_keyboard_alone(page):
+    def go_to(name: str) -> None:
+        """Presses Tab until an element of that name or label has the focus."""
+        script = (
+            "() => { const e = document.activeElement; return [e.innerText, e.ariaLabel,"
+            " ...(e.labels || [])].map(x => x && (x.innerText || x)).join('|') }"
+        )
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if name in page.evaluate(script):
+                return
+        raise AssertionError(f"{name}: not reached")
+
+    go_to("Search")
+    page.keyboard.press("Enter")
+    go_to("What the pictures show")
+    page.keyboard.type("pineapple")
+    page.keyboard.press("Enter")
+    page.locator(".thumbnail-item").filter(visible=True).first.wait_for()
+    assert "pineapple" in page.locator(".thumbnail-item").filter(visible=True).first.inner_text()
+
+
+@needs_browser
+def test_a_screen_400_pixels_wide(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    for tab in ("Classify", "Search", "Picture + words"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        button = page.get_by_role("button", name=tab.replace("Picture + words", "Search"))
+        box = button.filter(visible=True).last.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+
+
+# --- without one ---------------------------------------------------------------------------
+
+
+def test_a_server_answers_as_the_model_does(encoder, tmp_path):
+    pytest.importorskip("tensorflow_serving")
+    from align_tf import export_saved_model
+    from align_tf.client import AlignClient
+    from align_tf.server import ModelServer
+
+    export_saved_model(encoder.model, encoder.processor, tmp_path / "align")
+    asked = (str(EXAMPLES / "rose.png"), "rose\npanda\n", "{}\na drawing of a {}")
+    with (
+        ModelServer(tmp_path / "align", model_name="align") as server,
+        AlignClient(f"127.0.0.1:{server.rest_port}") as client,
+    ):
+        probs = demo.classify(client, *asked)
+        found = demo.find(demo.example_searcher(client), text="a rose")
+    assert probs == pytest.approx(demo.classify(encoder, *asked), abs=1e-5)
+    expected = demo.find(demo.example_searcher(encoder), text="a rose")
+    assert [text for _, text in found] == [text for _, text in expected]
+
+
+def test_a_server_that_is_not_there(capsys):
+    assert cli.main(["demo", "--server", "127.0.0.1:1"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("align-tf: error:") and "127.0.0.1:1: cannot reach" in last

@@ -1,0 +1,121 @@
+"""Plots: what is drawn, the two formats, mistakes."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_tf import cli, plots
+from align_tf.checkpoint import BUNDLED
+
+pytest.importorskip("matplotlib")
+
+EXAMPLES = BUNDLED["align-tiny"] / "examples"
+
+LOG = [
+    {"step": 10, "loss": 3.0, "temperature": 0.1, "learning_rate": 1e-3},
+    {"step": 20, "loss": 2.0, "temperature": 0.09, "learning_rate": 2e-3, "accuracy_i2t": 0.5},
+    {"step": 20, "val_r1_i2t": 0.25, "val_r1_t2i": 0.5},
+    {"step": 30, "loss": 1.0, "temperature": 0.08, "learning_rate": 1e-3},
+]
+
+
+def test_heatmap_writes_each_number_in_its_place(tmp_path):
+    values = np.array([[0.5, -0.25, 0.125], [0.0, 1.0, 0.75]])
+    pictures = [Image.new("RGB", (20, 10), "red"), Image.new("RGB", (10, 10), "blue")]
+    figure = plots.heatmap(values, ["one", "two"], ["a", "b", "cost: $5 or $6"], pictures)
+    axes = figure.axes[0]
+    written = {text.get_position(): text.get_text() for text in axes.texts}
+    assert written[(1, 0)] == "-0.25" and written[(2, 1)] == "0.75" and len(written) == 6
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"]
+    plots.save(figure, tmp_path / "a.png")
+    plots.save(figure, tmp_path / "a.svg")
+    assert Image.open(tmp_path / "a.png").width > 500
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    with pytest.raises(ValueError, match=r"expected \(3, 3\)"):
+        plots.heatmap(values, ["one", "two", "three"], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_embeddings_of_one_label_lie_together(method):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(3, 20))
+    kinds = np.arange(60) % 3
+    embeds = centers[kinds] + 0.05 * rng.normal(size=(60, 20))
+    figure = plots.embeddings(embeds, [f"kind {kind}" for kind in kinds], method)
+    groups = {c.get_label(): np.array(c.get_offsets()) for c in figure.axes[0].collections}
+    assert {name: len(points) for name, points in groups.items()} == {
+        f"kind {kind}": 20 for kind in range(3)
+    }
+    means = np.array([points.mean(axis=0) for points in groups.values()])
+    apart = min(np.linalg.norm(means[i] - means[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert apart > 3 * max(points.std() for points in (p - p.mean(0) for p in groups.values()))
+
+
+def test_labels_beyond_ten_are_gray():
+    pytest.importorskip("sklearn")
+    labels = [str(i // 2) for i in range(24)] + ["0"] * 2
+    figure = plots.embeddings(np.random.default_rng(0).normal(size=(26, 4)), labels)
+    groups = {c.get_label(): len(c.get_offsets()) for c in figure.axes[0].collections}
+    assert groups["2 other labels"] == 4 and groups["0"] == 4 and len(groups) == 11
+    for embeds, labels in ((np.zeros((2, 4)), ["a", "b"]), (np.zeros((4, 4)), ["a"])):
+        with pytest.raises(ValueError, match="three or more"):
+            plots.embeddings(embeds, labels)
+
+
+def test_curves_have_a_panel_for_each_kind_of_value():
+    figure = plots.curves(LOG, "run")
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert set(panels) == {
+        "loss",
+        "accuracy within the batch",
+        "validation: recall",
+        "temperature",
+        "learning rate",
+    }
+    (line,) = panels["loss"].lines
+    assert line.get_xydata().tolist() == [[10, 3], [20, 2], [30, 1]]
+    assert len(panels["validation: recall"].lines) == 2
+    with pytest.raises(ValueError, match="no line"):
+        plots.curves([{"step": 1}])
+
+
+def test_a_log_is_read_up_to_a_line_that_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps(line) for line in LOG]
+    path.write_text("\n".join([*lines, '{"step": 40, "lo']))
+    assert plots.read_metrics(tmp_path) == plots.read_metrics(path) == LOG
+    path.write_text("\n".join(["[]", *lines]))
+    with pytest.raises(ValueError, match="line 1"):
+        plots.read_metrics(tmp_path)
+
+
+def test_the_commands(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in LOG))
+    output = tmp_path / "curves.svg"
+    assert cli.main(["plot", "curves", str(tmp_path), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert "<svg" in output.read_text()
+    arguments = ["plot", "heatmap", "--images", *map(str, sorted(EXAMPLES.glob("*.png"))[:2])]
+    arguments += ["--texts", "a panda", "a cupcake", "--output", str(tmp_path / "heat.png")]
+    assert cli.main(arguments) == 0
+    assert Image.open(tmp_path / "heat.png").format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["curves", "nowhere", "--output", "a.png"], "nowhere: no such file"),
+        (["curves", ".", "--output", "a.jpg"], "a.jpg: expected a name that ends in .png or .svg"),
+        (["heatmap", "--images", "no.png", "--texts", "a", "--output", "a.png"], "no.png: no such"),
+        (["embeddings", "nowhere", "--output", "a.png"], "nowhere: no embeddings"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(capsys, arguments, message):
+    assert cli.main(["plot", *arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("align-tf: error:") and message in last
+    assert not pathlib.Path("a.png").exists()
