@@ -19,9 +19,7 @@ if keras.backend.backend() == "tensorflow":
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
 from align_tf.devices import data_parallel, describe_devices
 print(describe_devices())
-parallel = data_parallel()
-with parallel.scope():
-    print(type(parallel).__name__, float(keras.Variable(1.0).value))
+print(type(data_parallel()).__name__)
 """
 BACKEND = keras.backend.backend()
 # backend: strategy of one device, of several
@@ -40,4 +38,4 @@ def test_all_devices_are_used(count):
     assert done.returncode == 0, done.stderr
     said, strategy = done.stdout.splitlines()
     assert said == f"{count} CPU device{'s' * (count > 1)}, Keras on {BACKEND}"
-    assert strategy == f"{STRATEGIES[BACKEND][count > 1]} 1.0"
+    assert strategy == STRATEGIES[BACKEND][count > 1]
