@@ -1,11 +1,15 @@
-"""Keras callbacks that evaluate while a model trains."""
+"""Keras callbacks that evaluate a model while it trains, keep it, and count its compilations."""
 
+import math
+import os
+import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from align_tf import training_state
 from align_tf.embedding import Embedder, in_batches
 from align_tf.evaluation import (
     class_embeddings,
@@ -13,7 +17,11 @@ from align_tf.evaluation import (
     retrieval_metrics,
     zero_shot_metrics,
 )
+from align_tf.processor import AlignProcessor
 from align_tf.tokenization import AlignTokenizer
+
+# What JAX tells of a compilation, and the name that Keras's training step has there.
+COMPILATION, TRAIN_STEP = "/jax/core/compile/backend_compile_duration", "jit(train_step)"
 
 
 class _Evaluation(keras.callbacks.Callback):
@@ -130,3 +138,81 @@ class ZeroShotEvaluation(_Evaluation):
             for part in in_batches(texts)
         ]
         return np.concatenate(batches)
+
+
+class ResumableCheckpoint(keras.callbacks.Callback):
+    """Writes a checkpoint after each epoch of `fit`, from which a training goes on.
+
+    `from_pretrained` loads the folder `checkpoint-<step>`, which also holds the optimizer and
+    the states of dropout; it appears when it is whole. A new process compiles the same model and
+    goes on, to the weights of a training that was not interrupted:
+
+        checkpoints = ResumableCheckpoint("drive/align", processor)
+        step = checkpoints.restore(model)
+        dataset = make_dataset(..., training=True, start_step=step)
+        model.fit(dataset, initial_epoch=step // steps_per_epoch, epochs=epochs,
+                  steps_per_epoch=steps_per_epoch, callbacks=[checkpoints])
+
+    Args:
+        output: the folder of the training, such as one on a mounted drive.
+        processor: saved with the model.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, output: str | os.PathLike, processor: AlignProcessor, *, keep: int = 2):
+        super().__init__()
+        if keep < 1:
+            raise ValueError(f"keep={keep}: expected 1 or more")
+        self.output, self.processor, self.keep = pathlib.Path(output), processor, keep
+
+    def restore(self, model: keras.Model) -> int:
+        """Puts the last whole checkpoint into a compiled model.
+
+        Args:
+            model: the model, frozen and compiled as the one that was saved.
+
+        Returns:
+            The steps it has taken, 0 where there is no checkpoint.
+
+        Raises:
+            align_tf.checkpoint.CheckpointError: there are checkpoints, and none is whole or of
+                this model.
+        """
+        model.optimizer.build(model.trainable_variables)
+        return training_state.restore_last(self.output, model)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        step = int(self.model.optimizer.iterations)  # on JAX, self.model is brought up to date
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss}, so no checkpoint is written")
+        training_state.save(self.output, step, self.model, self.processor, self.keep)
+
+
+class CompilationCount(keras.callbacks.Callback):
+    """Counts how often JAX compiles the training step: once for each shape of a batch.
+
+    Attributes:
+        count: compilations while `fit` ran with this callback.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if keras.backend.backend() != "jax":
+            raise RuntimeError(
+                f"compilations are counted on JAX, Keras runs on {keras.backend.backend()}"
+            )
+        self.count = 0
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        import jax
+
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        import jax
+
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, *, fun_name: str = "", **_: Any) -> None:
+        self.count += event == COMPILATION and fun_name == TRAIN_STEP

@@ -2,12 +2,14 @@
 
 import collections
 import contextlib
+import http.client
 import itertools
 import json
 import os
 import pathlib
 import re
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 
 BUNDLED = {"align-tiny": pathlib.Path(__file__).parent / "pretrained" / "align-tiny"}
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -202,7 +206,7 @@ def resolve_folder(
     name = os.fspath(name_or_path)
     if name in BUNDLED:
         return BUNDLED[name]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not HUB_ID.fullmatch(name):
         raise FileNotFoundError(
             f"{name!r}: no such folder; expected a checkpoint folder, "
             f"{', '.join(BUNDLED)}, or a Hugging Face id such as kakaobrain/align-base"
@@ -230,6 +234,33 @@ def resolve_folder(
             f"{name!r}: no such folder, and the Hugging Face hub gave nothing: {reason}"
         ) from error
     return pathlib.Path(folder)
+
+
+def is_available(name_or_path: str | os.PathLike, timeout: float = 5.0) -> bool:
+    """Says at once whether a checkpoint can be had: it is here, or the hub has it and answers.
+
+    Args:
+        name_or_path: as `resolve_folder` takes it.
+        timeout: seconds that the hub has for its answer.
+    """
+    try:
+        resolve_folder(name_or_path, local_files_only=True, weights=True)
+        return True
+    except FileNotFoundError:
+        if not HUB_ID.fullmatch(os.fspath(name_or_path)):
+            return False
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    url = huggingface_hub.hf_hub_url(os.fspath(name_or_path), "config.json")
+    headers = huggingface_hub.utils.build_hf_headers()  # with the token, where there is one
+    request = urllib.request.Request(url, method="HEAD", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            return True
+    except (OSError, http.client.HTTPException):  # no network, or no such checkpoint
+        return False
 
 
 def _download_weights(folder: pathlib.Path, options: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -21,6 +23,16 @@ METADATA_NAME = "align_tf.json"
 # float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
 NO_LABEL_LOGIT = tf.float32.min
 
+# What a process on the TensorFlow backend does for another backend.
+EXPORT = """
+import sys
+from align_tf import AlignModel, AlignProcessor, export_saved_model
+
+folder, dtype, directory, version = sys.argv[1:]
+model = AlignModel.from_pretrained(folder, dtype=dtype)
+export_saved_model(model, AlignProcessor.from_pretrained(folder), directory, version=int(version))
+"""
+
 
 def export_saved_model(
     model: AlignModel,
@@ -30,6 +42,9 @@ def export_saved_model(
     version: int | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel for TensorFlow Serving, warmup requests included.
+
+    Where Keras runs on another backend than TensorFlow, as on a Colab TPU, a process on
+    TensorFlow and the CPU gets the model in a temporary checkpoint and writes it.
 
     Its signatures, each with the batch as the first dimension and no row depending on another, so
     that the server may merge requests, and pad them with `pad_variable_length_inputs`:
@@ -51,15 +66,10 @@ def export_saved_model(
         The version's folder.
 
     Raises:
-        RuntimeError: Keras runs on another backend than TensorFlow.
+        RuntimeError: the process on TensorFlow failed; the message is its own.
         FileExistsError: that version is there already.
         ValueError: version is not a positive number.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            f"export runs on the TensorFlow backend, Keras runs on {keras.backend.backend()}: "
-            "save the model, set KERAS_BACKEND=tensorflow and load it in a new process"
-        )
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     version = _next_version(directory) if version is None else version
@@ -68,6 +78,9 @@ def export_saved_model(
     target = directory / str(version)
     if target.exists():
         raise FileExistsError(f"{target}: this version is there already")
+    if keras.backend.backend() != "tensorflow":
+        _export_in_tensorflow(model, processor, directory, version)
+        return target
 
     signatures = _signatures(model, processor)
     module = tf.Module()
@@ -82,6 +95,27 @@ def export_saved_model(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _export_in_tensorflow(
+    model: AlignModel, processor: AlignProcessor, directory: pathlib.Path, version: int
+) -> None:
+    """Hands a model over to a process on the TensorFlow backend, which exports it."""
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        arguments = [folder, model.dtype_policy.name, str(directory), str(version)]
+        done = subprocess.run(
+            [sys.executable, "-c", EXPORT, *arguments],
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"export on TensorFlow failed:\n{done.stderr[-2000:]}")
 
 
 def _next_version(directory: pathlib.Path) -> int:

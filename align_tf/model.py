@@ -607,7 +607,7 @@ class AlignModel(_Checkpoint, keras.Model):
             name="temperature",
             shape=(),
             initializer=keras.initializers.Constant(self.config.temperature_init_value),
-            constraint=lambda value: ops.clip(value, *self.temperature_bounds),
+            constraint=_TemperatureBounds(self),
             dtype="float32",
             autocast=False,
         )
@@ -999,6 +999,16 @@ class AlignModel(_Checkpoint, keras.Model):
                 logger.warning("%s: left out: %s", source, ", ".join(left_out))
         model._start_fine_tuning()
         return model
+
+
+class _TemperatureBounds(keras.constraints.Constraint):
+    """Keeps the temperature within a model's bounds; Keras 3.10 takes no plain function."""
+
+    def __init__(self, model: AlignModel) -> None:
+        self.model = model
+
+    def __call__(self, w: Any) -> Any:
+        return ops.clip(w, *self.model.temperature_bounds)
 
 
 def _tower_config(config_class: type, folder: pathlib.Path, model_type: str) -> Any:

@@ -67,9 +67,9 @@ def train(recipe: Recipe) -> pathlib.Path:
         raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
     processor = _make_processor(recipe)
     recipe = _counted(recipe, processor)
-    with devices.sharing(count):
+    with devices.data_parallel(count).scope() if count > 1 else contextlib.nullcontext():
         model = _make_model(recipe, processor, count)
-        step = _resume(output, model)
+        step = training_state.restore_last(output, model)
         if step < recipe.steps:
             _fit(model, processor, recipe, output, step)
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
@@ -165,25 +165,6 @@ def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) ->
     model.compile(optimizer=optimizer, accumulation=recipe.accumulation, remat=recipe.remat)
     model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
     return model
-
-
-def _resume(output: pathlib.Path, model: AlignModel) -> int:
-    """Restores the last whole checkpoint and returns its step; 0 where there is none."""
-    training_state.clear_unfinished(output)
-    found = training_state.list_checkpoints(output)
-    for folder in reversed(found):
-        try:
-            step = training_state.restore(folder, model)
-        except checkpoint.CheckpointError as error:
-            _say(f"{folder.name} is broken, so the one before it is taken: {error}")
-            continue
-        _say(f"Going on from step {step}, {folder}")
-        return step
-    if found:
-        raise checkpoint.CheckpointError(
-            f"{output}: none of its checkpoints is whole; another output starts anew"
-        )
-    return 0
 
 
 def _fit(

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,6 +104,40 @@ def restore(folder: pathlib.Path, model: Any) -> int:
         for name, variable in variables.items():
             variable.assign(file.get_tensor(name))
     return summary["step"]
+
+
+def restore_last(output: pathlib.Path, model: Any) -> int:
+    """Restores the last whole checkpoint of a training, and says on stderr which.
+
+    Args:
+        output: the folder of the training.
+        model: the model of the same recipe, compiled.
+
+    Returns:
+        The step that the state is of; 0 where there is no checkpoint.
+
+    Raises:
+        align_tf.checkpoint.CheckpointError: there are some, and none is whole.
+    """
+    clear_unfinished(output)
+    found = list_checkpoints(output)
+    for folder in reversed(found):
+        try:
+            step = restore(folder, model)
+        except checkpoint.CheckpointError as error:
+            _say(f"{folder.name} is broken, so the one before it is taken: {error}")
+            continue
+        _say(f"Going on from step {step}, {folder}")
+        return step
+    if found:
+        raise checkpoint.CheckpointError(
+            f"{output}: none of its checkpoints is whole; another output starts anew"
+        )
+    return 0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def _variables(model: Any) -> dict[str, keras.Variable]:

@@ -4,8 +4,14 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import AlignModel
-from align_tf.callbacks import RetrievalEvaluation, ZeroShotEvaluation
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
+from align_tf.callbacks import (
+    CompilationCount,
+    ResumableCheckpoint,
+    RetrievalEvaluation,
+    ZeroShotEvaluation,
+)
+from align_tf.checkpoint import CheckpointError
 from align_tf.embedding import Embedder
 from align_tf.evaluation import retrieval_metrics
 from align_tf.tokenization import AlignTokenizer
@@ -130,3 +136,93 @@ def test_zero_shot(model, pairs):
 def test_every_steps_is_checked(pairs):
     with pytest.raises(ValueError, match="every_steps=0: expected 1 or more, or None"):
         RetrievalEvaluation(pairs, every_steps=0)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture
+def processor():
+    return AlignProcessor(AlignImageProcessor(size=16, crop_size=16), AlignTokenizer(VOCAB))
+
+
+def new_model(tiny_config):
+    """A model whose dropout and optimizer have states."""
+    keras.utils.set_random_seed(1)
+    model = AlignModel(tiny_config)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), jit_compile=False)
+    return model
+
+
+def test_a_training_goes_on_from_its_last_checkpoint(tiny_config, pairs, processor, tmp_path):
+    unbroken = new_model(tiny_config)
+    fit(unbroken, pairs, epochs=3, steps_per_epoch=2, steps=6)
+
+    checkpoints = ResumableCheckpoint(tmp_path, processor, keep=1)
+    model = new_model(tiny_config)
+    assert checkpoints.restore(model) == 0
+    fit(model, pairs, checkpoints, epochs=2, steps_per_epoch=2, steps=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+    model = new_model(tiny_config)
+    step = checkpoints.restore(model)
+    assert step == 4
+    fit(model, pairs, checkpoints, initial_epoch=2, epochs=3, steps_per_epoch=2, steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    for found, expected in zip(model.get_weights(), unbroken.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    loaded = AlignModel.from_pretrained(tmp_path / "checkpoint-6")
+    for found, expected in zip(loaded.get_weights(), unbroken.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tiny_config, pairs, processor, tmp_path, capsys):
+    checkpoints = ResumableCheckpoint(tmp_path, processor)
+    fit(new_model(tiny_config), pairs, checkpoints, steps=1)
+    other = new_model(tiny_config)
+    other.freeze("vision")
+    other.compile(optimizer=keras.optimizers.Adam(0.01))
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+        checkpoints.restore(other)
+    assert "checkpoint-1 is broken" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(tiny_config, pairs, processor, tmp_path):
+    model = new_model(tiny_config)
+    pairs["pixel_values"][0] = np.nan
+    with pytest.raises(ValueError, match="step 1: the loss is nan, so no checkpoint"):
+        fit(model, pairs, ResumableCheckpoint(tmp_path / "run", processor), steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_is_positive(processor, tmp_path):
+    with pytest.raises(ValueError, match="keep=0"):
+        ResumableCheckpoint(tmp_path, processor, keep=0)
+
+
+# --- compilations -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="compilations are JAX's")
+def test_each_shape_of_a_batch_is_a_compilation(tiny_config, pairs):
+    model = AlignModel(tiny_config)
+    model.freeze()
+    model.compile(optimizer="sgd", steps_per_execution=2)
+    shorter = {**pairs, **{name: pairs[name][:, :4] for name in ("input_ids", "attention_mask")}}
+
+    def batches():
+        yield from (pairs, shorter, pairs, shorter, shorter, pairs)
+
+    count = CompilationCount()
+    model.fit(batches(), verbose=0, callbacks=[count])
+    assert count.count == 2
+    model.fit(batches(), verbose=0)  # not listened to
+    assert count.count == 2
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX tells")
+def test_compilations_are_counted_on_jax_alone():
+    with pytest.raises(RuntimeError, match="counted on JAX, Keras runs on tensorflow"):
+        CompilationCount()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import keras
 import ml_dtypes
@@ -518,6 +519,50 @@ def test_an_id_that_the_hub_does_not_know(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("FileNotFoundError: 'someone/nothing': no such folder, and the Hugging ")
     assert "Repository Not Found for url" in last
+
+
+AVAILABLE = "import sys; from align_tf.checkpoint import is_available as f; "
+AVAILABLE += "print([f(name, timeout=2.0) for name in sys.argv[1:]])"
+
+
+def available(*names: str, **environment: str) -> str:
+    command = [sys.executable, "-c", AVAILABLE, *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_is_here_is_available_without_the_hub(folder, cache):
+    names = ("align-tiny", str(folder), "someone/tiny", "someone/nothing", "nowhere")
+    found = available(*names, HF_HUB_CACHE=str(cache), HF_HUB_OFFLINE="1")
+    assert found == "[True, True, True, False, False]"
+
+
+def test_what_the_hub_answers_for_is_available(cache):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        """Has someone/tiny, and lets someone/slow wait."""
+
+        def do_HEAD(self):
+            if "/slow/" in self.path:
+                time.sleep(10)
+            self.send_response(200 if self.path.startswith("/someone/tiny/resolve/") else 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    shutil.rmtree(cache)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        hub.daemon_threads = True
+        hub.block_on_close = False
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+        names = ("someone/tiny", "someone/nothing", "someone/slow")
+        found = available(*names, HF_HUB_CACHE=str(cache), **environment)
+        hub.shutdown()
+    assert found == "[True, False, False]"
+    assert available("someone/tiny", HF_HUB_CACHE=str(cache), **environment) == "[False]"
 
 
 # --- writing -------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""The core install on the oldest TensorFlow and Keras: load, train, export and classify align-tiny.
+
+`.ci/run` runs it in an environment without the extras; pytest does not collect it by itself.
+"""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from align_tf import AlignModel, AlignProcessor, export_saved_model
+from align_tf.checkpoint import BUNDLED
+from align_tf.data import make_dataset
+from align_tf.data_writers import write_tfrecords
+
+PICTURES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+CAPTIONS = [f"a picture of a {path.stem.replace('_', ' ')}" for path in PICTURES]
+
+
+def test_this_is_the_oldest_tensorflow():
+    assert tf.__version__.startswith("2.20.")
+    assert keras.__version__.startswith("3.10.")
+    installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+    assert installed.isdisjoint({"jax", "torch", "grpcio-tools", "scikit-learn", "pyarrow"})
+
+
+def test_a_trained_model_is_exported_and_classifies(tmp_path):
+    model = AlignModel.from_pretrained("align-tiny")
+    processor = AlignProcessor.from_pretrained("align-tiny")
+    write_tfrecords(zip(PICTURES, CAPTIONS, strict=True), tmp_path / "pairs")
+    dataset = make_dataset(tmp_path / "pairs", processor, batch_size=3, training=True)
+    before = model.get_weights()
+    model.compile(optimizer=keras.optimizers.AdamW(1e-5))
+    history = model.fit(dataset, steps_per_epoch=3, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
+
+    outputs = model(processor(images=PICTURES, text=CAPTIONS, padding="longest"))
+    expected = tf.nn.softmax(outputs.logits_per_image).numpy()
+    version = export_saved_model(model, processor, tmp_path / "align")
+    classify = tf.saved_model.load(str(version)).signatures["serving_default"]
+    image_bytes = tf.constant([path.read_bytes() for path in PICTURES])
+    found = classify(image_bytes=image_bytes, labels=tf.constant([CAPTIONS] * len(PICTURES)))
+    np.testing.assert_allclose(found["probs"].numpy(), expected, atol=1e-5)
+    assert found["probs"].numpy().argmax(axis=1).tolist() == list(range(len(PICTURES)))
+
+
+def test_the_command_classifies(tmp_path):
+    command = [sys.executable, "-m", "align_tf.cli", "classify", str(PICTURES[0]), "--json"]
+    command += ["--labels", *CAPTIONS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f'"{CAPTIONS[0]}": 0.' in done.stdout or f'"{CAPTIONS[0]}": 1.0' in done.stdout

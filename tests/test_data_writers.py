@@ -1,0 +1,69 @@
+"""Pairs written as TFRecord files are the pairs that the readers find."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_tf.data import records
+from align_tf.data_writers import write_tfrecords
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_files_hold_the_pairs_in_their_order(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    pairs = [(tmp_path / "a.png", "an ant"), (png(1), ["a bee", "eine Biene"]), (png(2), "a cat")]
+    files = write_tfrecords(pairs, tmp_path / "pairs", pairs_per_file=2, progress=False)
+    assert [file.name for file in files] == ["00000.tfrecord", "00001.tfrecord"]
+    assert sorted((tmp_path / "pairs").iterdir()) == files
+    found = list(records(tmp_path / "pairs").as_numpy_iterator())
+    assert [record["image_bytes"] for record in found] == [png(0), png(1), png(2)]
+    assert [record["captions"].tolist() for record in found] == [
+        [b"an ant"],
+        [b"a bee", b"eine Biene"],
+        [b"a cat"],
+    ]
+    assert [record["key"].decode() for record in found] == [
+        str(tmp_path / "a"),
+        "000000001",
+        "000000002",
+    ]
+
+
+def test_a_folder_with_files_is_left_as_it_is(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        write_tfrecords([(png(0), "an ant")], tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_file_that_is_not_whole_does_not_appear(tmp_path):
+    pairs = [(png(0), "an ant"), (png(1), "a bee"), (tmp_path / "missing.png", "a cat")]
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        write_tfrecords(pairs, tmp_path / "pairs", pairs_per_file=2, progress=False)
+    assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["00000.tfrecord"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([], ValueError, "found none"),
+        ([(np.zeros((4, 4, 3)), "an ant")], TypeError, "pair 0: image of ndarray"),
+        ([(b"", 3)], TypeError, "pair 0: captions=3: expected a string or several"),
+        ([(b"", ["an ant", b"a bee"])], TypeError, "pair 0: captions="),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path, pairs, error, message):
+    with pytest.raises(error, match=message):
+        write_tfrecords(pairs, tmp_path / "pairs", progress=False)
+
+
+def test_pairs_per_file_is_positive(tmp_path):
+    with pytest.raises(ValueError, match="pairs_per_file=0"):
+        write_tfrecords([(png(0), "an ant")], tmp_path / "pairs", pairs_per_file=0)

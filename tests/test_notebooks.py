@@ -1,0 +1,78 @@
+"""The notebooks run from top to bottom at small size, and find what they should.
+
+They take minutes, so they run where ALIGN_TF_NOTEBOOKS=1 asks for it.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+
+if os.environ.get("ALIGN_TF_NOTEBOOKS") != "1":
+    pytest.skip("ALIGN_TF_NOTEBOOKS=1 runs the notebooks", allow_module_level=True)
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+
+# XLA's optimisations take longer than the few steps here.
+QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DEVICES = 2  # of the CPU, for the notebook that trains on all there are
+
+
+def run(name: str, folder: pathlib.Path, **settings: str) -> dict:
+    """Executes a notebook in a folder; returns what its cell tagged `results` prints."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    client = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(folder)}}
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "MPLBACKEND": "agg", "MODEL": "align-tiny"}
+    client.execute(env={**environment, **quiet, **settings})
+    (cell,) = [c for c in notebook.cells if "results" in c.metadata.get("tags", ())]
+    return json.loads(cell.outputs[-1].text)
+
+
+def test_zero_shot(tmp_path):
+    found = run("zero_shot", tmp_path)
+    assert found["winner"] == "a picture of a panda"
+    assert sum(found["probs"]) == pytest.approx(1.0)
+    assert found["right"] == [True] * 6
+    assert found["top1"]["an ensemble"] >= 5 / 6
+    assert set(found["query"][:2]) == {"panda", "rose"}
+
+
+def test_serving(tmp_path):
+    found = run("serving", tmp_path, REQUESTS="4")
+    assert found["labels"] == found["expected"]
+    assert found["grpc_minus_rest"] < 1e-6
+    assert found["plain_minus_rest"] < 1e-6
+    assert found["grpc_minus_keras"] < 1e-4
+    for name in ("serving_default", "embed_image", "embed_text", "embed_pixels", "embed_tokens"):
+        assert f'"{name}"' in found["signatures"]
+    assert found["requests"] == [4] * 5
+    assert min(found["throughputs"]) > 0
+
+
+@pytest.mark.parametrize("backend", ["jax", "tensorflow"])
+def test_finetune_tpu(tmp_path, backend):
+    flags = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_XLA}"
+    settings = {"BATCH_SIZE": "32", "EPOCHS": "3", "STEPS_PER_EPOCH": "10", "LEARNING_RATE": "3e-3"}
+    found = run("finetune_tpu", tmp_path, KERAS_BACKEND=backend, XLA_FLAGS=flags, **settings)
+    assert found["backend"] == backend
+    assert found["buckets"] == [12, 32]
+    if backend == "jax":
+        assert found["devices"] == DEVICES
+        assert found["compilations_of_buckets"] == 2
+        assert found["compilations"] == 1
+    assert found["strings_in_a_batch"] == 0
+    assert found["interrupted"]
+    assert (found["resumed_from"], found["steps"]) == (10, 30)
+    assert found["resumed_minus_unbroken"] == 0.0
+    assert found["loss"][-1] < found["loss"][0] - 0.1
+    for figure in ("r5_i2t", "r5_t2i"):
+        assert found["after"][figure] > found["before"][figure] + 0.1
+    assert max(found["exported_minus_here"].values()) < 1e-5
