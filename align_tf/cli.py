@@ -212,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for field in dataclasses.fields(Limits):
         flag = f"--{field.name.replace('_', '-')}"
-        serve.add_argument(flag, type=field.type, default=field.default, help="%(default)s")
+        serve.add_argument(
+            flag, type=field.type, default=field.default, metavar="N", help=_setting_help(field)
+        )
     return parser
 
 

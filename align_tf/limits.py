@@ -2,28 +2,32 @@
 
 import dataclasses
 import threading
+from typing import Any
 
 from align_tf.status_codes import Overloaded
 
 
+def _limit(default: float, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The embedded server's limits.
+    """The embedded server's limits, each a flag of `align-tf serve`.
 
-    Attributes:
-        max_request_bytes: of a REST body, also after decompression, or of a gRPC message.
-        max_concurrent_requests: predictions at work, over REST and gRPC together; one that waits
-            for its batch is at work.
-        max_queued_requests: predictions that wait for one at work to end. Any more are refused:
-            RESOURCE_EXHAUSTED over gRPC, 503 over REST.
-        client_timeout: seconds that the head of a REST request may take, and its body; a body has
-            a second more for each 64 KiB that have come. Then the connection is closed.
+    Predictions over REST and gRPC count together. Those that find no room are refused:
+    RESOURCE_EXHAUSTED over gRPC, 503 over REST. The body of a REST request has a second more than
+    client_timeout for each 64 KiB that have come.
     """
 
-    max_request_bytes: int = 256 * 2**20
-    max_concurrent_requests: int = 32
-    max_queued_requests: int = 128
-    client_timeout: float = 30.0
+    max_request_bytes: int = _limit(256 * 2**20, "bytes of a request, also after decompression")
+    max_concurrent_requests: int = _limit(
+        32, "predictions at work; one that waits for its batch is at work"
+    )
+    max_queued_requests: int = _limit(128, "predictions that wait for one at work to end")
+    client_timeout: float = _limit(
+        30.0, "seconds that the head of a REST request may take, and its body"
+    )
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

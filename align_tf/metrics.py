@@ -67,7 +67,7 @@ class Metrics:
         with self._lock:
             values = self._histograms.setdefault(name, {})
             histogram = values.setdefault(labels, _Histogram(limits))
-            histogram.counts[bisect.bisect_right(limits, micros)] += 1
+            histogram.counts[bisect.bisect_left(limits, micros)] += 1
             histogram.sum += micros
 
     @contextlib.contextmanager

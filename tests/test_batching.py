@@ -12,7 +12,7 @@ from align_tf.batching import Batcher, BatchingParameters, read_batching_paramet
 from align_tf.metrics import Metrics
 from align_tf.status_codes import RequestError
 
-LONG = 30_000_000  # microseconds: a batch that is not full does not run
+LONG = 300_000_000  # microseconds: a batch that is not full does not run
 
 
 class Model:
@@ -95,14 +95,18 @@ def test_queues_and_kinds_do_not_mix():
     with batching(max_batch_size=2, batch_timeout_micros=LONG, max_enqueued_batches=9) as send:
         sent = []
         for _ in range(2):
-            sent.append(send(model, [[1.0]]))
-            sent.append(send(model, [[1.0]], queue="other"))
             sent.append(send(model, np.float32([[1.0]])))
-            sent.append(send(model, [[1.0, 2.0]]))
+            sent.append(send(model, np.float32([[1.0]]), queue="other"))
+            sent.append(send(model, np.float32([[1.0, 2.0]])))
+            sent.append(send(model, np.float64([[1.0]])))
         for future in sent:
             future.result(60)
-    assert len(model.calls) == 4
-    assert {len(call["x"]) for call in model.calls} == {2}
+    assert [(call["x"].shape, call["x"].dtype.name) for call in model.calls] == [
+        ((2, 1), "float32"),
+        ((2, 1), "float32"),
+        ((2, 2), "float32"),
+        ((2, 1), "float64"),
+    ]
 
 
 def test_inputs_of_different_lengths_are_padded_if_asked():

@@ -310,6 +310,16 @@ def test_bodies_that_are_kept_are_limited_together():
             assert time.monotonic() < deadline
 
 
+def test_a_body_that_turns_out_too_large_is_not_kept(small):
+    for _ in range(10):
+        with connected(small) as connection:
+            connection.sendall(HEAD.replace(b"29", b"1500") + b"x" * 900)
+            time.sleep(0.02)  # so that it comes in two parts
+            connection.sendall(b"x" * 600)
+            assert received(connection).startswith(b"HTTP/1.1 413")
+    assert predict(small.rest_port) == (200, ANSWER)
+
+
 def test_a_body_that_keeps_coming_has_more_time():
     limits = Limits(client_timeout=0.3)
     body = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 200_000)
@@ -419,7 +429,7 @@ def test_metrics_are_those_of_tensorflow_serving():
 
 def test_a_histogram_counts_up_to_each_limit():
     metrics = Metrics()
-    for micros in (8, 9, 11, 1e12):
+    for micros in (9, 10, 11, 1e12):
         metrics.observe("request_latency", micros / 1e6, 'a"b\\', "predict", "REST")
     lines = metrics.page().decode().splitlines()
     labels = r'{model_name="a\"b\\",API="predict",entrypoint="REST"'
