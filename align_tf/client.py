@@ -1,60 +1,51 @@
-"""A client of an exported ALIGN model behind TensorFlow Serving, over REST or gRPC.
+"""A client of an exported ALIGN model behind TensorFlow Serving, over REST or gRPC."""
 
-The REST half imports neither TensorFlow nor gRPC.
-"""
-
-import base64
-import contextlib
+import asyncio
+import collections
 import dataclasses
-import functools
-import http.client
 import io
 import itertools
-import json
 import os
 import pathlib
-import queue
-import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 
-from align_tf.status_codes import HTTP_STATUS
+from align_tf.client_transport import (
+    PROTOCOLS,
+    AlignServerError,
+    AsyncGrpc,
+    Attempts,
+    Endpoint,
+    Grpc,
+    Rest,
+    Signature,
+    TensorSpec,
+    Tls,
+    specs,
+    split_address,
+)
+
+__all__ = [
+    "AlignClient",
+    "AlignServerError",
+    "AsyncAlignClient",
+    "Classification",
+    "Signature",
+    "TensorSpec",
+    "Tls",
+    "VersionStatus",
+]
 
 Image = str | os.PathLike | bytes | PIL.Image.Image
 
-# protocol: (default port, URL schemes)
-PROTOCOLS = {"rest": (8501, ("http", "https")), "grpc": (8500, ("grpc",))}
-
-# Name in a signature: numpy's
-_DTYPES = {
-    "DT_HALF": "float16",
-    "DT_FLOAT": "float32",
-    "DT_DOUBLE": "float64",
-    "DT_INT8": "int8",
-    "DT_UINT8": "uint8",
-    "DT_INT16": "int16",
-    "DT_INT32": "int32",
-    "DT_INT64": "int64",
-    "DT_UINT32": "uint32",
-    "DT_UINT64": "uint64",
-    "DT_BOOL": "bool",
-    "DT_STRING": "object",
-}
-
-
-class AlignServerError(RuntimeError):
-    """The server refused a request.
-
-    Attributes:
-        status: the HTTP status; for gRPC, the one TensorFlow Serving's REST gives for the code.
-    """
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+# input that the server's messages name by row: what the caller knows it as
+_CALLERS_NAMES = {"image_bytes": "images", "texts": "texts"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +76,32 @@ class VersionStatus(NamedTuple):
     error_message: str
 
 
-class TensorSpec(NamedTuple):
-    """dtype in numpy's name ("object" for strings), shape with None for a free dimension."""
+class _Client:
+    """What both clients know: where the server is, and how requests and answers look."""
 
-    dtype: str
-    shape: tuple[int | None, ...] | None
+    def __init__(
+        self,
+        transport: Callable,
+        endpoint: Endpoint,
+        timeout: float,
+        retries: int,
+        batch_size: int,
+        in_flight: int,
+    ):
+        self.timeout, self.retries = timeout, retries
+        self.batch_size, self.in_flight = batch_size, in_flight
+        for name, least in (("retries", 0), ("batch_size", 1), ("in_flight", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {least}")
+        self.model_name = endpoint.model_name
+        self._transport = transport(endpoint)
+        self._signatures: dict[str, Signature] = {}
+
+    def _attempts(self) -> Attempts:
+        return Attempts(self.timeout, self.retries)
 
 
-class Signature(NamedTuple):
-    """A signature's inputs and outputs by name."""
-
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
-
-
-class AlignClient:
+class AlignClient(_Client):
     """Asks a TensorFlow Serving endpoint; safe to use from several threads."""
 
     def __init__(
@@ -107,33 +109,48 @@ class AlignClient:
         address: str,
         *,
         model_name: str = "align",
+        version_label: str | None = None,
         protocol: str = "rest",
+        tls: Tls | None = None,
+        token: str | None = None,
         timeout: float = 30.0,
+        retries: int = 5,
         batch_size: int = 32,
+        in_flight: int = 4,
     ):
         """Makes a client; nothing is sent yet.
 
         Args:
-            address: "host" or "host:port", such as "localhost:8501"; for REST also a URL
-                "http://..." or "https://...".
+            address: "host" or "host:port", such as "localhost:8501", or a URL, "http://...",
+                "https://...", "grpc://..." or "grpcs://...".
             model_name: the name under which the server has the model.
+            version_label: the label of the version to ask, such as "stable"; None asks the newest.
             protocol: "rest" (port 8501 unless given) or "grpc" (port 8500).
-            timeout: seconds to wait for an answer.
+            tls: how to encrypt; not needed with an address "https://..." or "grpcs://...".
+            token: sent as `authorization: Bearer TOKEN`.
+            timeout: seconds to wait for the answer to a request, its retries included.
+            retries: how often a request is sent again where the server is busy or not there:
+                UNAVAILABLE and RESOURCE_EXHAUSTED, 503 and 429, connections refused and reset.
+                The pauses grow from 0.1 to 5 seconds.
             batch_size: how many images or texts go into one request.
+            in_flight: how many requests the `stream_` methods have under way.
 
         Raises:
             ValueError: an argument is none of these.
+            OSError: a file of `tls` cannot be read.
             ModuleNotFoundError: gRPC needs packages that are not installed.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f'protocol={protocol!r}: expected "rest" or "grpc"')
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        self.model_name, self.timeout, self.batch_size = model_name, timeout, batch_size
-        scheme, host, port = _split_address(address, protocol)
-        transport = _Rest if protocol == "rest" else _Grpc
-        self._transport = transport(scheme, host, port, model_name, timeout)
-        self._signatures: dict[str, Signature] = {}
+        host, port, tls = split_address(address, protocol, tls)
+        super().__init__(
+            Rest if protocol == "rest" else Grpc,
+            Endpoint(host, port, tls, token, model_name, version_label),
+            timeout,
+            retries,
+            batch_size,
+            in_flight,
+        )
 
     def classify(
         self, images: Image | Iterable[Image], labels: list[str], template: str = "{}"
@@ -152,19 +169,8 @@ class AlignClient:
             ValueError: no image, no label, or a template without {}.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
-        if isinstance(labels, str):
-            raise TypeError(f"labels={labels!r}: expected a list of strings")
-        labels = list(labels)
-        if not labels:
-            raise ValueError("labels: expected at least one")
-        if "{}" not in template:
-            raise ValueError(f"template={template!r}: expected a {{}} for the label")
-        prompts = [template.replace("{}", label) for label in labels]
-        answers = [
-            self.predict({"image_bytes": batch, "labels": [prompts] * len(batch)})
-            for batch in self._image_batches(images)
-        ]
-        return Classification(labels, _join(answers, "logits"), _join(answers, "probs"))
+        job = _classify_job(labels, template)
+        return _joined(self._ask(job, batch) for batch in self._batches(_several(images), job))
 
     def embed_images(self, images: Image | Iterable[Image]) -> np.ndarray:
         """Returns the images' embeddings, float32 (n, d), of unit length.
@@ -176,9 +182,8 @@ class AlignClient:
             ValueError: no image.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
-        batches = self._image_batches(images)
-        answers = [self.predict({"image_bytes": batch}, "embed_image") for batch in batches]
-        return _join(answers, "image_embeds")
+        batches = self._batches(_several(images), _IMAGES)
+        return np.concatenate([self._ask(_IMAGES, batch) for batch in batches])
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 (n, d), of unit length.
@@ -187,10 +192,30 @@ class AlignClient:
             ValueError: no text.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        batches = _batches(texts, self.batch_size, "texts")
-        answers = [self.predict({"texts": batch}, "embed_text") for batch in batches]
-        return _join(answers, "text_embeds")
+        batches = self._batches([texts] if isinstance(texts, str) else texts, _TEXTS)
+        return np.concatenate([self._ask(_TEXTS, batch) for batch in batches])
+
+    def stream_classify(
+        self, images: Iterable[Image], labels: list[str], template: str = "{}"
+    ) -> Iterator[Classification]:
+        """Yields each image's classification, n = 1, in order; for collections of any size.
+
+        Images are taken from the iterable as requests are made: `in_flight` batches at most are
+        read and not yet yielded. Args and Raises: those of classify; no image yields nothing.
+        """
+        job = _classify_job(labels, template)
+        for answer in self._stream(images, job):
+            yield from _rows(answer)
+
+    def stream_images(self, images: Iterable[Image]) -> Iterator[np.ndarray]:
+        """Yields each image's embedding, float32 (d,), in order, as stream_classify does."""
+        for embeds in self._stream(images, _IMAGES):
+            yield from embeds
+
+    def stream_texts(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yields each text's embedding, float32 (d,), in order, as stream_classify does."""
+        for embeds in self._stream(texts, _TEXTS):
+            yield from embeds
 
     def predict(
         self, inputs: Mapping[str, Any], signature_name: str = "serving_default"
@@ -212,22 +237,15 @@ class AlignClient:
         if signature_name not in self._signatures:
             self._signatures = self.metadata()
         signature = self._signatures.get(signature_name, Signature({}, {}))
-        return self._transport.predict(inputs, signature_name, signature)
+        return self._retried(self._transport.predict, inputs, signature_name, signature)
 
     def status(self) -> list[VersionStatus]:
         """Returns the states of the model's versions, the newest first."""
-        return [
-            VersionStatus(int(item["version"]), item["state"], item["status"]["error_message"])
-            for item in self._transport.status()["model_version_status"]
-        ]
+        return _version_statuses(self._retried(self._transport.status))
 
     def metadata(self) -> dict[str, Signature]:
-        """Returns the signatures of the newest version by name."""
-        return {
-            name: Signature(_specs(entry["inputs"]), _specs(entry["outputs"]))
-            for name, entry in self._transport.metadata()["signature_def"].items()
-            if entry["method_name"]  # the initializer has none
-        }
+        """Returns the signatures of the newest version, or of the label's, by name."""
+        return _signatures(self._retried(self._transport.metadata))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -239,36 +257,274 @@ class AlignClient:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _image_batches(self, images: Image | Iterable[Image]) -> Iterator[list[bytes]]:
-        if isinstance(images, (str, os.PathLike, bytes, bytearray, PIL.Image.Image)):
-            images = [images]
-        return _batches(map(_encoded, images), self.batch_size, "images")
+    def _retried(self, method: Callable, *arguments: Any) -> Any:
+        attempts = self._attempts()
+        while True:
+            try:
+                return method(*arguments, timeout=attempts.timeout)
+            except (AlignServerError, ConnectionError) as error:
+                time.sleep(attempts.pause(error))
+
+    def _batches(self, items: Iterable[Any], job: "_Job") -> Iterator["_Batch"]:
+        batches = _batches(items, self.batch_size)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError(f"{job.items}: expected at least one")
+        return itertools.chain([first], batches)
+
+    def _ask(self, job: "_Job", batch: "_Batch") -> Any:
+        inputs = job.inputs(batch)
+        try:
+            return job.result(self.predict(inputs, job.signature))
+        except AlignServerError as error:
+            raise _with_callers_row(error, batch) from None
+
+    def _stream(self, items: Iterable[Any], job: "_Job") -> Iterator[Any]:
+        pool = futures.ThreadPoolExecutor(self.in_flight)
+        under_way: collections.deque[futures.Future] = collections.deque()
+        try:
+            for batch in _batches(items, self.batch_size):
+                under_way.append(pool.submit(self._ask, job, batch))
+                if len(under_way) == self.in_flight:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _split_address(address: str, protocol: str) -> tuple[str, str, int]:
-    default_port, schemes = PROTOCOLS[protocol]
-    url = address if "://" in address else f"{schemes[0]}://{address}"
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if not host or parts.scheme not in schemes or parts.path not in ("", "/"):
-        raise ValueError(f'address={address!r}: expected "host:port", as in "localhost:8501"')
-    return parts.scheme, host, port or default_port
+class AsyncAlignClient(_Client):
+    """AlignClient for asyncio, over gRPC; use it in the event loop that makes it."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        model_name: str = "align",
+        version_label: str | None = None,
+        tls: Tls | None = None,
+        token: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 5,
+        batch_size: int = 32,
+        in_flight: int = 4,
+    ):
+        """Makes a client; nothing is sent yet. Args and Raises: those of AlignClient."""
+        host, port, tls = split_address(address, "grpc", tls)
+        super().__init__(
+            AsyncGrpc,
+            Endpoint(host, port, tls, token, model_name, version_label),
+            timeout,
+            retries,
+            batch_size,
+            in_flight,
+        )
+
+    async def classify(
+        self,
+        images: Image | Iterable[Image] | AsyncIterable[Image],
+        labels: list[str],
+        template: str = "{}",
+    ) -> Classification:
+        """Zero-shot classification, as AlignClient.classify; `in_flight` requests at a time."""
+        job = _classify_job(labels, template)
+        return _joined(await self._collect(_several(images), job))
+
+    async def embed_images(
+        self, images: Image | Iterable[Image] | AsyncIterable[Image]
+    ) -> np.ndarray:
+        """Returns the images' embeddings, float32 (n, d), as AlignClient.embed_images."""
+        return np.concatenate(await self._collect(_several(images), _IMAGES))
+
+    async def embed_texts(self, texts: str | Iterable[str] | AsyncIterable[str]) -> np.ndarray:
+        """Returns the texts' embeddings, float32 (n, d), as AlignClient.embed_texts."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return np.concatenate(await self._collect(texts, _TEXTS))
+
+    async def stream_classify(
+        self,
+        images: Iterable[Image] | AsyncIterable[Image],
+        labels: list[str],
+        template: str = "{}",
+    ) -> AsyncIterator[Classification]:
+        """Yields each image's classification in order, as AlignClient.stream_classify."""
+        async for answer in self._stream(images, _classify_job(labels, template)):
+            for row in _rows(answer):
+                yield row
+
+    async def stream_images(
+        self, images: Iterable[Image] | AsyncIterable[Image]
+    ) -> AsyncIterator[np.ndarray]:
+        """Yields each image's embedding in order, as AlignClient.stream_images."""
+        async for embeds in self._stream(images, _IMAGES):
+            for row in embeds:
+                yield row
+
+    async def stream_texts(
+        self, texts: Iterable[str] | AsyncIterable[str]
+    ) -> AsyncIterator[np.ndarray]:
+        """Yields each text's embedding in order, as AlignClient.stream_texts."""
+        async for embeds in self._stream(texts, _TEXTS):
+            for row in embeds:
+                yield row
+
+    async def predict(
+        self, inputs: Mapping[str, Any], signature_name: str = "serving_default"
+    ) -> dict[str, np.ndarray]:
+        """Runs any signature, in one request, as AlignClient.predict."""
+        if signature_name not in self._signatures:
+            self._signatures = await self.metadata()
+        signature = self._signatures.get(signature_name, Signature({}, {}))
+        return await self._retried(self._transport.predict, inputs, signature_name, signature)
+
+    async def status(self) -> list[VersionStatus]:
+        """Returns the states of the model's versions, the newest first."""
+        return _version_statuses(await self._retried(self._transport.status))
+
+    async def metadata(self) -> dict[str, Signature]:
+        """Returns the signatures of the newest version, or of the label's, by name."""
+        return _signatures(await self._retried(self._transport.metadata))
+
+    async def close(self) -> None:
+        """Closes the connection."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> "AsyncAlignClient":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _retried(self, method: Callable, *arguments: Any) -> Any:
+        attempts = self._attempts()
+        while True:
+            try:
+                return await method(*arguments, timeout=attempts.timeout)
+            except (AlignServerError, ConnectionError) as error:
+                await asyncio.sleep(attempts.pause(error))
+
+    async def _collect(self, items: Any, job: "_Job") -> list[Any]:
+        answers = [answer async for answer in self._stream(items, job)]
+        if not answers:
+            raise ValueError(f"{job.items}: expected at least one")
+        return answers
+
+    async def _ask(self, job: "_Job", batch: "_Batch") -> Any:
+        inputs = await asyncio.to_thread(job.inputs, batch)  # it may read files
+        try:
+            return job.result(await self.predict(inputs, job.signature))
+        except AlignServerError as error:
+            raise _with_callers_row(error, batch) from None
+
+    async def _stream(self, items: Any, job: "_Job") -> AsyncIterator[Any]:
+        under_way: collections.deque[asyncio.Task] = collections.deque()
+        try:
+            async for batch in _async_batches(items, self.batch_size):
+                under_way.append(asyncio.create_task(self._ask(job, batch)))
+                if len(under_way) == self.in_flight:
+                    yield await under_way.popleft()
+            while under_way:
+                yield await under_way.popleft()
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
 
 
-def _batches(items: Iterable[Any], size: int, what: str) -> Iterator[list[Any]]:
-    items = iter(items)
-    first = list(itertools.islice(items, size))
-    if not first:
-        raise ValueError(f"{what}: expected at least one")
-    yield first
+# --- batches and what is asked of them -----------------------------------------------------
+
+
+class _Batch(NamedTuple):
+    start: int  # the place of its first item in the caller's list
+    items: list[Any]
+
+
+class _Job(NamedTuple):
+    items: str  # the caller's name for them
+    signature: str
+    inputs: Callable[[_Batch], dict[str, Any]]
+    result: Callable[[dict[str, np.ndarray]], Any]
+
+
+def _classify_job(labels: list[str], template: str) -> _Job:
+    if isinstance(labels, str):
+        raise TypeError(f"labels={labels!r}: expected a list of strings")
+    labels = list(labels)
+    if not labels:
+        raise ValueError("labels: expected at least one")
+    if "{}" not in template:
+        raise ValueError(f"template={template!r}: expected a {{}} for the label")
+    prompts = [template.replace("{}", label) for label in labels]
+
+    def inputs(batch: _Batch) -> dict[str, Any]:
+        return {"image_bytes": _all_encoded(batch), "labels": [prompts] * len(batch.items)}
+
+    def result(outputs: dict[str, np.ndarray]) -> Classification:
+        # A server that merges requests answers with the widest of their lists.
+        logits, probs = (outputs[name][:, : len(labels)] for name in ("logits", "probs"))
+        return Classification(labels, logits, probs)
+
+    return _Job("images", "serving_default", inputs, result)
+
+
+_IMAGES = _Job(
+    "images",
+    "embed_image",
+    lambda batch: {"image_bytes": _all_encoded(batch)},
+    lambda outputs: outputs["image_embeds"],
+)
+_TEXTS = _Job(
+    "texts",
+    "embed_text",
+    lambda batch: {"texts": batch.items},
+    lambda outputs: outputs["text_embeds"],
+)
+
+
+def _joined(answers: Iterable[Classification]) -> Classification:
+    answers = list(answers)
+    logits, probs = ([getattr(a, name) for a in answers] for name in ("logits", "probs"))
+    return Classification(answers[0].labels, np.concatenate(logits), np.concatenate(probs))
+
+
+def _rows(answer: Classification) -> Iterator[Classification]:
+    for row in range(len(answer.probs)):
+        rows = slice(row, row + 1)
+        yield Classification(answer.labels, answer.logits[rows], answer.probs[rows])
+
+
+def _several(images: Any) -> Any:
+    one = isinstance(images, (str, os.PathLike, bytes, bytearray, PIL.Image.Image))
+    return [images] if one else images
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[_Batch]:
+    items, start = iter(items), 0
     while batch := list(itertools.islice(items, size)):
-        yield batch
+        yield _Batch(start, batch)
+        start += size
 
 
-def _encoded(image: Image) -> bytes:
+async def _async_batches(items: Any, size: int) -> AsyncIterator[_Batch]:
+    if not isinstance(items, AsyncIterable):
+        for batch in _batches(items, size):
+            yield batch
+        return
+    start, batch = 0, []
+    async for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield _Batch(start, batch)
+            start, batch = start + size, []
+    if batch:
+        yield _Batch(start, batch)
+
+
+def _all_encoded(batch: _Batch) -> list[bytes]:
+    return [_encoded(image, batch.start + row) for row, image in enumerate(batch.items)]
+
+
+def _encoded(image: Image, place: int) -> bytes:
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
     if isinstance(image, PIL.Image.Image):
@@ -277,209 +533,37 @@ def _encoded(image: Image) -> bytes:
         return buffer.getvalue()
     if isinstance(image, (str, os.PathLike)):
         return pathlib.Path(image).read_bytes()
-    raise TypeError(f"images: expected paths, bytes or PIL images, got {type(image).__name__}")
-
-
-def _join(answers: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
-    return np.concatenate([answer[name] for answer in answers])
-
-
-def _specs(infos: dict[str, Any]) -> dict[str, TensorSpec]:
-    specs = {}
-    for name, info in infos.items():
-        shape = None
-        if not info["tensor_shape"]["unknown_rank"]:
-            sizes = [int(dim["size"]) for dim in info["tensor_shape"]["dim"]]
-            shape = tuple(size if size >= 0 else None for size in sizes)
-        specs[name] = TensorSpec(_DTYPES.get(info["dtype"], info["dtype"]), shape)
-    return specs
-
-
-# --- REST ----------------------------------------------------------------------------------
-
-
-class _Rest:
-    """Column-form requests over connections that are kept open."""
-
-    def __init__(self, scheme: str, host: str, port: int, model_name: str, timeout: float):
-        kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-        self.connect = functools.partial(kind, host, port, timeout=timeout)
-        self.address = f"{scheme}://{host}:{port}"
-        self.path = f"/v1/models/{urllib.parse.quote(model_name, safe='')}"
-        self.idle: queue.LifoQueue[http.client.HTTPConnection] = queue.LifoQueue()
-
-    def predict(
-        self, inputs: Mapping[str, Any], signature_name: str, signature: Signature
-    ) -> dict[str, np.ndarray]:
-        request = {
-            "signature_name": signature_name,
-            "inputs": {name: _to_json(value) for name, value in inputs.items()},
-        }
-        outputs = self._ask("POST", f"{self.path}:predict", json.dumps(request).encode())["outputs"]
-        if len(signature.outputs) == 1:  # REST then leaves the name out
-            outputs = {next(iter(signature.outputs)): outputs}
-        return {
-            name: _from_json(value, signature.outputs[name].dtype)
-            for name, value in outputs.items()
-        }
-
-    def status(self) -> dict[str, Any]:
-        return self._ask("GET", self.path)
-
-    def metadata(self) -> dict[str, Any]:
-        return self._ask("GET", f"{self.path}/metadata")["metadata"]["signature_def"]
-
-    def close(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self.idle.get_nowait().close()
-
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> Any:
-        try:
-            status, content = self._exchange(method, path, body)
-        except TimeoutError:
-            raise TimeoutError(f"{self.address}: no answer in time") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionError(f"{self.address}: cannot reach the server: {error}") from None
-        text = content.decode("utf-8", "surrogateescape")
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = None
-        if status == 200 and isinstance(answer, dict):
-            return answer
-        message = answer.get("error") if isinstance(answer, dict) else None
-        raise AlignServerError(
-            message or f"{self.address}: answered {status}: {text[:200]}", status
-        )
-
-    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
-        try:
-            connection, fresh = self.idle.get_nowait(), False
-        except queue.Empty:
-            connection, fresh = self.connect(), True
-        try:
-            with contextlib.suppress(BrokenPipeError):  # the refusal of a large body comes early
-                connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            answer = response.status, response.read()
-        except (ConnectionError, http.client.HTTPException):
-            connection.close()
-            if fresh:
-                raise
-            return self._exchange(method, path, body)  # the server had closed the idle connection
-        except BaseException:
-            connection.close()
-            raise
-        self.idle.put(connection)
-        return answer
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, (bytes, bytearray)):
-        return {"b64": base64.b64encode(value).decode()}
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    return value
-
-
-def _from_json(value: Any, dtype: str) -> np.ndarray:
-    if dtype != "object":
-        return np.array(value, dtype)
-    return np.array(_string_leaves(value), object)
-
-
-def _string_leaves(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_string_leaves(item) for item in value]
-    if isinstance(value, dict):
-        return base64.b64decode(value["b64"])
-    return value.encode("utf-8", "surrogateescape")
-
-
-# --- gRPC ----------------------------------------------------------------------------------
-
-
-class _Grpc:
-    """Requests through tensorflow-serving-api's stubs."""
-
-    def __init__(self, scheme: str, host: str, port: int, model_name: str, timeout: float):
-        try:
-            import grpc
-            from tensorflow_serving.apis import model_service_pb2_grpc, prediction_service_pb2_grpc
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'The gRPC client needs extra packages: pip install "align-tf[serve]"',
-                name=error.name,
-            ) from error
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self.model_name, self.timeout = model_name, timeout
-        # Without these gRPC takes messages of up to 4 MB.
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        self.channel = grpc.insecure_channel(self.address, options)
-        self.prediction = prediction_service_pb2_grpc.PredictionServiceStub(self.channel)
-        self.model = model_service_pb2_grpc.ModelServiceStub(self.channel)
-
-    def predict(
-        self, inputs: Mapping[str, Any], signature_name: str, signature: Signature
-    ) -> dict[str, np.ndarray]:
-        import tensorflow as tf
-        from tensorflow_serving.apis import predict_pb2
-
-        request = predict_pb2.PredictRequest()
-        request.model_spec.name = self.model_name
-        request.model_spec.signature_name = signature_name
-        for name, value in inputs.items():
-            spec = signature.inputs.get(name)
-            dtype = None if spec is None else tf.as_dtype(spec.dtype.replace("object", "string"))
-            try:
-                tensor = tf.make_tensor_proto(value, dtype)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"inputs[{name!r}]: {error}") from None
-            request.inputs[name].CopyFrom(tensor)
-        response = self._ask(self.prediction.Predict, request)
-        return {name: tf.make_ndarray(tensor) for name, tensor in response.outputs.items()}
-
-    def status(self) -> dict[str, Any]:
-        from tensorflow_serving.apis import get_model_status_pb2
-
-        request = get_model_status_pb2.GetModelStatusRequest()
-        request.model_spec.name = self.model_name
-        return _proto_dict(self._ask(self.model.GetModelStatus, request))
-
-    def metadata(self) -> dict[str, Any]:
-        from tensorflow_serving.apis import get_model_metadata_pb2
-
-        request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
-        request.model_spec.name = self.model_name
-        response = self._ask(self.prediction.GetModelMetadata, request)
-        signatures = get_model_metadata_pb2.SignatureDefMap()
-        response.metadata["signature_def"].Unpack(signatures)
-        return _proto_dict(signatures)
-
-    def close(self) -> None:
-        self.channel.close()
-
-    def _ask(self, method: Callable, request: Any) -> Any:
-        import grpc
-
-        try:
-            return method(request, timeout=self.timeout)
-        except grpc.RpcError as error:
-            code, details = error.code(), error.details()
-        if code == grpc.StatusCode.UNAVAILABLE:
-            raise ConnectionError(f"{self.address}: cannot reach the server: {details}")
-        if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise TimeoutError(f"{self.address}: no answer in time")
-        raise AlignServerError(details, HTTP_STATUS[code.name])
-
-
-def _proto_dict(message: Any) -> dict[str, Any]:
-    from google.protobuf import json_format
-
-    return json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    raise TypeError(
+        f"images[{place}]: expected a path, bytes or a PIL image, got {type(image).__name__}"
     )
+
+
+def _with_callers_row(error: AlignServerError, batch: _Batch) -> AlignServerError:
+    """Returns the server's refusal, naming the row as the caller counts it."""
+    found = re.search(rf"\b({'|'.join(_CALLERS_NAMES)})\[(\d+)\]", str(error))
+    if found is None:
+        return error
+    row = int(found[2])
+    if row >= len(batch.items):
+        return AlignServerError(f"{error} (a row of another request in the batch)", error.status)
+    place = batch.start + row
+    named = f"{_CALLERS_NAMES[found[1]]}[{place}]"
+    return AlignServerError(str(error).replace(found[0], named), error.status, place)
+
+
+# --- what the server tells of itself -------------------------------------------------------
+
+
+def _version_statuses(answer: dict[str, Any]) -> list[VersionStatus]:
+    return [
+        VersionStatus(int(item["version"]), item["state"], item["status"]["error_message"])
+        for item in answer["model_version_status"]
+    ]
+
+
+def _signatures(definitions: dict[str, Any]) -> dict[str, Signature]:
+    return {
+        name: Signature(specs(entry["inputs"]), specs(entry["outputs"]))
+        for name, entry in definitions.items()
+        if entry["method_name"]  # the initializer has none
+    }

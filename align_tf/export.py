@@ -155,13 +155,12 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
     def embed_padded_tokens(input_ids, attention_mask, token_type_ids):
         # A text begins with [CLS] and never ends with it.
         padding = tf.equal(input_ids, tokenizer.cls_token_id) & _server_padding(input_ids)
-        return embed_tokens(
-            {
-                "input_ids": input_ids,
-                "attention_mask": tf.where(padding, 0, attention_mask),
-                "token_type_ids": token_type_ids,
-            }
-        )
+        tokens = {
+            "input_ids": input_ids,
+            "attention_mask": tf.where(padding, 0, attention_mask),
+            "token_type_ids": token_type_ids,
+        }
+        return {"text_embeds": embed_tokens(tokens)}
 
     def spec(name, shape, dtype=tf.string):
         return tf.TensorSpec(shape, dtype, name)
@@ -186,7 +185,7 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
             (spec("pixel_values", [None, None, None, 3], tf.float32),),
         ),
         "embed_tokens": (
-            lambda *tokens: {"text_embeds": embed_padded_tokens(*tokens)},
+            embed_padded_tokens,
             tuple(spec(name, [None, None], tf.int32) for name in token_names),
         ),
     }

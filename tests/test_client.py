@@ -1,9 +1,17 @@
+import asyncio
 import concurrent.futures
+import contextlib
+import datetime
+import http.server
 import io
+import itertools
 import os
+import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import PIL.Image
@@ -13,10 +21,13 @@ import tensorflow as tf
 from align_tf.client import (
     AlignClient,
     AlignServerError,
+    AsyncAlignClient,
     Signature,
     TensorSpec,
+    Tls,
     VersionStatus,
 )
+from align_tf.client_transport import Attempts
 from align_tf.server import ModelServer
 
 
@@ -41,6 +52,9 @@ class Probe(tf.Module):
     def serving_default(self, image_bytes, labels):
         sizes = tf.cast(tf.strings.length(labels), tf.float32)
         logits = sizes + self.brightness(image_bytes)[:, None]
+        # As if merged with a request of one more label.
+        wider = tf.cast(tf.reduce_any(labels == "merged"), tf.int32)
+        logits = tf.pad(logits, [[0, 0], [0, wider]], constant_values=-1e38)
         return {"logits": logits, "probs": tf.nn.softmax(logits)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
@@ -50,6 +64,10 @@ class Probe(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "texts")])
     def embed_text(self, texts):
+        refused = tf.strings.as_string(tf.where(texts == "refuse me")[:1, 0])
+        message = tf.strings.reduce_join(["texts[", tf.strings.reduce_join(refused), "]: refused"])
+        with tf.control_dependencies([tf.debugging.Assert(tf.size(refused) == 0, [message])]):
+            texts = tf.identity(texts)
         size = tf.cast(tf.strings.length(texts), tf.float32)
         return {"text_embeds": tf.stack([size, size / 3], axis=1)}
 
@@ -191,6 +209,10 @@ def test_wrong_arguments(client, tmp_path):
         ({"address": "host/path"}, 'expected "host:port"'),
         ({"address": "host", "protocol": "soap"}, "protocol='soap'"),
         ({"address": "host", "batch_size": 0}, "batch_size=0"),
+        ({"address": "host", "retries": -1}, "retries=-1"),
+        ({"address": "host", "in_flight": 0}, "in_flight=0"),
+        ({"address": "http://host", "tls": Tls()}, "expected https:// with tls"),
+        ({"address": "grpcs://host"}, "address='grpcs://host'"),
     ],
 )
 def test_wrong_settings(arguments, message):
@@ -203,7 +225,7 @@ def test_an_unreachable_address_is_named(protocol):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}: cannot reach the server"):
-        AlignClient(f"127.0.0.1:{port}", protocol=protocol, timeout=5).status()
+        AlignClient(f"127.0.0.1:{port}", protocol=protocol, retries=1).status()
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
@@ -283,3 +305,427 @@ def test_grpc_without_its_packages_says_so():
     assert result.stderr.splitlines()[-1] == (
         'ModuleNotFoundError: The gRPC client needs extra packages: pip install "align-tf[serve]"'
     )
+
+
+# --- what the server refuses, and how its answers are read ---------------------------------
+
+
+def test_a_refused_row_is_named_as_the_caller_counts(client):
+    texts = ["a", "b", "c", "refuse me", "e"]  # the second row of the second batch
+    with pytest.raises(AlignServerError, match=r"texts\[3\]: refused") as error:
+        client.embed_texts(texts)
+    assert (error.value.row, error.value.status) == (3, 400)
+    with pytest.raises(TypeError, match=r"images\[2\]: expected a path.* got int"):
+        client.embed_images([png(1), png(2), 3])
+
+
+def test_labels_of_other_requests_in_the_batch_are_left_out(client):
+    result = client.classify([png(1), png(2)], ["a", "merged"])
+    assert result.logits.tolist() == [[2, 7], [3, 8]]
+    assert result.probs.shape == (2, 2)
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_a_version_label_is_asked(model_dir, tmp_path, protocol):
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'model_config_list {{ config {{ name: "align" base_path: "{model_dir}" '
+        'model_platform: "tensorflow" version_labels { key: "stable" value: 3 } } }'
+    )
+    with ModelServer(None, model_config_file=config) as server:
+        address = f"127.0.0.1:{server.rest_port if protocol == 'rest' else server.grpc_port}"
+        with AlignClient(address, protocol=protocol, version_label="stable") as client:
+            assert client.embed_texts("abc")[0, 0] == 3
+            assert client.status() == [VersionStatus(3, "AVAILABLE", "")]
+        client = AlignClient(address, protocol=protocol, version_label="nightly")
+        with client, pytest.raises(AlignServerError, match="nightly"):
+            client.embed_texts("abc")
+
+
+# --- streaming -----------------------------------------------------------------------------
+
+
+def counted(items, taken):
+    for item in items:
+        taken.append(item)
+        yield item
+
+
+def test_streams_are_in_order_and_bounded(client):
+    client.in_flight, taken = 3, []
+    words = ("x" * n for n in itertools.count())  # without end
+    rows = client.stream_texts(counted(words, taken))
+    assert [row[0] for row in itertools.islice(rows, 20)] == list(range(20))
+    assert len(taken) <= 20 + 3 * client.batch_size
+    rows.close()
+    images = (png(n) for n in range(5))
+    assert [row.tolist() for row in client.stream_images(images)] == [[n, -n] for n in range(5)]
+    results = list(client.stream_classify((png(n) for n in range(5)), ["a", "bc"]))
+    assert [result.best for result in results] == [["bc"]] * 5
+    assert [result.logits.tolist() for result in results] == [[[n + 1, n + 2]] for n in range(5)]
+    assert list(client.stream_texts([])) == []
+
+
+def test_a_stream_ends_at_what_is_refused(client):
+    got = []
+    with pytest.raises(AlignServerError, match=r"texts\[5\]: refused"):
+        for row in client.stream_texts(["a"] * 5 + ["refuse me"] + ["a"] * 100):
+            got.append(row[0])
+    assert got == [1] * 4  # the batches before it
+
+
+# --- asyncio -------------------------------------------------------------------------------
+
+
+def run_async(server, use, **settings):
+    async def main():
+        async with AsyncAlignClient(f"127.0.0.1:{server.grpc_port}", **settings) as client:
+            return await use(client)
+
+    return asyncio.run(main())
+
+
+def test_the_async_client_has_the_methods_of_the_other():
+    def public(kind):
+        return {name for name in vars(kind) if not name.startswith("_")}
+
+    assert public(AsyncAlignClient) == public(AlignClient)
+
+
+def test_async(server, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png(30))
+
+    async def use(client):
+        result = await client.classify([png(10), path, png(0)], ["a", "bc"], "is {}")
+        assert result.logits.tolist() == [[14, 15], [34, 35], [4, 5]]
+        assert (await client.embed_images(path)).tolist() == [[30, -30]]
+        assert (await client.embed_texts("abcd"))[:, 0].tolist() == [4]
+        assert (await client.predict({"texts": ["ab"]}, "embed_text"))["text_embeds"][0, 0] == 2
+        assert await client.status() == [VersionStatus(3, "AVAILABLE", "")]
+        assert "embed_text" in await client.metadata()
+        with pytest.raises(ValueError, match="texts: expected at least one"):
+            await client.embed_texts([])
+        with pytest.raises(AlignServerError, match=r"texts\[3\]: refused"):
+            await client.embed_texts(["a", "b", "c", "refuse me"])
+        # Requests of many tasks run beside one another.
+        many = await asyncio.gather(*(client.embed_texts("x" * n) for n in range(50)))
+        assert [embeds[0, 0] for embeds in many] == list(range(50))
+
+    run_async(server, use, batch_size=2)
+
+
+def test_async_streams_are_in_order_and_bounded(server):
+    taken = []
+
+    async def words():
+        for n in itertools.count():
+            taken.append(n)
+            yield "x" * n
+
+    async def use(client):
+        rows, got = client.stream_texts(words()), []
+        async for row in rows:
+            got.append(row[0])
+            if len(got) == 20:
+                break
+        await rows.aclose()
+        assert got == list(range(20))
+        assert len(taken) <= 20 + 3 * 2
+        images = [row.tolist() async for row in client.stream_images(png(n) for n in range(5))]
+        assert images == [[n, -n] for n in range(5)]
+        results = [r.best async for r in client.stream_classify([png(1)] * 3, ["a", "bc"])]
+        assert results == [["bc"]] * 3
+
+    run_async(server, use, batch_size=2, in_flight=3)
+
+
+# --- retries -------------------------------------------------------------------------------
+
+
+def test_pauses_grow_and_end():
+    attempts = Attempts(timeout=1000, retries=9)
+    assert 1000 > attempts.timeout > attempts.timeout > 990  # one deadline for all attempts
+    pauses = [attempts.pause(ConnectionRefusedError()) for _ in range(9)]
+    for pause, longest in zip(pauses, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
+        assert longest / 2 <= pause <= longest
+    with pytest.raises(ConnectionRefusedError):
+        attempts.pause(ConnectionRefusedError())
+    with pytest.raises(ConnectionRefusedError):  # the pause would go beyond the deadline
+        Attempts(timeout=0.01, retries=9).pause(ConnectionRefusedError())
+
+
+@contextlib.contextmanager
+def busy_grpc(code, times, message="busy"):
+    """A gRPC server that refuses some requests before it answers; yields address and counts."""
+    import grpc
+    from tensorflow_serving.apis import (
+        get_model_status_pb2,
+        model_service_pb2_grpc,
+    )
+
+    calls = []
+
+    class Busy(model_service_pb2_grpc.ModelServiceServicer):
+        def GetModelStatus(self, request, context):
+            calls.append(request.model_spec.name)
+            if len(calls) <= times:
+                context.abort(grpc.StatusCode[code], message)
+            return get_model_status_pb2.GetModelStatusResponse()
+
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(Busy(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", calls
+    finally:
+        server.stop(None).wait()
+
+
+@contextlib.contextmanager
+def busy_rest(status, times):
+    """The same over REST; status None closes the connection without an answer."""
+    calls = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            calls.append(self.path)
+            if len(calls) > times:
+                body, code = b'{"model_version_status": []}', 200
+            elif status is None:
+                return
+            else:
+                body, code = b'{"error": "busy"}', status
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}", calls
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+def test_grpc_asks_a_busy_server_again(code):
+    with busy_grpc(code, 2) as (address, calls):
+        assert AlignClient(address, protocol="grpc").status() == []
+        assert len(calls) == 3
+    with busy_grpc(code, 2) as (address, calls):
+
+        async def main():
+            async with AsyncAlignClient(address) as client:
+                return await client.status()
+
+        assert asyncio.run(main()) == []
+        assert len(calls) == 3
+
+
+@pytest.mark.parametrize("status", [503, 429, None])
+def test_rest_asks_a_busy_server_again(status):
+    with busy_rest(status, 2) as (address, calls):
+        assert AlignClient(address).status() == []
+        assert len(calls) == 3
+
+
+def test_what_would_fail_again_is_asked_once():
+    for code, message in (("INVALID_ARGUMENT", "x"), ("INTERNAL", "x"), ("NOT_FOUND", "x")):
+        with busy_grpc(code, 9, message) as (address, calls):
+            with pytest.raises(AlignServerError):
+                AlignClient(address, protocol="grpc").status()
+            assert len(calls) == 1
+    too_large = "Received message larger than max (9 vs. 4)"
+    with busy_grpc("RESOURCE_EXHAUSTED", 9, too_large) as (address, calls):
+        with pytest.raises(AlignServerError, match="larger than max"):
+            AlignClient(address, protocol="grpc").status()
+        assert len(calls) == 1
+    for status in (400, 404, 413, 500):
+        with busy_rest(status, 9) as (address, calls):
+            with pytest.raises(AlignServerError, match="busy") as error:
+                AlignClient(address).status()
+            assert (len(calls), error.value.status) == (1, status)
+
+
+def test_retries_end():
+    with busy_rest(503, 99) as (address, calls):
+        with pytest.raises(AlignServerError, match="busy"):
+            AlignClient(address, retries=2).status()
+        assert len(calls) == 3
+        with pytest.raises(AlignServerError, match="busy"):  # by the deadline
+            AlignClient(address, retries=1000, timeout=0.5).status()
+        assert 4 < len(calls) < 20
+
+
+SERVE = """
+import sys
+from align_tf.server import serve
+serve(sys.argv[1], grpc_port=int(sys.argv[2]), rest_port=int(sys.argv[3]))
+"""
+
+
+def test_a_stream_outlives_a_server_that_is_killed(model_dir):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        ports = [str(free.getsockname()[1]) for free in (one, other)]
+
+    def start():
+        command = [sys.executable, "-c", SERVE, os.fspath(model_dir), *ports]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+    settings = {"batch_size": 2, "timeout": 120, "retries": 200}
+    addresses = zip(("grpc", "rest"), ports, strict=True)
+    clients = [AlignClient(f"127.0.0.1:{p}", protocol=name, **settings) for name, p in addresses]
+    server = start()
+    try:
+        streams = [client.stream_texts("x" * n for n in range(40)) for client in clients]
+        got = [[row[0] for row in itertools.islice(stream, 5)] for stream in streams]
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+        server = start()
+        for rows, stream in zip(got, streams, strict=True):
+            rows += [row[0] for row in stream]
+            assert rows == list(range(40))
+    finally:
+        server.kill()
+        server.wait()
+
+
+# --- TLS -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """An authority, and what it signed for the server (named align.test) and for a caller."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    folder = tmp_path_factory.mktemp("certificates")
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def make(name, signer=None):
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        issuer, issuer_key = signer or (subject, key)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=signer is None, path_length=None), True)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
+            .sign(issuer_key, hashes.SHA256())
+        )
+        (folder / f"{name}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        (folder / f"{name}.key").write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return subject, key
+
+    authority = make("authority")
+    make("align.test", authority)
+    make("caller", authority)
+    return folder
+
+
+@contextlib.contextmanager
+def tls_before(port, certificates, callers_proven=False):
+    """Ends TLS before a port of the server, as a gateway does; yields its own port."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "align.test.crt", certificates / "align.test.key")
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    if callers_proven:
+        context.load_verify_locations(certificates / "authority.crt")
+        context.verify_mode = ssl.CERT_REQUIRED
+
+    async def copy(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def handle(reader, writer):
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    found = []
+
+    async def main():
+        server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
+        found.extend((server.sockets[0].getsockname()[1], asyncio.current_task()))
+        ready.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Future()
+        server.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread.start()
+    ready.wait()
+    try:
+        yield found[0]
+    finally:
+        loop.call_soon_threadsafe(found[1].cancel)
+        thread.join()
+        loop.close()
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_tls(server, certificates, protocol):
+    port = server.rest_port if protocol == "rest" else server.grpc_port
+
+    def ask(tls, port):
+        client = AlignClient(f"127.0.0.1:{port}", protocol=protocol, tls=tls, retries=0)
+        with client:
+            return client.embed_texts("abc")[0, 0]
+
+    authority = certificates / "authority.crt"
+    trusted = Tls(authority, server_name="align.test")
+    with tls_before(port, certificates) as secure:
+        assert ask(trusted, secure) == 3
+        for tls in (Tls(server_name="align.test"), Tls(authority, server_name="other.test")):
+            with pytest.raises(ConnectionError, match="cannot reach the server"):
+                ask(tls, secure)
+    proven = Tls(authority, certificates / "caller.crt", certificates / "caller.key", "align.test")
+    with tls_before(port, certificates, callers_proven=True) as secure:
+        assert ask(proven, secure) == 3
+        with pytest.raises(ConnectionError):
+            ask(trusted, secure)
+
+
+def test_async_tls(server, certificates):
+    async def main(port):
+        tls = Tls(certificates / "authority.crt", server_name="align.test")
+        async with AsyncAlignClient(f"grpcs://127.0.0.1:{port}", tls=tls) as client:
+            return (await client.embed_texts("abc"))[0, 0]
+
+    with tls_before(server.grpc_port, certificates) as port:
+        assert asyncio.run(main(port)) == 3
+
+
+def test_tls_files_are_asked_for_in_pairs(tmp_path):
+    with pytest.raises(ValueError, match="certificate and private_key"):
+        Tls(certificate="a.crt")
+    with pytest.raises(FileNotFoundError):
+        AlignClient("localhost", tls=Tls(tmp_path / "no.crt"))

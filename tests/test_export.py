@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
 
 import tensorflow as tf
+from tensorflow.core.framework import node_def_pb2
+from tensorflow.core.protobuf import saved_model_pb2
 from test_hostile_images import declare
 
 from align_tf import export_saved_model
@@ -51,21 +54,13 @@ results.update({"v1_" + name: value for name, value in values.items()})
 np.savez(answer, **results)
 """
 
-# Ops of tf-text that every stock serving image registers (tf-text 2.12.1 and later).
-TEXT_OPS = {
-    "FastBertNormalize",
-    "FastWordpieceTokenizeWithOffsets",
-    "WordpieceTokenizeWithOffsets",
-    "RegexSplitWithOffsets",
-    "CaseFoldUTF8",
-    "NormalizeUTF8",
-    "WhitespaceTokenizeWithOffsets",
-    "WhitespaceTokenizeWithOffsetsV2",
-}
+NO_LABEL = np.finfo(np.float32).min
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "serving_ops"
+SERVING_README = pathlib.Path(__file__).parents[1] / "serving" / "README.md"
 
 
-def picture(seed: int, format: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+def picture(seed: int, format: str = "PNG", size: tuple[int, int] = (40, 50)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
@@ -184,17 +179,106 @@ def test_a_process_without_this_package_reads_it(folder, signatures, tmp_path):
         np.testing.assert_allclose(answer[f"{loader}_probs"], probs, atol=1e-6)
 
 
-def test_rows_of_different_callers_may_share_a_batch(signatures):
-    callers = [([picture(4)], [["a cat", "a dog", "red cars"]]), ([picture(5)], [["a dog"]])]
-    images = [image for images, _ in callers for image in images]
-    labels = [([*row, "", ""])[:3] for _, rows in callers for row in rows]
-    logits, probs = classify(signatures, images, labels)
-    for index, (image, row) in enumerate(callers):
-        alone_logits, alone_probs = classify(signatures, image, row)
-        width = len(row[0])
-        np.testing.assert_allclose(logits[index, :width], alone_logits[0], atol=1e-5)
-        np.testing.assert_allclose(probs[index, :width], alone_probs[0], atol=1e-6)
-        assert (probs[index, width:] == 0).all()
+def serve_merged(signature, requests, allowed_batch_size):
+    """Answers requests in one batch, as TensorFlow Serving's BatchingSession does.
+
+    Each is padded to the widest with its own first value (batching_util.cc, PadTensor), the batch
+    with the first row of the last request (batching_session.cc, MergeInputTensors), and what
+    comes out is split by rows.
+    """
+    sizes = [len(next(iter(request.values()))) for request in requests]
+    inputs = {}
+    for name in requests[0]:
+        arrays = [np.asarray(request[name]) for request in requests]
+        width = np.max([array.shape[1:] for array in arrays], axis=0).astype(int)
+        padded = []
+        for array in arrays:
+            array = array.astype(object) if array.dtype.kind in "SU" else array
+            full = np.full((len(array), *width), array.flat[0], array.dtype)
+            full[tuple(slice(size) for size in array.shape)] = array
+            padded.append(full)
+        padded += [padded[-1][:1]] * (allowed_batch_size - sum(sizes))
+        inputs[name] = np.concatenate(padded)
+    outputs = run(signature, inputs)
+    splits = np.cumsum(sizes)
+    return [
+        {name: np.split(value, splits)[index] for name, value in outputs.items()}
+        for index in range(len(requests))
+    ]
+
+
+def run(signature, inputs):
+    feeds = {name: tf.constant(np.asarray(value).tolist()) for name, value in inputs.items()}
+    feeds = {
+        name: tf.cast(feed, signature.structured_input_signature[1][name].dtype)
+        if feed.dtype != tf.string
+        else feed
+        for name, feed in feeds.items()
+    }
+    return {name: value.numpy() for name, value in signature(**feeds).items()}
+
+
+def tokens(processor, texts):
+    """Token ids as long as the longest text, which the server has to pad."""
+    encoded = processor.tokenizer.encode(tf.constant(texts), padding="longest")
+    return {key: value.numpy() for key, value in encoded.items()}
+
+
+def pixels(processor, seeds):
+    return {"pixel_values": processor(images=[picture(seed) for seed in seeds])["pixel_values"]}
+
+
+# signature: the requests that share a batch, made from the processor
+CALLERS = {
+    "serving_default": lambda _: [
+        {"image_bytes": [picture(4)], "labels": [["a cat", "a dog", "red cars"]]},
+        {"image_bytes": [picture(5), picture(6)], "labels": [["a dog"], ["a dog"]]},
+        {"image_bytes": [picture(7)], "labels": [["red", "a cat", "", ""]]},
+        # Lists that differ within a request begin with an empty label.
+        {"image_bytes": [picture(8)] * 2, "labels": [["", "a car", "dog"], ["", "cat", ""]]},
+        {"image_bytes": [picture(9)], "labels": [["a cat", "a dog", "a cat", "car", "red", "a"]]},
+    ],
+    "embed_image": lambda _: [
+        {"image_bytes": [picture(1)]},
+        {"image_bytes": [picture(2, "JPEG"), picture(3, size=(7, 90))]},
+    ],
+    "embed_text": lambda _: [
+        {"texts": ["a"]},
+        {"texts": ["a red cat " * 5, ""]},
+        {"texts": ["dogs", "cars"]},
+    ],
+    "embed_pixels": lambda processor: [pixels(processor, [1]), pixels(processor, [2, 3])],
+    "embed_tokens": lambda processor: [
+        tokens(processor, ["a red cat " * 5]),
+        tokens(processor, ["a"]),
+        tokens(processor, ["a dog", "dogs a car"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_callers_who_share_a_batch_get_what_they_get_alone(signatures, processor, name):
+    requests = CALLERS[name](processor)
+    if name == "embed_tokens":
+        assert len({request["input_ids"].shape[1] for request in requests}) == 3
+    together = serve_merged(signatures[name], requests, allowed_batch_size=8)
+    for request, answer in zip(requests, together, strict=True):
+        alone = run(signatures[name], request)
+        assert set(answer) == set(alone)
+        for output, expected in alone.items():
+            got = answer[output]
+            if name == "serving_default":  # wider than the caller's own list
+                assert (got[:, expected.shape[1] :] == {"probs": 0}.get(output, NO_LABEL)).all()
+                got = got[:, : expected.shape[1]]
+            np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_what_repeats_the_first_label_at_the_end_is_padding(signatures):
+    logits, probs = classify(signatures, [picture(6)] * 2, [["a", "dog", "a", "a"], ["a"] * 4])
+    np.testing.assert_allclose(probs[0, :2].sum(), 1, atol=1e-6)
+    assert probs[0, 2:].tolist() == [0, 0]
+    assert probs[1].tolist() == [1, 0, 0, 0]
+    assert logits[1, 1:].tolist() == [NO_LABEL] * 3
 
 
 def test_empty_labels_have_no_part_in_the_answer(signatures):
@@ -284,24 +368,94 @@ def test_metadata_names_the_image_mode(folder):
     assert metadata["image_mode"] == "hf"
 
 
-def test_graphs_use_only_ops_that_the_stock_server_registers(folder):
-    from tensorflow.core.protobuf import saved_model_pb2
+# --- ops -----------------------------------------------------------------------------------
 
+
+def registries():
+    """Reads ops.txt: by server, by op, its attributes and whether a node has to have them."""
+    servers = ("2.18", "2.19", "2.20")
+    found = {server: {} for server in servers}
+    for line in (GOLDENS / "ops.txt").read_text().splitlines():
+        (op, where), *attrs = [word.partition("@")[::2] for word in line.split()]
+        for server in where.split(",") if where else servers:
+            found[server][op] = {
+                attr.rstrip("!"): attr.endswith("!")
+                for attr, where in attrs
+                if not where or server in where.split(",")
+            }
+    return found
+
+
+def takes(registry, node):
+    """Tells whether a server can run a node: it has the op, and knows its attributes."""
+    if node.op not in registry:
+        return False
+    attrs, given = registry[node.op], {name for name in node.attr if not name.startswith("_")}
+    return given <= set(attrs) and {name for name, needed in attrs.items() if needed} <= given
+
+
+def functions_of(node, library):
+    if node.op in library:
+        yield node.op
+    for value in node.attr.values():
+        for function in (value.func, *value.list.func):
+            if function.name:
+                yield function.name
+
+
+def nodes_of(signature, graph):
+    """Returns the nodes that a signature runs, those of its functions too."""
+    library = {function.signature.name: function for function in graph.library.function}
+    by_name = {node.name: node for node in graph.node}
+    found, seen, functions = [], set(), []
+    names = [info.name for info in signature.outputs.values()]
+    while names:
+        name = names.pop().lstrip("^").split(":")[0]
+        if name not in seen:
+            seen.add(name)
+            found.append(by_name[name])
+            names += by_name[name].input
+    for node in found:  # grows
+        for name in functions_of(node, library):
+            if name not in functions:
+                functions.append(name)
+                found += library[name].node_def
+    return [node for node in found if node.op not in library]
+
+
+@pytest.fixture(scope="module")
+def meta_graph(folder):
     saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
-    graph = saved.meta_graphs[0].graph_def
-    ops = {node.op for node in graph.node}
-    ops |= {node.op for function in graph.library.function for node in function.node_def}
-    known = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, tensorflow as tf\n"
-            "from tensorflow.python.framework import op_def_registry as registry\n"
-            "print(*[op for op in sys.stdin.read().split() if registry.get(op) is not None])",
-        ],
-        input=" ".join(ops),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    assert ops - set(known) <= TEXT_OPS
+    return saved.meta_graphs[0]
+
+
+def test_every_op_is_one_that_the_stock_servers_register(meta_graph):
+    graph = meta_graph.graph_def
+    library = {function.signature.name for function in graph.library.function}
+    nodes = [*graph.node, *(n for function in graph.library.function for n in function.node_def)]
+    assert len(nodes) > 1000
+    for server, registry in registries().items():
+        unknown = {n.op for n in nodes if n.op not in library and not takes(registry, n)}
+        assert unknown == set(), server
+
+
+def test_an_op_or_attribute_that_a_server_lacks_is_seen():
+    registry = registries()
+    webp = node_def_pb2.NodeDef(op="DecodeWebP")
+    assert [takes(registry[server], webp) for server in registry] == [False, False, True]
+    cast = node_def_pb2.NodeDef(op="Cast")
+    cast.attr["SrcT"].type = cast.attr["DstT"].type = 1
+    assert takes(registry["2.18"], cast)
+    cast.attr["later"].b = True
+    assert not takes(registry["2.18"], cast)
+
+
+def test_the_oldest_server_of_each_signature_is_the_one_stated(meta_graph):
+    oldest = {}
+    for name, signature in meta_graph.signature_def.items():
+        if signature.method_name:
+            nodes = nodes_of(signature, meta_graph.graph_def)
+            servers = [v for v, r in registries().items() if all(takes(r, n) for n in nodes)]
+            oldest[name] = min(servers)
+    table = SERVING_README.read_text().split("oldest server |")[1].split("\n\n")[0]
+    assert oldest == dict(re.findall(r"`(\w+)` \| ([\d.]+)", table))

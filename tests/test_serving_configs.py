@@ -1,5 +1,6 @@
 """The operator's files: each parsed by what reads it, all of one mind, and run on a real export."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -38,6 +39,7 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.checkpoint import BUNDLED
+from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
 from align_tf.server import ModelServer
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
@@ -501,10 +503,11 @@ def test_a_canary_is_rolled_out_as_the_readme_says(tmp_path):
     # models.config after each step: the version behind each label
     steps = {
         config: {"stable": 1, "canary": 1},
+        both: {"stable": 1, "canary": 1},
         re.sub(r'("canary"\s+value:) 1', r"\1 2", both): {"stable": 1, "canary": 2},
         new.replace("value: 1", "value: 2"): {"stable": 2, "canary": 2},
     }
-    assert len(steps) == 3
+    assert len(steps) == 4
     for text, expected in steps.items():
         (tmp_path / "models.config").write_text(text)
         with (
@@ -598,6 +601,30 @@ def test_the_gateway_refuses_large_bodies(gateway, secrets, tmp_path):
         body = f"--data-binary @{large} -H Expect:"
         path = "/v1/models/align:predict"
         assert status_through(gateway, secrets, path, bearer, body) == expected
+
+
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_the_client_passes_the_gateway(gateway, secrets, photo, protocol):
+    port, key = gateway
+    settings = {"tls": Tls(secrets / "tls.crt"), "version_label": "stable", "protocol": protocol}
+    with AlignClient(f"localhost:{port}", token=key, **settings) as client:
+        assert client.classify(photo, ["a cat", "a dog"]).probs.sum() == pytest.approx(1)
+        assert client.status()[0].state == "AVAILABLE"
+    with AlignClient(f"localhost:{port}", token="no", **settings) as client:
+        with pytest.raises(AlignServerError) as error:
+            client.status()
+        assert error.value.status == 401
+
+
+def test_the_async_client_passes_the_gateway(gateway, secrets):
+    port, key = gateway
+
+    async def main():
+        tls = Tls(secrets / "tls.crt")
+        async with AsyncAlignClient(f"localhost:{port}", token=key, tls=tls) as client:
+            return await client.embed_texts(["a cat", "a dog"])
+
+    assert asyncio.run(main()).shape[0] == 2
 
 
 def test_the_gateway_lets_grpc_through(gateway, secrets):
