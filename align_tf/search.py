@@ -302,7 +302,8 @@ class Index:
                 f"{folder}: a broken index; `align-tf index` builds it anew"
             ) from error
         if self.about["kind"] == "ivf":
-            self._index.parallel_mode = 1  # the lists of one query, side by side
+            # Threads that read every list once before it is searched pay on a cold disk alone.
+            faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
 
     def __len__(self) -> int:
         return self._index.ntotal
