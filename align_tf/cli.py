@@ -625,7 +625,8 @@ def _search(arguments: Any) -> int:
     if arguments.montage:
         gallery.write_montage(arguments.montage, said, hits)
     if arguments.json:
-        results = [dataclasses.asdict(hit) for hit in hits]
+        fields = ("score", "id", "path", "caption")
+        results = [{name: getattr(hit, name) for name in fields} for hit in hits]
         print(json.dumps({"query": said, "results": results}, indent=2))
     else:
         rows = [
@@ -652,7 +653,7 @@ def _plot_heatmap(arguments: Any) -> int:
     encoder = Encoder(model, processor)
     images = encoder.embed_images(arguments.images)
     similarities = images @ encoder.embed_texts(arguments.texts).T
-    from align_tf.gallery import thumbnail
+    from align_tf.thumbnail import thumbnail
 
     pictures = [thumbnail(path, HEATMAP_PICTURE) for path in arguments.images]
     names = [pathlib.Path(path).stem for path in arguments.images]
