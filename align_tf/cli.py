@@ -293,7 +293,7 @@ def _add_plot_commands(command: Any) -> None:
     )
 
     curves = kind("curves", _plot_curves, "the curves of a training")
-    curves.add_argument("run", metavar="DIR", help="the folder that train wrote")
+    curves.add_argument("log", metavar="DIR", help="the folder that train wrote")
 
 
 def _add_demo_command(command: Any) -> None:
@@ -675,8 +675,8 @@ def _plot_embeddings(arguments: Any) -> int:
 
 def _plot_curves(arguments: Any) -> int:
     plots = _plots(arguments.output)
-    lines = plots.read_metrics(arguments.run)
-    figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.run)))
+    lines = plots.read_metrics(arguments.log)
+    figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.log)))
     return _save_plot(figure, arguments.output)
 
 
