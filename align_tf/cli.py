@@ -308,7 +308,7 @@ def _add_plot_commands(command: Any) -> None:
     )
 
     curves = kind("curves", _plot_curves, "the curves of a training")
-    curves.add_argument("run", metavar="DIR", help="the folder that train wrote")
+    curves.add_argument("log", metavar="DIR", help="the folder that train wrote")
 
 
 def _add_demo_command(command: Any) -> None:
@@ -657,7 +657,8 @@ def _search(arguments: Any) -> int:
     if arguments.montage:
         gallery.write_montage(arguments.montage, said, hits)
     if arguments.json:
-        results = [dataclasses.asdict(hit) for hit in hits]
+        fields = ("score", "id", "path", "caption")
+        results = [{name: getattr(hit, name) for name in fields} for hit in hits]
         print(json.dumps({"query": said, "results": results}, indent=2))
     else:
         rows = [
@@ -684,7 +685,7 @@ def _plot_heatmap(arguments: Any) -> int:
     encoder = Encoder(model, processor)
     images = encoder.embed_images(arguments.images)
     similarities = images @ encoder.embed_texts(arguments.texts).T
-    from align_tf.gallery import thumbnail
+    from align_tf.thumbnail import thumbnail
 
     pictures = [thumbnail(path, HEATMAP_PICTURE) for path in arguments.images]
     names = [pathlib.Path(path).stem for path in arguments.images]
@@ -706,8 +707,8 @@ def _plot_embeddings(arguments: Any) -> int:
 
 def _plot_curves(arguments: Any) -> int:
     plots = _plots(arguments.output)
-    lines = plots.read_metrics(arguments.run)
-    figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.run)))
+    lines = plots.read_metrics(arguments.log)
+    figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.log)))
     return _save_plot(figure, arguments.output)
 
 

@@ -21,6 +21,7 @@ from align_tf.embedding import BATCH_SIZE, Embedder
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 from align_tf.progress import Rate
+from align_tf.thumbnail import thumbnail, to_jpeg
 
 SHARD_SIZE = 4096
 BATCHES_AHEAD = 2
@@ -29,6 +30,8 @@ ENGINES = ("default", "ray")
 NAMED = 10  # of the records that are left out
 NAME = "shard-{:06}.parquet"
 METADATA = b"align_tf"  # key of the JSON in a shard's metadata
+COLUMNS = {"id": "string", "path": "string", "caption": "string", "thumbnail": "binary"}
+THUMBNAIL = 160  # pixels
 
 _graph = tf.autograph.experimental.do_not_convert
 
@@ -96,7 +99,8 @@ def embed(
     A shard is written under another name and renamed when it is whole, so that after a kill the
     next call starts at the first record that is missing, and ends at the files of an unbroken
     run. Its columns are `id`, the record's key; `path`, the image file where there is one;
-    `caption`, the first; `image_embeds` and, of the caption, `text_embeds`, of unit length.
+    `caption`, the first; `thumbnail`, a small JPEG where there is no file; `image_embeds` and, of
+    the caption, `text_embeds`, of unit length.
 
     Args:
         source: as `data.make_dataset` takes it; captions may be missing.
@@ -316,14 +320,12 @@ class ShardWriter:
         elements = self.opened.elements(None, first).take(stop - first)
 
         @_graph
-        def load(
-            _: tf.Tensor, elements: Any
-        ) -> tuple[tf.Tensor, tf.RaggedTensor, tf.Tensor, tf.Tensor]:
+        def load(_: tf.Tensor, elements: Any) -> dict[str, Any]:
             loaded = self.opened.load(elements)
             images = loaded["image_bytes"]
             pixels, problems, _ = self.processor.image_processor.try_pixel_values(images)
             problems = tf.where(images == "", data.NO_IMAGE, problems)
-            return loaded["key"], loaded["captions"], pixels, problems
+            return {**loaded, "pixel_values": pixels, "problem": problems}
 
         batches = elements.ragged_batch(self.batch_size).enumerate()
         batches = batches.map(load, num_parallel_calls=BATCHES_AHEAD, deterministic=True)
@@ -333,27 +335,28 @@ class ShardWriter:
             raise ValueError(f"{self.opened.name}: cannot be read: {error.message}") from error
         raise ValueError(f"{self.opened.name}: fewer records than were counted; it has changed")
 
-    def _embed(self, batch: tuple, first: int) -> dict[str, Any]:
+    def _embed(self, batch: dict[str, Any], first: int) -> dict[str, Any]:
         """Embeds a batch whose first record is the collection's `first`."""
-        keys, captions, pixels, problems = batch
-        ids = [key.decode(errors="replace") for key in keys.numpy()]
+        ids = [key.decode(errors="replace") for key in batch["key"].numpy()]
         captions = [
             next((text.decode(errors="replace") for text in texts if text.strip()), None)
-            for texts in captions.to_list()
+            for texts in batch["captions"].to_list()
         ]
-        problems = problems.numpy()
+        problems = batch["problem"].numpy()
         fine = np.flatnonzero(problems == image_processing.FINE)
-        embeds = self.embedder.images(pixels)[fine]
+        embeds = self.embedder.images(batch["pixel_values"])[fine]
         wrong = np.flatnonzero(~np.isfinite(embeds).all(axis=1))
         if wrong.size:
             raise ValueError(f"{ids[fine[wrong[0]]]}: its embedding is not finite")
         paths = self.opened.paths and self.opened.paths[first : first + len(ids)]
         captions = [captions[row] for row in fine]
+        images = [None] * len(ids) if paths else batch["image_bytes"].numpy()
         return {
             "records": len(ids),
             "id": [ids[row] for row in fine],
             "path": [paths[row] if paths else None for row in fine],
             "caption": captions,
+            "thumbnail": [_small(images[row]) for row in fine],
             "image_embeds": embeds,
             "text_embeds": self._embed_texts(captions),
             "skipped": {
@@ -374,7 +377,7 @@ class ShardWriter:
     def _save(self, number: int, parts: list[dict[str, Any]]) -> Shard:
         columns = {
             name: list(itertools.chain.from_iterable(part[name] for part in parts))
-            for name in ("id", "path", "caption")
+            for name in COLUMNS
         }
         for name in ("image_embeds", "text_embeds"):
             columns[name] = np.concatenate([part[name] for part in parts])
@@ -387,6 +390,11 @@ class ShardWriter:
         return shard
 
 
+def _small(image: bytes | None) -> bytes | None:
+    picture = thumbnail(image, THUMBNAIL)
+    return picture and to_jpeg(picture)
+
+
 def write_shard(
     output: pathlib.Path, settings: Settings, shard: Shard, columns: dict[str, Any]
 ) -> None:
@@ -396,13 +404,13 @@ def write_shard(
         output: the folder.
         settings: of the collection.
         shard: what its metadata will say.
-        columns: `id`, `path` and `caption`, lists (n,), None where there is none, and
-            `image_embeds` and `text_embeds` (n, d).
+        columns: those of `COLUMNS`, lists (n,), None where there is none, and `image_embeds` and
+            `text_embeds` (n, d).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrays = {name: pa.array(columns[name], pa.string()) for name in ("id", "path", "caption")}
+    arrays = {name: pa.array(columns[name], kind) for name, kind in COLUMNS.items()}
     none = np.array([text is None for text in columns["caption"]], bool)
     for name, empty in (("image_embeds", np.zeros_like(none)), ("text_embeds", none)):
         values = pa.array(columns[name].astype(settings.dtype).ravel())

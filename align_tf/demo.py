@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from align_tf import gallery
 from align_tf.checkpoint import BUNDLED
 from align_tf.client import AlignClient, AlignServerError
 from align_tf.collection import Settings, Shard, write_shard
 from align_tf.data_readers import IMAGE
 from align_tf.search import Encoder, Index, Searcher, build_index
+from align_tf.thumbnail import thumbnail
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture
-MAX_LABELS = 200
+MAX_PROMPTS = 1000  # labels times templates
 TRIED = 5  # example pictures, a row of them
 SHOWN = 12  # results of a search
 PICTURE = 320  # pixels of a result
@@ -107,6 +107,7 @@ def example_searcher(encoder: Encoder | AlignClient) -> Searcher:
         "id": [path.stem for path in EXAMPLES],
         "path": [str(path) for path in EXAMPLES],
         "caption": captions,
+        "thumbnail": [None] * count,
         "image_embeds": embeds,
         "text_embeds": encoder.embed_texts(captions),
     }
@@ -253,16 +254,18 @@ def classify(
         Label -> probability.
 
     Raises:
-        ValueError: there is no picture, no label, or a template without `{}`.
+        ValueError: there is no picture, no label or too many, or a template without `{}`.
     """
     image, names = _chosen(image), list(dict.fromkeys(_lines(labels)))
+    templates = _lines(templates) or ["{}"]
     if not names:
         raise ValueError("No labels: type one a line.")
-    if len(names) > MAX_LABELS:
-        raise ValueError(f"{len(names)} labels: expected {MAX_LABELS} at most.")
-    answers = [
-        encoder.classify([image], names, template) for template in _lines(templates) or ["{}"]
-    ]
+    if len(names) * len(templates) > MAX_PROMPTS:
+        raise ValueError(
+            f"{len(names)} labels in {len(templates)} templates: expected {MAX_PROMPTS} texts at "
+            "most."
+        )
+    answers = [encoder.classify([image], names, template) for template in templates]
     logits = np.mean([answer.logits[0] for answer in answers], axis=0)
     probs = np.exp(logits - logits.max())
     return dict(zip(names, map(float, probs / probs.sum()), strict=True))
@@ -271,14 +274,15 @@ def classify(
 def find(searcher: Searcher, **query: Any) -> list[tuple[Any, str]]:
     """Searches, as `Searcher.search`; returns pictures with what is written under them."""
     hits = searcher.search(**query, k=SHOWN)
-    if not any(hit.path and os.path.isfile(hit.path) for hit in hits):
-        raise ValueError("The picture files of the collection are not on this machine.")
-    pictures = [(gallery.thumbnail(hit.path, PICTURE), hit) for hit in hits]
-    return [
+    pictures = [(thumbnail(hit.picture, PICTURE), hit) for hit in hits]
+    shown = [
         (picture, f"{hit.caption or hit.id} · {hit.score:.2f}")
         for picture, hit in pictures
         if picture is not None
     ]
+    if not shown:
+        raise ValueError("The picture files of the collection are not on this machine.")
+    return shown
 
 
 def _chosen(image: str | None) -> str:

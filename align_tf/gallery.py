@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from collections.abc import Sequence
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import PIL.ImageOps
 
 from align_tf import checkpoint
 from align_tf.search import Hit
+from align_tf.thumbnail import thumbnail, to_jpeg
 
 # The montage: sizes in pixels.
 SIDE, GAP, COLUMNS = 224, 16, 5
@@ -22,7 +21,6 @@ LINE = 20  # of text
 BACKGROUND, EMPTY, DARK, LIGHT = "#ffffff", "#eceff3", "#1c2430", "#5b6675"
 
 PAGE_SIDE = 320  # of a picture of the page, at most
-JPEG_QUALITY = 85
 
 STYLE = """
 :root { color-scheme: light dark; --edge: #8884; --dim: #6b7480; }
@@ -70,13 +68,11 @@ def write_html(path: str | os.PathLike, query: str, hits: Sequence[Hit]) -> None
 
 
 def _card(place: int, hit: Hit) -> str:
-    picture = thumbnail(hit.path, PAGE_SIDE)
+    picture = thumbnail(hit.picture, PAGE_SIDE)
     name = html.escape(hit.caption or hit.id)
     shown = '<span class="dim">no picture file</span>'
     if picture is not None:
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(to_jpeg(picture)).decode()
         shown = f'<img src="data:image/jpeg;base64,{data}" alt="{name}">'
     return (
         f'<li><div class="picture">{shown}</div><div class="text"><div>{name}</div>'
@@ -123,7 +119,7 @@ def _draw_hit(
     left: int,
     top: int,
 ) -> None:
-    picture = thumbnail(hit.path, SIDE)
+    picture = thumbnail(hit.picture, SIDE)
     draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), EMPTY)
     if picture is not None:
         offset = [(SIDE - length) // 2 for length in picture.size]
@@ -142,18 +138,3 @@ def _fitted(text: str, font: PIL.ImageFont.FreeTypeFont, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
-
-
-def thumbnail(path: str | None, side: int) -> PIL.Image.Image | None:
-    """Reads a picture to fit a square; a small one is enlarged. None where there is none."""
-    if path is None:
-        return None
-    try:
-        with PIL.Image.open(path) as picture:
-            picture.draft("RGB", (side, side))
-            picture = PIL.ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, ValueError, PIL.Image.DecompressionBombError):
-        return None
-    ground = PIL.Image.new("RGBA", picture.size, BACKGROUND)
-    picture = PIL.Image.alpha_composite(ground, picture).convert("RGB")
-    return PIL.ImageOps.contain(picture, (side, side), PIL.Image.Resampling.LANCZOS)

@@ -14,7 +14,7 @@ import numpy as np
 
 from align_tf import checkpoint
 from align_tf.client import AlignClient, Classification
-from align_tf.collection import Collection, embed, fingerprint, load_model
+from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
 from align_tf.embedding import Embedder
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
@@ -47,12 +47,19 @@ class Hit:
         id: the record's key.
         path: the image file; None where the image is in a shard.
         caption: None where it has none.
+        thumbnail: a small JPEG of an image that is in a shard.
     """
 
     score: float
     id: str
     path: str | None
     caption: str | None
+    thumbnail: bytes | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def picture(self) -> str | bytes | None:
+        """What shows the image: its file, or the thumbnail."""
+        return self.path or self.thumbnail
 
 
 # --- the index -----------------------------------------------------------------------------
@@ -195,10 +202,9 @@ def _write(folder: pathlib.Path, index: Any, collection: Collection, about: dict
     import pyarrow as pa
 
     faiss.write_index(index, str(folder / INDEX_NAME))
-    columns = ["id", "path", "caption"]
-    schema = pa.schema([(name, pa.string()) for name in columns])
+    schema = pa.schema(COLUMNS)
     with pa.ipc.new_file(folder / RECORDS_NAME, schema) as file:
-        for table in collection.tables(columns):
+        for table in collection.tables(schema.names):
             file.write_table(table.cast(schema))
     checkpoint.write_text(folder / ABOUT_NAME, json.dumps(about, indent=2) + "\n")
 
@@ -302,7 +308,8 @@ class Index:
                 f"{folder}: a broken index; `align-tf index` builds it anew"
             ) from error
         if self.about["kind"] == "ivf":
-            self._index.parallel_mode = 1  # the lists of one query, side by side
+            # Threads that read every list once before it is searched pay on a cold disk alone.
+            faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
 
     def __len__(self) -> int:
         return self._index.ntotal

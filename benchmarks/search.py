@@ -99,6 +99,7 @@ def make_collection(folder: pathlib.Path, arguments: argparse.Namespace) -> tupl
             "id": [str(number * SHARD + row) for row in range(count)],
             "path": [None] * count,
             "caption": ["made"] * count,
+            "thumbnail": [None] * count,
             "image_embeds": images,
             "text_embeds": describe(images),
         }

@@ -1,6 +1,7 @@
 """A collection of embeddings: what is in it, going on after a kill, the records left out, Ray."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -83,6 +84,7 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert table["path"].to_pylist() == [str(folder / f"{n:03}.png") for n in fine]
     captions = [f"a {WORDS[n % 3]} picture" if n % 2 == 0 else None for n in fine]
     assert table["caption"].to_pylist() == captions
+    assert table["thumbnail"].null_count == 47
     assert [row is None for row in table["text_embeds"].to_pylist()] == [
         text is None for text in captions
     ]
@@ -209,6 +211,9 @@ def test_a_tf_data_set_of_unknown_length_in_float32(model, processor, tmp_path):
     )
     assert (summary["images"], summary["model"]) == (7, "")
     (embeds,) = Collection(tmp_path).image_embeds()
+    small = pq.read_table(tmp_path)["thumbnail"].to_pylist()
+    means = [np.asarray(Image.open(io.BytesIO(jpeg))).mean() for jpeg in small]
+    np.testing.assert_allclose(means, images.mean(axis=(1, 2, 3)), atol=2)
     expected = np.asarray(model(processor(images=images, text="a", padding="longest")).image_embeds)
     np.testing.assert_allclose(embeds, expected, atol=1e-6)
     assert embeds.dtype == np.float32

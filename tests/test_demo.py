@@ -76,7 +76,7 @@ def choose(page, path: pathlib.Path, tab: int = 0) -> None:
 
 
 def message(page) -> str:
-    found = page.locator(".message").filter(visible=True)
+    found = page.locator(".prose.message").filter(visible=True)
     found.wait_for()
     return found.inner_text()
 
@@ -128,15 +128,15 @@ def test_mistakes_are_told_on_the_page(page, tmp_path):
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
     page.wait_for_timeout(1000)
     classify.click()
-    page.locator(".message").filter(has_text="broken.png").wait_for()
+    page.locator(".prose.message").filter(has_text="broken.png").wait_for()
     said = message(page)
     assert said.startswith("broken.png: not a decodable image") and "tmp" not in said
     page.get_by_label("Templates, one a line").fill("a photo")
     page.get_by_role("button", name="Classify", exact=True).click()
-    page.locator(".message").filter(has_text="expected a {}").wait_for()
+    page.locator(".prose.message").filter(has_text="expected a {}").wait_for()
     page.get_by_label("Labels, one a line").fill("\n")
     classify.click()
-    page.locator(".message").filter(has_text="No labels").wait_for()
+    page.locator(".prose.message").filter(has_text="No labels").wait_for()
 
 
 @needs_browser
@@ -146,7 +146,7 @@ def test_a_picture_that_is_too_large_is_refused(page, tmp_path):
     Image.fromarray(noise).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size > demo.MAX_UPLOAD
     page.locator("input[type=file]").first.set_input_files(tmp_path / "large.png")
-    page.get_by_text("exceeds the maximum").first.wait_for()
+    page.get_by_text("exceed the maximum allowed size").first.wait_for()
 
 
 @needs_browser

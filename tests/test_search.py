@@ -34,6 +34,7 @@ def write_collection(
             "id": [f"image {row}" for row in rows],
             "path": [None for _ in rows],
             "caption": [f"text {row}" if texts is not None and row % 2 else None for row in rows],
+            "thumbnail": [None for _ in rows],
             "image_embeds": embeds[rows],
             "text_embeds": embeds[rows] if texts is None else texts[rows],
         }
