@@ -40,6 +40,6 @@ def test_the_export_embeds_as_the_model_on_jax(tmp_path):
 def test_a_failure_on_tensorflow_is_told(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "EXPORT", "raise OSError('no space left on device')")
     processor = AlignProcessor.from_pretrained("align-tiny")
-    with pytest.raises(RuntimeError, match="(?s)on TensorFlow failed:.*no space left on device"):
+    with pytest.raises(RuntimeError, match=r"(?s)on TensorFlow failed:.*no space left on device"):
         export_saved_model(AlignModel(tiny_config), processor, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,21 +1,22 @@
 """The notebooks run from top to bottom at small size, and find what they should.
 
-They take minutes, so they run where ALIGN_TF_NOTEBOOKS=1 asks for it.
+That takes minutes, so it is done where ALIGN_TF_NOTEBOOKS=1 asks for it.
 """
 
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 
-if os.environ.get("ALIGN_TF_NOTEBOOKS") != "1":
-    pytest.skip("ALIGN_TF_NOTEBOOKS=1 runs the notebooks", allow_module_level=True)
+ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
-nbclient = pytest.importorskip("nbclient")
-nbformat = pytest.importorskip("nbformat")
+executed = pytest.mark.skipif(
+    os.environ.get("ALIGN_TF_NOTEBOOKS") != "1", reason="ALIGN_TF_NOTEBOOKS=1 runs the notebooks"
+)
 
 # XLA's optimisations take longer than the few steps here.
 QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -24,6 +25,9 @@ DEVICES = 2  # of the CPU, for the notebook that trains on all there are
 
 def run(name: str, folder: pathlib.Path, **settings: str) -> dict:
     """Executes a notebook in a folder; returns what its cell tagged `results` prints."""
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
     client = nbclient.NotebookClient(
@@ -36,6 +40,24 @@ def run(name: str, folder: pathlib.Path, **settings: str) -> dict:
     return json.loads(cell.outputs[-1].text)
 
 
+def code_cells(path: pathlib.Path) -> list[dict]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_without_outputs(path):
+    for cell in code_cells(path):
+        assert (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+def test_all_notebooks_install_the_package_alike():
+    assert len(ALL) == 4
+    installs = ["".join(code_cells(path)[0]["source"]) for path in ALL]
+    assert len({re.sub(r"\[\w+\]", "", install) for install in installs}) == 1  # but for the extra
+
+
+@executed
 def test_zero_shot(tmp_path):
     found = run("zero_shot", tmp_path)
     assert found["winner"] == "a picture of a panda"
@@ -45,6 +67,7 @@ def test_zero_shot(tmp_path):
     assert set(found["query"][:2]) == {"panda", "rose"}
 
 
+@executed
 def test_serving(tmp_path):
     found = run("serving", tmp_path, REQUESTS="4")
     assert found["labels"] == found["expected"]
@@ -57,6 +80,7 @@ def test_serving(tmp_path):
     assert min(found["throughputs"]) > 0
 
 
+@executed
 @pytest.mark.parametrize("backend", ["jax", "tensorflow"])
 def test_finetune_tpu(tmp_path, backend):
     flags = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_XLA}"
