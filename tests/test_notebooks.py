@@ -73,6 +73,7 @@ def test_serving(tmp_path):
     assert found["labels"] == found["expected"]
     assert found["grpc_minus_rest"] < 1e-6
     assert found["plain_minus_rest"] < 1e-6
+    assert found["merged_minus_alone"] < 1e-5
     assert found["grpc_minus_keras"] < 1e-4
     for name in ("serving_default", "embed_image", "embed_text", "embed_pixels", "embed_tokens"):
         assert f'"{name}"' in found["signatures"]
