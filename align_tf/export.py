@@ -102,13 +102,15 @@ def _export_in_tensorflow(
 ) -> None:
     """Hands a model over to a process on the TensorFlow backend, which exports it."""
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("XLA_FLAGS", None)  # JAX's; TensorFlow ends at one it does not know
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         arguments = [folder, model.dtype_policy.name, str(directory), str(version)]
         done = subprocess.run(
             [sys.executable, "-c", EXPORT, *arguments],
-            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -213,7 +213,8 @@ def test_each_shape_of_a_batch_is_a_compilation(tiny_config, pairs):
     shorter = {**pairs, **{name: pairs[name][:, :4] for name in ("input_ids", "attention_mask")}}
 
     def batches():
-        yield from (pairs, shorter, pairs, shorter, shorter, pairs)
+        for batch in (pairs, shorter, pairs, shorter, shorter, pairs):
+            yield (batch,)
 
     count = CompilationCount()
     model.fit(batches(), verbose=0, callbacks=[count])

@@ -1,0 +1,45 @@
+"""A model on JAX is exported by one call, and the export embeds as the model does."""
+
+import keras
+import numpy as np
+import pytest
+
+from align_tf import AlignModel, AlignProcessor, export, export_saved_model
+from align_tf.checkpoint import BUNDLED
+from align_tf.embedding import Embedder
+
+if keras.backend.backend() != "jax":
+    pytest.skip("from TensorFlow there is nothing to hand over", allow_module_level=True)
+
+TEXTS = ["a picture of a rose", "two pandas, and a police car"]
+
+
+def test_the_export_embeds_as_the_model_on_jax(tmp_path):
+    import tensorflow as tf
+
+    model = AlignModel.from_pretrained("align-tiny")
+    # Weights that are on no disk: the export has them from the model.
+    model.text_projection.kernel.assign(model.text_projection.kernel * 1.5 + 0.01)
+    processor = AlignProcessor.from_pretrained("align-tiny")
+    assert export_saved_model(model, processor, tmp_path) == tmp_path / "1"
+    pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))[:2]
+    inputs = processor(images=pictures, text=TEXTS)
+    embedder = Embedder(model)
+
+    signatures = tf.saved_model.load(str(tmp_path / "1")).signatures
+    images = signatures["embed_image"](
+        image_bytes=tf.constant([path.read_bytes() for path in pictures])
+    )["image_embeds"]
+    texts = signatures["embed_text"](texts=tf.constant(TEXTS))["text_embeds"]
+    np.testing.assert_allclose(images, embedder.images(inputs["pixel_values"]), atol=1e-5)
+    np.testing.assert_allclose(texts, embedder.texts(inputs), atol=1e-5)
+    with pytest.raises(FileExistsError, match="this version is there already"):
+        export_saved_model(model, processor, tmp_path, version=1)
+
+
+def test_a_failure_on_tensorflow_is_told(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "EXPORT", "raise OSError('no space left on device')")
+    processor = AlignProcessor.from_pretrained("align-tiny")
+    with pytest.raises(RuntimeError, match=r"(?s)on TensorFlow failed:.*no space left on device"):
+        export_saved_model(AlignModel(tiny_config), processor, tmp_path)
+    assert not list(tmp_path.iterdir())
