@@ -567,8 +567,8 @@ def test_retries_end():
 
 SERVE = """
 import sys
-from align_tf.server import serve
-serve(sys.argv[1], grpc_port=int(sys.argv[2]), rest_port=int(sys.argv[3]))
+from align_tf.server import ModelServer, serve
+serve(ModelServer(sys.argv[1], grpc_port=int(sys.argv[2]), rest_port=int(sys.argv[3])))
 """
 
 
