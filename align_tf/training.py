@@ -7,7 +7,6 @@ import math
 import pathlib
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from align_tf.data import make_dataset
 from align_tf.model import AlignModel
 from align_tf.optimization import make_optimizer
 from align_tf.processor import AlignProcessor
+from align_tf.progress import say
 from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
 
 METRICS_NAME = "metrics.jsonl"
@@ -233,7 +233,7 @@ class Checkpoints(keras.callbacks.Callback):
             )
         training_state.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
         if self.stopping:
-            _say(f"Stopped at step {self.step}; the same command goes on from there.")
+            say(f"Stopped at step {self.step}; the same command goes on from there.")
             raise KeyboardInterrupt  # past the validation
         if ending:
             self.model.stop_training = True
@@ -259,7 +259,7 @@ def _signals(checkpoints: Checkpoints) -> Iterator[None]:
         if checkpoints.stopping:
             raise KeyboardInterrupt
         checkpoints.stopping = True
-        _say("Stopping after this step and its checkpoint; once more stops at once.")
+        say("Stopping after this step and its checkpoint; once more stops at once.")
 
     if threading.current_thread() is not threading.main_thread():  # gets no signals
         yield
@@ -317,7 +317,7 @@ class Log(keras.callbacks.Callback):
             left = _duration((self.recipe.steps - self.step) * seconds)
             line += f"  {values['images_per_second']:.1f} images/s  {left} left"
         self.marked = (self.step, now)
-        _say(line)
+        say(line)
         self._write(values)
         model.reset_metrics()
 
@@ -329,7 +329,7 @@ class Log(keras.callbacks.Callback):
         values = {key: value for key, value in logs.items() if key.startswith("val_")}
         if values:
             shown = "  ".join(f"{key} {values[key]:.4f}" for key in VALIDATION_SHOWN)
-            _say(f"step {self.step}/{self.recipe.steps}  {shown}")
+            say(f"step {self.step}/{self.recipe.steps}  {shown}")
             self._write(values)
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -370,7 +370,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02} min"
     return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

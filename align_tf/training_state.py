@@ -6,7 +6,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import checkpoint
+from align_tf.progress import say
 
 STATE_NAME = "training_state.safetensors"
 SUMMARY_NAME = "training_state.json"
@@ -125,19 +125,15 @@ def restore_last(output: pathlib.Path, model: Any) -> int:
         try:
             step = restore(folder, model)
         except checkpoint.CheckpointError as error:
-            _say(f"{folder.name} is broken, so the one before it is taken: {error}")
+            say(f"{folder.name} is broken, so the one before it is taken: {error}")
             continue
-        _say(f"Going on from step {step}, {folder}")
+        say(f"Going on from step {step}, {folder}")
         return step
     if found:
         raise checkpoint.CheckpointError(
             f"{output}: none of its checkpoints is whole; another output starts anew"
         )
     return 0
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def _variables(model: Any) -> dict[str, keras.Variable]:

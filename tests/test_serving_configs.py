@@ -31,7 +31,6 @@ from google.protobuf import (
     json_format,
     message_factory,
     text_format,
-    wrappers_pb2,
 )
 from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
@@ -41,6 +40,7 @@ from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.checkpoint import BUNDLED
 from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
 from align_tf.server import ModelServer
+from align_tf.serving_protos import BatchingParameters, MonitoringConfig
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
 ENVOY = shutil.which("envoy", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -70,57 +70,6 @@ METRICS = {
 
 
 # --- text protos ---------------------------------------------------------------------------
-
-
-def message(name, fields):
-    """Makes a message class; tensorflow-serving-api has none for these two files.
-
-    Fields and numbers: session_bundle_config.proto and monitoring_config.proto.
-    """
-    pool = descriptor_pool.DescriptorPool()
-    wrappers_pb2.DESCRIPTOR.CopyToProto(wrappers := descriptor_pb2.FileDescriptorProto())
-    pool.Add(wrappers)
-    file = descriptor_pb2.FileDescriptorProto(
-        name=f"{name}.proto", package="tensorflow.serving", syntax="proto3"
-    )
-    file.dependency.append(wrappers.name)
-    for owner, rows in fields.items():
-        made = file.message_type.add(name=owner)
-        for field, number, kind, repeated in rows:
-            row = made.field.add(name=field, number=number, label=3 if repeated else 1)
-            if kind.startswith("."):
-                row.type, row.type_name = row.TYPE_MESSAGE, kind
-            else:
-                row.type = getattr(row, f"TYPE_{kind.upper()}")
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"tensorflow.serving.{name}"))
-
-
-INT64, STRING = ".google.protobuf.Int64Value", ".google.protobuf.StringValue"
-# message: (field, number, type, repeated)
-BatchingParameters = message(
-    "BatchingParameters",
-    {
-        "BatchingParameters": [
-            ("max_batch_size", 1, INT64, False),
-            ("batch_timeout_micros", 2, INT64, False),
-            ("max_enqueued_batches", 3, INT64, False),
-            ("num_batch_threads", 4, INT64, False),
-            ("thread_pool_name", 5, STRING, False),
-            ("allowed_batch_sizes", 6, "int64", True),
-            ("pad_variable_length_inputs", 7, "bool", False),
-        ]
-    },
-)
-MonitoringConfig = message(
-    "MonitoringConfig",
-    {
-        "PrometheusConfig": [("enable", 1, "bool", False), ("path", 2, "string", False)],
-        "MonitoringConfig": [
-            ("prometheus_config", 1, ".tensorflow.serving.PrometheusConfig", False)
-        ],
-    },
-)
 
 
 def parsed(name, kind):
