@@ -40,6 +40,17 @@ def look_up(table: layers.Embedding, ids: Any, training: bool) -> Any:
     return ops.cast(rows, table.compute_dtype)
 
 
+def per_token(layer: layers.Dense, x: Any) -> Any:
+    """Applies a dense layer to each token.
+
+    As a product of two matrices, which TensorFlow's kernels fuse with the bias and the activation;
+    of three dimensions Keras leaves them apart.
+    """
+    length = ops.shape(x)[1]
+    flat = layer(ops.reshape(x, (-1, x.shape[-1])))
+    return ops.reshape(flat, (-1, length, flat.shape[-1]))
+
+
 class TextEmbeddings(layers.Layer):
     """Sum of the word, position and token type embeddings, normalised."""
 
@@ -132,30 +143,39 @@ class SelfAttention(layers.Layer):
         if self.config.position_embedding_type != "absolute":
             self.distance_embedding.build((None, None))
 
-    def call(self, inputs: Any, attention_mask: Any, training: bool = False) -> tuple[Any, Any]:
-        length = ops.shape(inputs)[1]
-        heads = (-1, length, self.num_heads, self.config.head_size)
-        query = ops.transpose(ops.reshape(self.query(inputs), heads), (0, 2, 1, 3))
-        key = ops.transpose(ops.reshape(self.key(inputs), heads), (0, 2, 1, 3))
-        value = ops.transpose(ops.reshape(self.value(inputs), heads), (0, 2, 1, 3))
+    def call(
+        self,
+        inputs: Any,
+        attention_mask: Any,
+        first_token_only: bool = False,
+        training: bool = False,
+    ) -> tuple[Any, Any]:
+        asking = inputs[:, :1] if first_token_only else inputs
+        query = self._split_heads(per_token(self.query, asking))  # (n, heads, t or 1, head_size)
+        key = self._split_heads(per_token(self.key, inputs))
+        value = self._split_heads(per_token(self.value, inputs))
 
-        scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t, t)
+        scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t or 1, t)
         if self.config.position_embedding_type != "absolute":
-            scores = scores + self._relative_scores(query, key, length, training)
+            scores = scores + self._relative_scores(query, key, training)
         # The softmax runs in float32 whatever the policy, as in the reference.
         scores = ops.cast(scores, "float32") * self.config.head_size**-0.5
         scores = ops.where(attention_mask, scores, MASKED)
         probs = ops.cast(ops.softmax(scores, axis=-1), inputs.dtype)
         x = ops.matmul(self.dropout(probs, training=training), value)
 
-        x = ops.transpose(x, (0, 2, 1, 3))
-        x = ops.reshape(x, (-1, length, self.num_heads * self.config.head_size))
-        return self.output_dense(x), probs
+        x = ops.transpose(x, (0, 2, 1, 3))  # (n, t or 1, heads, head_size)
+        x = ops.reshape(x, (-1, ops.shape(x)[1], self.num_heads * self.config.head_size))
+        return per_token(self.output_dense, x), probs
 
-    def _relative_scores(self, query: Any, key: Any, length: Any, training: bool) -> Any:
-        positions = ops.arange(length, dtype="int32")
-        distance = positions[:, None] - positions[None, :] + self.config.max_position_embeddings - 1
-        embeds = look_up(self.distance_embedding, distance, training)  # (t, t, head_size)
+    def _split_heads(self, x: Any) -> Any:
+        heads = (-1, ops.shape(x)[1], self.num_heads, self.config.head_size)
+        return ops.transpose(ops.reshape(x, heads), (0, 2, 1, 3))
+
+    def _relative_scores(self, query: Any, key: Any, training: bool) -> Any:
+        asking, asked = (ops.arange(ops.shape(x)[2], dtype="int32") for x in (query, key))
+        distance = asking[:, None] - asked[None, :] + self.config.max_position_embeddings - 1
+        embeds = look_up(self.distance_embedding, distance, training)  # (t or 1, t, head_size)
         scores = ops.einsum("nhld,lrd->nhlr", query, embeds)
         if self.config.position_embedding_type == "relative_key_query":
             scores = scores + ops.einsum("nhrd,lrd->nhlr", key, embeds)
@@ -191,9 +211,18 @@ class EncoderLayer(layers.Layer):
         self.output_dense.build((None, None, self.config.intermediate_size))
         self.output_norm.build(hidden)
 
-    def call(self, inputs: Any, attention_mask: Any, training: bool = False) -> tuple[Any, Any]:
-        attended, probs = self.attention(inputs, attention_mask, training=training)
-        x = self.attention_norm(inputs + self.dropout(attended, training=training))
-        forwarded = self.output_dense(self.intermediate(x))
+    def call(
+        self,
+        inputs: Any,
+        attention_mask: Any,
+        first_token_only: bool = False,
+        training: bool = False,
+    ) -> tuple[Any, Any]:
+        attended, probs = self.attention(
+            inputs, attention_mask, first_token_only=first_token_only, training=training
+        )
+        x = inputs[:, :1] if first_token_only else inputs
+        x = self.attention_norm(x + self.dropout(attended, training=training))
+        forwarded = per_token(self.output_dense, per_token(self.intermediate, x))
         x = self.output_norm(x + self.dropout(forwarded, training=training))
         return x, probs

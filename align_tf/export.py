@@ -13,11 +13,14 @@ import keras
 import tensorflow as tf
 
 import align_tf
+from align_tf.embedding import TEXT_INPUTS
+from align_tf.inference import fixed_image_tower, fixed_text_tower
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
+DTYPES = ("float32", "bfloat16")
 
 # What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
 # float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
@@ -29,8 +32,8 @@ import sys
 from align_tf import AlignModel, AlignProcessor, export_saved_model
 
 folder, dtype, directory, version = sys.argv[1:]
-model = AlignModel.from_pretrained(folder, dtype=dtype)
-export_saved_model(model, AlignProcessor.from_pretrained(folder), directory, version=int(version))
+model, processor = AlignModel.from_pretrained(folder), AlignProcessor.from_pretrained(folder)
+export_saved_model(model, processor, directory, version=int(version), dtype=dtype)
 """
 
 
@@ -40,8 +43,11 @@ def export_saved_model(
     directory: str | os.PathLike,
     *,
     version: int | None = None,
+    dtype: str | None = None,
 ) -> pathlib.Path:
     """Writes a SavedModel for TensorFlow Serving, warmup requests included.
+
+    BatchNorm is folded into the convolutions, and the weights are constants.
 
     Where Keras runs on another backend than TensorFlow, as on a Colab TPU, a process on
     TensorFlow and the CPU gets the model in a temporary checkpoint and writes it.
@@ -61,6 +67,8 @@ def export_saved_model(
         processor: the processor; its image and text settings go into the graph.
         directory: the model's folder, which holds one numbered folder for each version.
         version: the version to write; None takes the next free number.
+        dtype: of weights and activations, `float32` or `bfloat16`; None takes the one that the
+            model computes in. Inputs and outputs are float32 whatever it is.
 
     Returns:
         The version's folder.
@@ -68,8 +76,11 @@ def export_saved_model(
     Raises:
         RuntimeError: the process on TensorFlow failed; the message is its own.
         FileExistsError: that version is there already.
-        ValueError: version is not a positive number.
+        ValueError: version is not a positive number, or dtype is none of those.
     """
+    dtype = model.dtype_policy.compute_dtype if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     version = _next_version(directory) if version is None else version
@@ -79,16 +90,20 @@ def export_saved_model(
     if target.exists():
         raise FileExistsError(f"{target}: this version is there already")
     if keras.backend.backend() != "tensorflow":
-        _export_in_tensorflow(model, processor, directory, version)
+        _export_in_tensorflow(model, processor, directory, version, dtype)
         return target
 
-    signatures = _signatures(model, processor)
-    module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
+    signatures = _signatures(model, processor, dtype)
     # A server scans for numbered folders, so it sees the version only when it is whole.
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{version}.", dir=directory))
     try:
-        tf.saved_model.save(module, os.fspath(temporary), signatures=signatures)
+        tf.saved_model.save(
+            tf.Module(),
+            os.fspath(temporary),
+            signatures=signatures,
+            # Gradients of functions with constants cannot be saved, and a server takes none.
+            options=tf.saved_model.SaveOptions(experimental_custom_gradients=False),
+        )
         _write_extras(temporary / "assets.extra", model, processor)
         temporary.chmod(0o755)
         temporary.rename(target)
@@ -98,7 +113,11 @@ def export_saved_model(
 
 
 def _export_in_tensorflow(
-    model: AlignModel, processor: AlignProcessor, directory: pathlib.Path, version: int
+    model: AlignModel,
+    processor: AlignProcessor,
+    directory: pathlib.Path,
+    version: int,
+    dtype: str,
 ) -> None:
     """Hands a model over to a process on the TensorFlow backend, which exports it."""
     environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": ""}
@@ -107,7 +126,7 @@ def _export_in_tensorflow(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        arguments = [folder, model.dtype_policy.name, str(directory), str(version)]
+        arguments = [folder, dtype, str(directory), str(version)]
         done = subprocess.run(
             [sys.executable, "-c", EXPORT, *arguments],
             env=environment,
@@ -124,15 +143,19 @@ def _next_version(directory: pathlib.Path) -> int:
     return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=0) + 1
 
 
-def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
+def _signatures(model: AlignModel, processor: AlignProcessor, dtype: str) -> dict[str, Any]:
+    image_tower, text_tower = fixed_image_tower(model, dtype), fixed_text_tower(model, dtype)
+    # Constants, as the towers are.
+    temperature = keras.ops.convert_to_numpy(model.temperature)
+    logit_bias = keras.ops.convert_to_numpy(model.logit_bias) if model.has_logit_bias else None
     images, tokenizer = processor.image_processor, processor.tokenizer
     max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
     def embed_pixels(pixel_values):
-        return tf.math.l2_normalize(model.get_image_features(pixel_values), axis=-1)
+        return tf.math.l2_normalize(image_tower(pixel_values), axis=-1)
 
     def embed_tokens(tokens):
-        return tf.math.l2_normalize(model.get_text_features(tokens), axis=-1)
+        return tf.math.l2_normalize(text_tower(*(tokens[name] for name in TEXT_INPUTS)), axis=-1)
 
     def embed_image(image_bytes):
         return embed_pixels(images.pixel_values(image_bytes))
@@ -146,9 +169,9 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         unique, index = tf.unique(tf.reshape(labels, [-1]))
         cosines = tf.matmul(image_embeds, embed_text(unique), transpose_b=True)  # (n, unique)
         own = tf.reshape(index, tf.shape(labels))
-        logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
-        if model.has_logit_bias:
-            logits += model.logit_bias.value
+        logits = tf.gather(cosines, own, batch_dims=1) / temperature  # (n, m)
+        if logit_bias is not None:
+            logits += logit_bias
         none = tf.equal(labels, "") | _server_padding(own)
         logits = tf.where(none, NO_LABEL_LOGIT, logits)
         probs = tf.where(none, 0.0, tf.nn.softmax(logits))
@@ -167,7 +190,6 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
     def spec(name, shape, dtype=tf.string):
         return tf.TensorSpec(shape, dtype, name)
 
-    token_names = ("input_ids", "attention_mask", "token_type_ids")
     # signature: (function, inputs)
     table = {
         "serving_default": (
@@ -188,7 +210,7 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         ),
         "embed_tokens": (
             embed_padded_tokens,
-            tuple(spec(name, [None, None], tf.int32) for name in token_names),
+            tuple(spec(name, [None, None], tf.int32) for name in TEXT_INPUTS),
         ),
     }
     return {

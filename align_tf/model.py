@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -293,6 +294,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         inputs: Any,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        first_token_only: bool = False,
         training: bool = False,
     ) -> ModelOutput:
         """Encodes tokens.
@@ -304,6 +306,8 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
             output_hidden_states: also return `hidden_states`, those after the embeddings and
                 after each layer, each (m, t, hidden_size).
             output_attentions: also return `attentions`, one (m, heads, t, t) for each layer.
+            first_token_only: compute of the last layer what the embedding needs, the state of
+                the first token: `last_hidden_state` is (m, 1, hidden_size).
             training: apply dropout.
 
         Returns:
@@ -332,6 +336,8 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         hidden_states, attentions = [x], []
         for block in self.blocks:
             run = rematerialize(block) if self.remat and training else block
+            if first_token_only and block is self.blocks[-1]:
+                run = functools.partial(block, first_token_only=True)
             x, probs = run(x, attention_mask, training=training)
             hidden_states.append(x)
             attentions.append(probs)
@@ -400,7 +406,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
 def _replace_layer(parent: layers.Layer, attribute: str, new: layers.Layer, values: list) -> None:
     """Puts a layer of another size in the place of a built one, under the same weight paths."""
     old = getattr(parent, attribute)
-    with _open_for_change(parent):
+    with open_for_change(parent):
         new.build((None, None, values[0].shape[0]))
         new.set_weights(values)
         new.trainable = old.trainable
@@ -409,7 +415,7 @@ def _replace_layer(parent: layers.Layer, attribute: str, new: layers.Layer, valu
 
 
 @contextlib.contextmanager
-def _open_for_change(layer: layers.Layer) -> Iterator[None]:
+def open_for_change(layer: layers.Layer) -> Iterator[None]:
     """Lets a built layer take new weights and sublayers, under its own path."""
     # Keras closes a built layer to them; its own LoRA and quantization open it so.
     layer._tracker.unlock()
@@ -697,7 +703,8 @@ class AlignModel(_Checkpoint, keras.Model):
         Returns:
             (m, projection_dim), float32, before normalisation.
         """
-        return self._project_text(self.text_model(inputs, training=training))
+        output = self.text_model(inputs, first_token_only=True, training=training)
+        return self._project_text(output)
 
     def get_image_features(self, inputs: Any, training: bool = False) -> Any:
         """Embeds images.
@@ -897,7 +904,7 @@ class AlignModel(_Checkpoint, keras.Model):
         if not added:
             self.logit_bias.assign(value)
             return
-        with _open_for_change(self):
+        with open_for_change(self):
             self._add_logit_bias()
 
     # --- freezing and surgery ---
