@@ -141,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write a SavedModel for TensorFlow Serving")
     _add_model(export)
     export.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and activations (float32)",
+    )
 
     convert = command("convert", _convert, "convert a checkpoint into another format")
     convert.add_argument(
@@ -539,7 +545,7 @@ def _export(arguments: Any) -> int:
     from align_tf import export_saved_model
 
     _say("Exporting ...")
-    print(export_saved_model(model, processor, arguments.output))
+    print(export_saved_model(model, processor, arguments.output, dtype=arguments.dtype))
     return 0
 
 

@@ -7,7 +7,8 @@ Hugging Face's modeling_align.py.
 import dataclasses
 from typing import Any
 
-from keras import layers
+import keras
+from keras import layers, ops
 
 from align_tf.activation import get_activation
 from align_tf.configuration import AlignVisionConfig
@@ -77,9 +78,31 @@ def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: A
 
 def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
     """Returns a BatchNorm with the tower's momentum and epsilon."""
-    return layers.BatchNormalization(
-        momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options
-    )
+    return BatchNorm(momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options)
+
+
+class BatchNorm(layers.BatchNormalization):
+    """Keras's BatchNorm, trained on TensorFlow by its fused kernel.
+
+    That takes a third of the time of Keras's moments, and keeps fewer activations for the gradient.
+    """
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        trains = training and self.trainable and not self.synchronized
+        fused = keras.backend.backend() == "tensorflow" and inputs.dtype != "float64"
+        if not (trains and fused):
+            return super().call(inputs, training=training, mask=mask)
+        import tensorflow as tf
+
+        gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
+        x, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, gamma, beta, epsilon=self.epsilon, is_training=True
+        )
+        count = tf.cast(tf.size(inputs) / tf.size(mean), "float32")
+        variance *= (count - 1.0) / count  # the kernel's is the unbiased one, Keras's is not
+        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + value * (1.0 - self.momentum))
+        return x
 
 
 class MBConvBlock(layers.Layer):

@@ -10,7 +10,7 @@ from keras import ops
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
 from align_tf.activation import get_activation
 from align_tf.configuration import VISION_ACTIVATIONS
-from align_tf.efficientnet import BlockSpec, MBConvBlock, block_table
+from align_tf.efficientnet import BatchNorm, BlockSpec, MBConvBlock, block_table
 
 
 def test_block_table_of_a_tiny_tower(tiny_config):
@@ -157,6 +157,32 @@ def test_batch_norm_averages_move_by_keras_momentum(tiny_config):
     norm(batch, training=True)
     np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_mean), np.full(8, 0.02), rtol=1e-5)
     np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_variance), np.ones(8), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
+def test_batch_norm_trains_as_keras_own(policy, tolerance):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("there the layer is Keras's own")
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    batch, towards = rng.normal(3.0, 2.0, (2, 4, 5, 5, 8)).astype("float32")
+    x = tf.Variable(tf.cast(batch, keras.DTypePolicy(policy).compute_dtype))
+    found = []
+    for kind in (BatchNorm, keras.layers.BatchNormalization):
+        norm = kind(momentum=0.9, epsilon=1e-3, dtype=policy)
+        norm.build(x.shape)
+        norm.set_weights([np.linspace(0.5, 1.5, 8), np.linspace(-1, 1, 8), np.ones(8), np.ones(8)])
+        with tf.GradientTape() as tape:
+            y = norm(x, training=True)
+            loss = tf.reduce_sum(tf.cast(y, tf.float32) * towards)
+        gradients = tape.gradient(loss, [x, *[weight.value for weight in norm.trainable_weights]])
+        found.append([y, *gradients, *norm.get_weights()])
+    assert y.dtype == x.dtype
+    for ours, keras_own in zip(*found, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(ours, "float32"), np.asarray(keras_own, "float32"), tolerance, 10 * tolerance
+        )
 
 
 @pytest.mark.parametrize(("ratio", "squeezed"), [(0.25, 2), (0.5, 4), (0.01, 1)])
