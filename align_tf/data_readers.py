@@ -16,6 +16,7 @@ from align_tf.data_records import (
     CAPTION_KEYS,
     IMAGE,
     PATH_KEYS,
+    Keys,
     Source,
     choose_key,
     open_parquet,
@@ -59,9 +60,9 @@ def open_source(
         ValueError: it is empty, of no known kind, or has no captions that are needed.
         ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
     """
-    keys = (image_key, caption_key, need_captions)
+    keys = Keys(image_key, caption_key, need_captions)
     if isinstance(source, tf.data.Dataset):
-        return open_dataset(source, *keys)
+        return open_dataset(source, keys)
     paths = _find(source)
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
@@ -69,14 +70,14 @@ def open_source(
         raise ValueError(f"{name}: expected one kind of file, found {', '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind == "tfrecord":
-        return open_tfrecords(name, paths, *keys)
+        return open_tfrecords(name, paths, keys)
     if kind == "tar":
-        return open_tars(name, paths, *keys)
+        return open_tars(name, paths, keys)
     if kind == "folder":
-        return _open_folders(name, paths, caption_key, need_captions)
-    if any(image_column(path, image_key) for path in paths):
-        return open_image_tables(name, paths, *keys)
-    return _open_tables(name, paths, *keys)
+        return _open_folders(name, paths, keys)
+    if any(image_column(path, keys.image) for path in paths):
+        return open_image_tables(name, paths, keys)
+    return _open_tables(name, paths, keys)
 
 
 # --- finding files -------------------------------------------------------------------------
@@ -131,14 +132,14 @@ def _kind(path: pathlib.Path) -> str:
 
 
 def _open_listed(
-    name: str, keys: list[str], files: list[str], captions: list[list[str]], need_captions: bool
+    name: str, names: list[str], files: list[str], captions: list[list[str]], need_captions: bool
 ) -> Source:
-    if not keys:
+    if not names:
         raise ValueError(f"{name}: empty, expected one image or more")
     lengths = [len(of_image) for of_image in captions]
     if need_captions and not any(lengths):
         raise ValueError(f"{name}: no captions")
-    keys, paths = tf.constant(keys), tf.constant(files)
+    names, paths = tf.constant(names), tf.constant(files)
     flat = tf.constant(list(itertools.chain.from_iterable(captions)), tf.string)
     captions = tf.RaggedTensor.from_row_lengths(flat, tf.constant(lengths, tf.int64))
     count = len(lengths)
@@ -151,7 +152,7 @@ def _open_listed(
 
     def load(rows: tf.Tensor) -> dict[str, Any]:
         return {
-            "key": tf.gather(keys, rows),
+            "key": tf.gather(names, rows),
             "image_bytes": _read_files(tf.gather(paths, rows)),
             "captions": tf.gather(captions, rows),
         }
@@ -172,18 +173,16 @@ def _read_files(paths: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(tf.fill(tf.shape(paths), ""), row[:, None], content)
 
 
-def _open_folders(
-    name: str, folders: list[pathlib.Path], caption_key: str | None, need_captions: bool
-) -> Source:
-    keys, paths, captions = [], [], []
+def _open_folders(name: str, folders: list[pathlib.Path], keys: Keys) -> Source:
+    names, paths, captions = [], [], []
     for folder in folders:
         for image, beside in counted(_images(folder), f"Listing {folder}", "images"):
-            keys.append(os.path.splitext(os.path.relpath(image, folder))[0])
+            names.append(os.path.splitext(os.path.relpath(image, folder))[0])
             paths.append(image)
-            captions.append(_captions_beside(image, beside, caption_key))
-    if need_captions and keys and not any(captions):
+            captions.append(_captions_beside(image, beside, keys.caption))
+    if keys.need_captions and names and not any(captions):
         raise ValueError(f"{name}: no captions: expected a .txt or a .json beside each image")
-    return _open_listed(name, keys, paths, captions, need_captions)
+    return _open_listed(name, names, paths, captions, keys.need_captions)
 
 
 def _images(folder: pathlib.Path) -> Iterator[tuple[str, set[str]]]:
@@ -208,28 +207,28 @@ def _captions_beside(image: str, beside: set[str], caption_key: str | None) -> l
 def _open_tables(
     name: str,
     files: list[pathlib.Path],
-    image_key: str | None,
-    caption_key: str | None,
-    need_captions: bool,
+    keys: Keys,
 ) -> Source:
     captions: dict[str, list[str]] = {}  # of each path, in the order of its first row
-    keys: dict[str, str] = {}
+    names: dict[str, str] = {}
     for file in files:
         rows = _table_rows(file)
         first = next(rows, None)
         if first is None:
             continue
-        image = choose_key(str(file), "image", image_key, PATH_KEYS, first)
-        caption = choose_key(str(file), "caption", caption_key, CAPTION_KEYS, first, need_captions)
+        image = choose_key(str(file), "image", keys.image, PATH_KEYS, first)
+        caption = choose_key(
+            str(file), "caption", keys.caption, CAPTION_KEYS, first, keys.need_captions
+        )
         for row in counted(itertools.chain([first], rows), f"Reading {file}", "rows"):
             if not isinstance(row.get(image), str):
                 raise ValueError(f"{file}: expected a path in column {image!r} of each row")
             path = os.path.join(file.parent, row[image])
-            keys.setdefault(path, os.path.splitext(row[image])[0])
+            names.setdefault(path, os.path.splitext(row[image])[0])
             texts = strings_in(row.get(caption)) if caption else []
             captions.setdefault(path, []).extend(texts)
     return _open_listed(
-        name, list(keys.values()), list(captions), list(captions.values()), need_captions
+        name, list(names.values()), list(captions), list(captions.values()), keys.need_captions
     )
 
 

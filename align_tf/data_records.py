@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -18,6 +18,14 @@ IMAGE_KEYS = ("jpg", "png", "webp", "image", "image/encoded", "image_bytes")
 PATH_KEYS = ("path", "image", "image_path", "file_name", "filename", "filepath", "file")
 CAPTION_KEYS = ("txt", "caption", "captions", "text", "caption/text", "title")
 JSON_KEYS = ("caption", "captions", "text")
+
+
+class Keys(NamedTuple):
+    """The names of images and of captions to look for; None finds the usual ones."""
+
+    image: str | None
+    caption: str | None
+    need_captions: bool
 
 
 @dataclasses.dataclass(frozen=True)

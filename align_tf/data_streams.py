@@ -20,6 +20,7 @@ from align_tf.data_records import (
     IMAGE,
     IMAGE_KEYS,
     JSON_KEYS,
+    Keys,
     Source,
     choose_key,
     open_parquet,
@@ -91,9 +92,7 @@ def _shuffled(dataset: tf.data.Dataset, seed: tf.Tensor | None) -> tf.data.Datas
 def open_tfrecords(
     name: str,
     files: list[pathlib.Path],
-    image_key: str | None,
-    caption_key: str | None,
-    need_captions: bool,
+    keys: Keys,
 ) -> Source:
     """Opens TFRecord files of tf.train.Example."""
     counts = [_count_tfrecord(file) for file in counted(files, f"Counting {name}", "files")]
@@ -101,15 +100,15 @@ def open_tfrecords(
     if first is None:
         raise ValueError(f"{name}: empty, expected one record or more")
     features = _features(first)
-    image_key = choose_key(str(first), "image", image_key, IMAGE_KEYS, features)
-    caption_key = choose_key(
-        str(first), "caption", caption_key, CAPTION_KEYS, features, need_captions
+    image = choose_key(str(first), "image", keys.image, IMAGE_KEYS, features)
+    caption = choose_key(
+        str(first), "caption", keys.caption, CAPTION_KEYS, features, keys.need_captions
     )
     spec = {
         "key": tf.io.FixedLenFeature([], tf.string, ""),
-        image_key: tf.io.FixedLenFeature([], tf.string, ""),
+        image: tf.io.FixedLenFeature([], tf.string, ""),
         # A feature that is not there has no values.
-        caption_key or "caption": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
+        caption or "caption": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
     }
 
     def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
@@ -125,8 +124,8 @@ def open_tfrecords(
         parsed = tf.io.parse_example(records, spec)
         return {
             "key": tf.where(parsed["key"] == "", place, parsed["key"]),
-            "image_bytes": parsed[image_key],
-            "captions": parsed[caption_key or "caption"],
+            "image_bytes": parsed[image],
+            "captions": parsed[caption or "caption"],
         }
 
     return _stream(name, files, counts, read, load)
@@ -176,31 +175,30 @@ Record = tuple[str, bytes, list[str]]
 def open_tars(
     name: str,
     files: list[pathlib.Path],
-    image_key: str | None,
-    caption_key: str | None,
-    need_captions: bool,
+    keys: Keys,
 ) -> Source:
     """Opens webdataset shards."""
-    images = IMAGE if image_key is None else (f".{image_key}",)
+    images = IMAGE if keys.image is None else (f".{keys.image}",)
     return _open_files(
         name,
         files,
-        functools.partial(_count_tar, images=images, need_captions=need_captions),
-        functools.partial(_tar_records, images=images, caption_key=caption_key),
+        functools.partial(_count_tar, images=images, need_captions=keys.need_captions),
+        functools.partial(_tar_records, images=images, caption_key=keys.caption),
     )
 
 
 def open_image_tables(
     name: str,
     files: list[pathlib.Path],
-    image_key: str | None,
-    caption_key: str | None,
-    need_captions: bool,
+    keys: Keys,
 ) -> Source:
     """Opens Parquet files with the encoded images in them."""
-    keys = {"image_key": image_key, "caption_key": caption_key, "need_captions": need_captions}
-    count = functools.partial(_count_parquet, **keys)
-    return _open_files(name, files, count, functools.partial(_parquet_records, **keys))
+    return _open_files(
+        name,
+        files,
+        functools.partial(_count_parquet, keys=keys),
+        functools.partial(_parquet_records, keys=keys),
+    )
 
 
 def _open_files(
@@ -320,13 +318,13 @@ def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
     return None
 
 
-def _parquet_records(
-    file: pathlib.Path, image_key: str | None, caption_key: str | None, need_captions: bool
-) -> Iterator[Record]:
+def _parquet_records(file: pathlib.Path, keys: Keys) -> Iterator[Record]:
     table = open_parquet(file)
     names = table.schema_arrow.names
-    image = image_column(file, image_key)
-    caption = choose_key(str(file), "caption", caption_key, CAPTION_KEYS, names, need_captions)
+    image = image_column(file, keys.image)
+    caption = choose_key(
+        str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions
+    )
     columns = [image, *({caption, "key"} & set(names))]
     batches = table.iter_batches(batch_size=CHUNK, columns=columns)
     rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -338,14 +336,12 @@ def _parquet_records(
         yield str(key or f"{file}[{number}]"), content or b"", strings_in(row.get(caption))
 
 
-def _count_parquet(
-    file: pathlib.Path, image_key: str | None, caption_key: str | None, need_captions: bool
-) -> int:
+def _count_parquet(file: pathlib.Path, keys: Keys) -> int:
     table = open_parquet(file)
-    if image_column(file, image_key) is None:
+    if image_column(file, keys.image) is None:
         raise ValueError(f"{file}: expected images in it, as in the files before")
     names = table.schema_arrow.names
-    choose_key(str(file), "caption", caption_key, CAPTION_KEYS, names, need_captions)
+    choose_key(str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions)
     return table.metadata.num_rows
 
 
@@ -354,16 +350,14 @@ def _count_parquet(
 
 def open_dataset(
     dataset: tf.data.Dataset,
-    image_key: str | None,
-    caption_key: str | None,
-    need_captions: bool,
+    keys: Keys,
 ) -> Source:
     """Opens a dataset of TensorFlow Datasets' features."""
     spec, name = dataset.element_spec, "the dataset"
     if not isinstance(spec, dict):
         raise ValueError(f"{name}: expected dicts with an image and captions, found {spec}")
-    image_key = choose_key(name, "image", image_key, IMAGE_KEYS, spec)
-    caption_key = choose_key(name, "caption", caption_key, CAPTION_KEYS, spec, need_captions)
+    image_key = choose_key(name, "image", keys.image, IMAGE_KEYS, spec)
+    caption_key = choose_key(name, "caption", keys.caption, CAPTION_KEYS, spec, keys.need_captions)
     inner = None  # as in TensorFlow Datasets' coco_captions
     if caption_key and isinstance(spec[caption_key], dict):
         inner = choose_key(f"{name}'s {caption_key}", "caption", None, JSON_KEYS, spec[caption_key])
