@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from align_tf.extras import extra
+
 BUNDLED = {"align-tiny": pathlib.Path(__file__).parent / "pretrained" / "align-tiny"}
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -417,12 +419,8 @@ def _open_safetensors(file: pathlib.Path) -> Iterator[Any]:
 
 
 def _torch_tensors(file: pathlib.Path) -> dict[str, Any]:
-    try:
+    with extra("torch", f"{file.name} needs PyTorch to be read"):
         import torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'{file.name} needs PyTorch to be read: pip install "align-tf[torch]"'
-        ) from error
     try:
         # PyTorch's first format, which is no zip file, cannot be mapped.
         mapped = zipfile.is_zipfile(file)

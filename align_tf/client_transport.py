@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from align_tf.extras import extra
 from align_tf.status_codes import HTTP_STATUS
 
 FIRST_PAUSE = 0.1  # seconds before the first retry; each further one waits twice as long
@@ -345,14 +346,9 @@ class _GrpcMessages:
     """What both kinds of gRPC have in common: the channel's arguments, requests and answers."""
 
     def __init__(self, endpoint: Endpoint):
-        try:
+        with extra("serve", "the gRPC client needs extra packages"):
             import grpc  # noqa: F401
             import tensorflow_serving  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'The gRPC client needs extra packages: pip install "align-tf[serve]"',
-                name=error.name,
-            ) from error
         self.endpoint, self.address = endpoint, endpoint.address
         self.call_metadata = ()
         if endpoint.token is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -16,8 +15,10 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import checkpoint, data, image_processing
-from align_tf.data_readers import Source, open_source
+from align_tf.data_readers import open_source
+from align_tf.data_records import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
+from align_tf.extras import extra
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 from align_tf.progress import Rate
@@ -204,12 +205,8 @@ def require_pyarrow() -> None:
     Raises:
         ModuleNotFoundError: pyarrow is not installed.
     """
-    try:
-        importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a collection needs pyarrow: pip install "align-tf[data]"', name=error.name
-        ) from error
+    with extra("data", "a collection needs pyarrow"):
+        import pyarrow.parquet  # noqa: F401
 
 
 def load_model(

@@ -11,7 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import image_decoding
-from align_tf.data_readers import CHUNK, Source, open_source
+from align_tf.data_readers import open_source
+from align_tf.data_records import Source
+from align_tf.data_streams import CHUNK
 from align_tf.image_processing import BROKEN, FINE, TOO_LARGE
 from align_tf.processor import AlignProcessor
 

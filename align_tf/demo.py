@@ -12,7 +12,8 @@ import numpy as np
 from align_tf.checkpoint import BUNDLED
 from align_tf.client import AlignClient, AlignServerError
 from align_tf.collection import Settings, Shard, write_shard
-from align_tf.data_readers import IMAGE
+from align_tf.data_records import IMAGE
+from align_tf.extras import extra
 from align_tf.search import Encoder, Index, Searcher, build_index
 from align_tf.thumbnail import thumbnail
 
@@ -125,12 +126,8 @@ def require_gradio() -> Any:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
+    with extra("demo", "the demo needs Gradio"):
         import gradio
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'the demo needs Gradio: pip install "align-tf[demo]"', name=error.name
-        ) from error
     return gradio
 
 

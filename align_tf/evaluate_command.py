@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import data, data_readers, evaluation, image_processing
+from align_tf import data, data_records, evaluation, image_processing
 from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
 from align_tf.processor import AlignProcessor
 from align_tf.progress import track
@@ -147,7 +147,7 @@ def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     for name, found in files.items():
         if not found:
             raise ValueError(
-                f"{folder / name}: no images; expected {', '.join(data_readers.IMAGE)}"
+                f"{folder / name}: no images; expected {', '.join(data_records.IMAGE)}"
             )
     return files
 
@@ -221,7 +221,7 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in data_readers.IMAGE)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in data_records.IMAGE)
 
 
 # --- embedding -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from align_tf.extras import extra
 from align_tf.progress import track
 
 # Side of a block of similarities: 64 MiB of float32.
@@ -433,12 +434,8 @@ def require_sklearn() -> None:
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
     """
-    try:
+    with extra("eval", "kNN and the linear probe need scikit-learn"):
         import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'kNN and the linear probe need scikit-learn: pip install "align-tf[eval]"'
-        ) from error
 
 
 def _labelled(

@@ -136,7 +136,20 @@ def read(
         uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and the
         height and width that its header declares, int64 (2,), zeros if there is none.
     """
+    return _reader(max_pixels, exact)(image_bytes)
 
+
+@functools.cache
+def _reader(max_pixels: int, exact: bool) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Traces `_read_any` once, which takes two seconds; each graph that reads images calls it."""
+    return tf.function(
+        lambda image_bytes: _read_any(image_bytes, max_pixels, exact),
+        autograph=False,
+        input_signature=[tf.TensorSpec([], tf.string)],
+    )
+
+
+def _read_any(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.Tensor, tf.Tensor]:
     def sized(decode: Callable[..., tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         size = _size_in_header(image_bytes)
         return _where(tf.reduce_prod(size) <= max_pixels, lambda: decode(image_bytes)), size

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from align_tf import checkpoint
+from align_tf.extras import extra
 
 SUFFIXES = (".png", ".svg")
 METHODS = ("pca", "tsne")
@@ -154,14 +155,9 @@ def embeddings(embeds: Any, labels: Sequence[str], method: str = "pca", seed: in
 
 
 def _project(embeds: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str]]:
-    try:
+    with extra("plot", "a plot of embeddings needs scikit-learn"):
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a plot of embeddings needs scikit-learn: pip install "align-tf[plot]"',
-            name=error.name,
-        ) from error
     if method == "pca":
         fitted = PCA(2, random_state=seed)
         points = fitted.fit_transform(embeds)
@@ -259,12 +255,8 @@ def check_suffix(path: str | os.PathLike) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
+    with extra("plot", "a plot needs matplotlib"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a plot needs matplotlib: pip install "align-tf[plot]"', name=error.name
-        ) from error
     return Figure((width, height), layout="constrained")
 
 

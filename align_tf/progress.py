@@ -3,7 +3,7 @@
 import datetime
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0  # between two states of a Rate
@@ -36,6 +36,20 @@ def track(items: Iterable, description: str, total: int | None = None, show: boo
     return rich.progress.track(items, description, total, console=console, transient=transient)
 
 
+def counted(items: Iterable, description: str, unit: str) -> Iterator[Any]:
+    """Passes items on, and shows how many there have been where it takes long.
+
+    Args:
+        items: what is worked through, of a number that is not known.
+        description: what is done with them, such as `Listing`.
+        unit: what they are, such as `images`.
+    """
+    with Rate(description, None, unit) as rate:
+        for item in items:
+            yield item
+            rate.advance(1)
+
+
 class Rate:
     """Shows how many items are done, how many a second, and the time left, on stderr.
 
@@ -43,13 +57,15 @@ class Rate:
 
     Args:
         description: what is done, such as `Embedding`.
-        total: how many items there are.
+        total: how many items there are; None where that is not known: nothing is shown of what
+            is over at once.
         unit: what they are, such as `images`.
     """
 
-    def __init__(self, description: str, total: int, unit: str):
+    def __init__(self, description: str, total: int | None, unit: str):
         self.description, self.total, self.unit = description, total, unit
         self.done = self.skipped = 0
+        self.shown = total is not None
 
     def __enter__(self) -> "Rate":
         self.started = self.told = time.monotonic()
@@ -57,7 +73,7 @@ class Rate:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.done:
+        if self.done and self.shown:
             self._tell(f"in {datetime.timedelta(seconds=round(self._seconds()))}", "\n")
 
     def skip(self, count: int) -> None:
@@ -69,17 +85,22 @@ class Rate:
         self.done += count
         now = time.monotonic()
         if now - self.told >= (TERMINAL_SECONDS if self.terminal else LOG_SECONDS):
-            self.told = now
-            left = (self.total - self.skipped - self.done) * self._seconds() / self.done
-            left = datetime.timedelta(seconds=round(left))
-            self._tell(f"{left} left", "" if self.terminal else "\n")
+            self.told, self.shown = now, True
+            self._tell(self._left(), "" if self.terminal else "\n")
+
+    def _left(self) -> str:
+        if self.total is None:
+            return "so far"
+        left = (self.total - self.skipped - self.done) * self._seconds() / self.done
+        return f"{datetime.timedelta(seconds=round(left))} left"
 
     def _seconds(self) -> float:
         return time.monotonic() - self.started
 
     def _tell(self, time_said: str, end: str) -> None:
         rate = self.done / max(self._seconds(), 1e-9)
-        line = f"{self.description}: {self.skipped + self.done:,} of {self.total:,} {self.unit}, "
+        of_all = "" if self.total is None else f" of {self.total:,}"
+        line = f"{self.description}: {self.skipped + self.done:,}{of_all} {self.unit}, "
         line += f"{rate:,.1f} {self.unit}/s, {time_said}"
         start = "\r\x1b[K" if self.terminal else ""
         print(start + line, end=end, file=sys.stderr, flush=True)

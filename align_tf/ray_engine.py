@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from align_tf.collection import Settings, Shard, ShardWriter, fingerprint, load_model
+from align_tf.extras import extra
 
 
 def write_shards(
@@ -39,12 +40,8 @@ def write_shards(
         ModuleNotFoundError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
-    try:
+    with extra("ray", 'engine="ray" needs Ray'):
         import ray.data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'engine="ray" needs Ray: pip install "align-tf[ray]"', name=error.name
-        ) from error
     if not numbers:
         return
     started = not ray.is_initialized()

@@ -16,6 +16,7 @@ from align_tf import checkpoint
 from align_tf.client import AlignClient, Classification
 from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
 from align_tf.embedding import Embedder
+from align_tf.extras import extra
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 from align_tf.progress import track
@@ -130,12 +131,8 @@ def require_faiss() -> None:
     Raises:
         ModuleNotFoundError: FAISS is not installed.
     """
-    try:
+    with extra("search", "an index needs FAISS"):
         import faiss  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'an index needs FAISS: pip install "align-tf[search]"', name=error.name
-        ) from error
 
 
 def _flat(collection: Collection) -> Any:

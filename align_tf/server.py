@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
-try:
+from align_tf.extras import extra
+
+with extra("serve", "the server needs extra packages"):
     import grpc
     import h11
     import starlette  # noqa: F401
     import uvicorn
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
     from tensorflow_serving.apis import (
         get_model_metadata_pb2,
         get_model_status_pb2,
@@ -29,10 +31,6 @@ try:
         prediction_service_pb2_grpc,
     )
     from uvicorn.protocols.http.h11_impl import H11Protocol
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'The server needs extra packages: pip install "align-tf[serve]"', name=error.name
-    ) from error
 
 import numpy as np
 import tensorflow as tf
@@ -164,6 +162,60 @@ class _ModelService(model_service_pb2_grpc.ModelServiceServicer):
     ) -> get_model_status_pb2.GetModelStatusResponse:
         _require_model_spec(request)
         return self.servables.status(request.model_spec)
+
+
+class _HealthService(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1, whose streams of Watch end in the drain: an open one holds a stop up.
+
+    What streams send is sent by one thread: their beginnings and the drain come one by one.
+    """
+
+    thread = futures.ThreadPoolExecutor(1, "health")
+
+    def __init__(self):
+        self.draining = False
+        self.streams: dict[Callable, str] = {}  # what each sends by -> the service it watches
+
+    def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in HEALTH_SERVICES:
+            context.abort(grpc.StatusCode.NOT_FOUND, f'unknown service "{request.service}"')
+        return self._status(request.service)
+
+    def Watch(
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.ServicerContext,
+        send_response_callback: Callable,
+    ) -> None:
+        self.streams[send_response_callback] = request.service
+        forget = functools.partial(self.streams.pop, send_response_callback, None)
+        if not context.add_callback(forget):  # it has been cancelled already
+            forget()
+            return
+        send_response_callback(self._status(request.service))
+        if self.draining:
+            send_response_callback(None)
+
+    # gRPC's own way of a stream that keeps no thread.
+    Watch.experimental_non_blocking, Watch.experimental_thread_pool = True, thread
+
+    def drain(self) -> None:
+        """Tells who watches that the services stop, and ends the streams."""
+        self.thread.submit(self._drain)
+
+    def _drain(self) -> None:
+        self.draining = True
+        for send, service in list(self.streams.items()):
+            if service in HEALTH_SERVICES:
+                send(self._status(service))
+            send(None)
+
+    def _status(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in HEALTH_SERVICES:
+            return health_pb2.HealthCheckResponse(status="SERVICE_UNKNOWN")
+        return health_pb2.HealthCheckResponse(status="NOT_SERVING" if self.draining else "SERVING")
 
 
 def _require_model_spec(request: Any) -> None:
@@ -319,13 +371,8 @@ class ModelServer:
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             _ModelService(self._servables), server
         )
-        checks = health.HealthServicer(
-            experimental_non_blocking=True,
-            experimental_thread_pool=futures.ThreadPoolExecutor(1),
-        )
+        checks = _HealthService()
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        for service in HEALTH_SERVICES:
-            checks.set(service, health_pb2.HealthCheckResponse.SERVING)
         address = f"{_in_url(self.host)}:{self.grpc_port}"
         try:
             self.grpc_port = server.add_insecure_port(address)
@@ -335,7 +382,7 @@ class ModelServer:
         stopped: list[threading.Event] = []
 
         def stop():
-            checks.enter_graceful_shutdown()
+            checks.drain()
             stopped.append(server.stop(GRACE_SECONDS))
 
         stack.callback(lambda: (stopped[0] if stopped else server.stop(None)).wait())

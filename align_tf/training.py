@@ -20,6 +20,7 @@ from align_tf import checkpoint, devices, training_state
 from align_tf.callbacks import RetrievalEvaluation
 from align_tf.configuration import AlignConfig
 from align_tf.data import make_dataset
+from align_tf.extras import extra
 from align_tf.model import AlignModel
 from align_tf.optimization import make_optimizer
 from align_tf.processor import AlignProcessor
@@ -347,12 +348,8 @@ class Log(keras.callbacks.Callback):
 
 
 def _summary_writer(folder: pathlib.Path) -> Any:
-    try:
+    with extra("tensorboard", "tensorboard: true needs TensorBoard"):
         import tensorboard  # noqa: F401  which tf.summary is made of
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"'
-        ) from error
     return tf.summary.create_file_writer(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: a tiny ALIGN, a batch of pairs for it, the goldens."""
+"""Fixtures that several tests share: a tiny ALIGN and its checkpoint, pairs for it, the goldens."""
 
 import os
 
@@ -7,11 +7,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import pathlib
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from align_tf import AlignConfig
+from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"
 
@@ -44,6 +45,31 @@ def tiny_config() -> AlignConfig:
         },
         projection_dim=8,
     )
+
+
+@pytest.fixture(scope="session")
+def processor() -> AlignProcessor:
+    """For `tiny_config`: images of 16 pixels, and five words."""
+    images = AlignImageProcessor(size=20, crop_size=16, max_image_pixels=1_000_000)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = ["red", "green", "blue", "a", "picture"]
+    return AlignProcessor(images, AlignTokenizer([*special, *words]))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_config, processor, tmp_path_factory) -> pathlib.Path:
+    """A folder with a model of `tiny_config` and its processor: not to be written to."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    keras.utils.set_random_seed(1)
+    AlignModel(tiny_config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint) -> AlignModel:
+    """The model of `checkpoint`: not to be trained."""
+    return AlignModel.from_pretrained(checkpoint)
 
 
 @pytest.fixture

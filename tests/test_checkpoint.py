@@ -411,13 +411,6 @@ def test_a_folder_without_weights_is_named(folder):
         AlignModel.from_pretrained(folder)
 
 
-def test_a_pytorch_file_names_the_package_it_needs(folder, monkeypatch):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "align-tf\[torch\]"'):
-        AlignModel.from_pretrained(folder)
-
-
 # --- the hub -------------------------------------------------------------------------------
 
 

@@ -303,7 +303,7 @@ def test_grpc_without_its_packages_says_so():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.splitlines()[-1] == (
-        'ModuleNotFoundError: The gRPC client needs extra packages: pip install "align-tf[serve]"'
+        'ModuleNotFoundError: the gRPC client needs extra packages: pip install "align-tf[serve]"'
     )
 
 

@@ -17,13 +17,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, cli
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
 from align_tf.collection import Collection, embed, fingerprint
 
 pq = pytest.importorskip("pyarrow.parquet")
 
 WORDS = ["red", "green", "blue", "a", "picture"]
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 RECORDS = 50  # of which three cannot be embedded
 BROKEN, ABSENT, HUGE = 5, 17, 30
 SIZES = {"batch_size": 3, "shard_size": 8}  # 9 records a shard, 6 shards
@@ -43,26 +42,6 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / f"{ABSENT:03}.png").write_bytes(b"")
     Image.new("L", (2000, 2000)).save(folder / f"{HUGE:03}.png")
     return folder
-
-
-@pytest.fixture(scope="module")
-def processor() -> AlignProcessor:
-    images = AlignImageProcessor(size=20, crop_size=16, max_image_pixels=1_000_000)
-    return AlignProcessor(images, AlignTokenizer(VOCAB))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_config, processor, tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    keras.utils.set_random_seed(1)
-    AlignModel(tiny_config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint) -> AlignModel:
-    return AlignModel.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="module")

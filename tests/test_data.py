@@ -396,13 +396,6 @@ def test_files_of_two_kinds_are_refused(source):
         open_source([source("tar"), source("tfrecord")])
 
 
-def test_without_pyarrow_the_message_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").touch()
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "align-tf\[data\]"'):
-        open_source(tmp_path / "a.parquet")
-
-
 # --- batches in order -------------------------------------------------------------------------
 
 

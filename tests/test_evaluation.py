@@ -372,9 +372,3 @@ def test_linear_probe_errors(changed, message):
 def test_knn_errors(options, message):
     with pytest.raises(ValueError, match=message):
         knn_metrics(IMAGES, [0, 0, 1, 1], IMAGES, [0, 0, 1, 1], **options)
-
-
-def test_an_absent_extra_names_the_pip_command(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "align-tf\[eval\]"'):
-        knn_metrics(IMAGES, [0, 0, 1, 1], IMAGES, [0, 0, 1, 1], k=1)

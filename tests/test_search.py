@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, cli, gallery
+from align_tf import AlignModel, cli, gallery
 from align_tf import search as search_module
 from align_tf.collection import Collection, Settings, Shard, embed, write_shard
 from align_tf.search import Encoder, Hit, Index, Searcher, build_index
 
 pytest.importorskip("faiss")
 
-VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "a", "picture"]
 COLORS = ["red", "green", "blue", "gray", "black", "white"]
 DIM = 16
 
@@ -166,21 +165,6 @@ def test_queries_are_checked(collection, queries, tmp_path):
 
 
 # --- queries -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def processor() -> AlignProcessor:
-    images = AlignImageProcessor(size=20, crop_size=16)
-    return AlignProcessor(images, AlignTokenizer(VOCAB))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_config, processor, tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    keras.utils.set_random_seed(1)
-    AlignModel(tiny_config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -785,5 +785,5 @@ def test_a_missing_extra_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import align_tf.server"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.splitlines()[-1] == (
-        'ModuleNotFoundError: The server needs extra packages: pip install "align-tf[serve]"'
+        'ModuleNotFoundError: the server needs extra packages: pip install "align-tf[serve]"'
     )

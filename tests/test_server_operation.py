@@ -542,8 +542,7 @@ def test_what_is_in_flight_finishes_when_the_server_stops(monkeypatch):
         call = predictions.Predict.future(grpc_request(np.float32([[1, 2, 3, 4]])))
         held.wait(2)
         stopping = callers.submit(server.stop)
-        assert next(watched).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        watched.cancel()
+        assert [answer.status for answer in watched] == [health_pb2.HealthCheckResponse.NOT_SERVING]
         refused = None
         while refused is None:
             try:
@@ -558,6 +557,24 @@ def test_what_is_in_flight_finishes_when_the_server_stops(monkeypatch):
         assert rest.result() == (200, ANSWER)
         assert list(call.result().outputs["y"].float_val)[1] == 20.0
         stopping.result(60)
+
+
+def test_streams_of_health_end_when_the_server_stops():
+    status = health_pb2.HealthCheckResponse
+    server = ModelServer(PROBE)
+    server.start()
+    with stub(server, health_pb2_grpc.HealthStub) as checks:
+        services = ["", "tensorflow.serving.ModelService", "none"]
+        streams = [checks.Watch(health_pb2.HealthCheckRequest(service=name)) for name in services]
+        found = [next(stream).status for stream in streams]
+        assert found == [status.SERVING, status.SERVING, status.SERVICE_UNKNOWN]
+        gone = checks.Watch(health_pb2.HealthCheckRequest())
+        next(gone)
+        gone.cancel()
+        server.stop()
+        found = [[answer.status for answer in stream] for stream in streams]
+        assert found == [[status.NOT_SERVING], [status.NOT_SERVING], []]
+        assert {stream.code() for stream in streams} == {grpc.StatusCode.OK}  # not cut off
 
 
 def test_a_request_on_its_way_is_answered_when_the_server_stops():

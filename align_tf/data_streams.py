@@ -1,0 +1,390 @@
+"""Image-text records that come in a row: TFRecord, tar shards, images in Parquet, tf.data."""
+
+import contextlib
+import functools
+import gzip
+import itertools
+import os
+import pathlib
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from align_tf.data_records import (
+    CAPTION,
+    CAPTION_KEYS,
+    IMAGE,
+    IMAGE_KEYS,
+    JSON_KEYS,
+    Keys,
+    Source,
+    choose_key,
+    open_parquet,
+    read_captions,
+    strings_in,
+)
+from align_tf.progress import counted
+
+FILES_AT_A_TIME = 4  # of a shuffled stream, read in turn
+SHUFFLE_BUFFER = 4096  # records of a shuffled stream held in memory, undecoded
+CHUNK = 16  # records that a Python reader hands over at once
+READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+
+
+# --- records that come in a row: TFRecord -----------------------------------------------------
+
+
+def _stream(
+    name: str,
+    files: list[pathlib.Path],
+    counts: list[int],
+    read: Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset],
+    load: Callable[[Any], dict[str, Any]],
+) -> Source:
+    """Makes a source of files that are read from their beginnings.
+
+    Args:
+        name: for messages.
+        files: of it.
+        counts: records of each.
+        read: takes a file's name and count to a dataset of that many elements.
+        load: as in `Source`.
+    """
+    count = sum(counts)
+    if not count:
+        raise ValueError(f"{name}: empty, expected one record or more")
+    ends = np.cumsum(counts)
+    names, counts = tf.constant([str(file) for file in files]), tf.constant(counts, tf.int64)
+
+    def elements(seed: tf.Tensor | None, first: int = 0) -> tf.data.Dataset:
+        order = tf.range(len(files))
+        if seed is not None:
+            order = tf.random.experimental.stateless_shuffle(order, seed)
+        elif first:
+            passed = int(np.searchsorted(ends, first, side="right"))
+            order = order[passed:]
+            first -= int(ends[passed - 1]) if passed else 0
+        dataset = tf.data.Dataset.from_tensor_slices(order).interleave(
+            lambda file: read(names[file], counts[file]),
+            cycle_length=1 if seed is None else min(FILES_AT_A_TIME, len(files)),
+            num_parallel_calls=1 if seed is None else tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        return _shuffled(dataset, seed).skip(first)
+
+    return Source(name, count, elements, load)
+
+
+def _shuffled(dataset: tf.data.Dataset, seed: tf.Tensor | None) -> tf.data.Dataset:
+    if seed is None:
+        return dataset
+    # An epoch's order is traced within a dataset: what is set here is the seed of that graph,
+    # which would otherwise be the global one and change the order with it.
+    tf.random.set_seed(1)
+    number = tf.random.stateless_uniform([], seed, None, None, tf.int64)
+    return dataset.shuffle(SHUFFLE_BUFFER, seed=number, reshuffle_each_iteration=False)
+
+
+def open_tfrecords(
+    name: str,
+    files: list[pathlib.Path],
+    keys: Keys,
+) -> Source:
+    """Opens TFRecord files of tf.train.Example."""
+    counts = [_count_tfrecord(file) for file in counted(files, f"Counting {name}", "files")]
+    first = next((file for file, count in zip(files, counts, strict=True) if count), None)
+    if first is None:
+        raise ValueError(f"{name}: empty, expected one record or more")
+    features = _features(first)
+    image = choose_key(str(first), "image", keys.image, IMAGE_KEYS, features)
+    caption = choose_key(
+        str(first), "caption", keys.caption, CAPTION_KEYS, features, keys.need_captions
+    )
+    spec = {
+        "key": tf.io.FixedLenFeature([], tf.string, ""),
+        image: tf.io.FixedLenFeature([], tf.string, ""),
+        # A feature that is not there has no values.
+        caption or "caption": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
+    }
+
+    def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+        zipped = tf.strings.regex_full_match(file, r".*\.gz")
+        records = tf.data.TFRecordDataset(file, tf.where(zipped, "GZIP", "")).ignore_errors()
+        numbered = tf.data.Dataset.zip(tf.data.Dataset.range(count), records)
+        records = numbered.map(lambda number, record: (_place(file, number), record))
+        damaged = tf.data.Dataset.range(count).map(lambda i: (_damaged(file, i), ""))
+        return records.concatenate(damaged).take(count)
+
+    def load(batch: tuple[tf.Tensor, tf.Tensor]) -> dict[str, Any]:
+        place, records = batch
+        parsed = tf.io.parse_example(records, spec)
+        return {
+            "key": tf.where(parsed["key"] == "", place, parsed["key"]),
+            "image_bytes": parsed[image],
+            "captions": parsed[caption or "caption"],
+        }
+
+    return _stream(name, files, counts, read, load)
+
+
+def _place(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Names a record that has no key."""
+    return tf.strings.join([file, "[", tf.strings.as_string(number), "]"])
+
+
+def _damaged(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Names one of the records that a damaged file lost."""
+    return tf.strings.join([file, ", lost record ", tf.strings.as_string(number + 1)])
+
+
+def _count_tfrecord(file: pathlib.Path) -> int:
+    """Counts records by their headers; the one that a cut-off file ends in is a record too."""
+    count, zipped = 0, file.suffix == ".gz"
+    left = float("inf") if zipped else file.stat().st_size
+    open_file = gzip.open if zipped else open
+    with open_file(file, "rb") as data, contextlib.suppress(*READ_ERRORS):
+        while left > 0 and len(header := data.read(12)) == 12:  # length, and its checksum
+            count += 1
+            length = int.from_bytes(header[:8], "little") + 4
+            left -= 12 + length
+            if left > 0:
+                data.seek(length, os.SEEK_CUR)
+    return count
+
+
+def _features(file: pathlib.Path) -> list[str]:
+    """Returns the names of the features in a file's first record."""
+    compression = "GZIP" if file.suffix == ".gz" else ""
+    try:
+        record = next(iter(tf.data.TFRecordDataset(str(file), compression))).numpy()
+        example = tf.train.Example.FromString(record)
+    except Exception as error:
+        raise ValueError(f"{file}: not a TFRecord file of tf.train.Example") from error
+    return sorted(example.features.feature)
+
+
+# --- records that Python reads: tar and Parquet -----------------------------------------------
+
+Record = tuple[str, bytes, list[str]]
+
+
+def open_tars(
+    name: str,
+    files: list[pathlib.Path],
+    keys: Keys,
+) -> Source:
+    """Opens webdataset shards."""
+    images = IMAGE if keys.image is None else (f".{keys.image}",)
+    return _open_files(
+        name,
+        files,
+        functools.partial(_count_tar, images=images, need_captions=keys.need_captions),
+        functools.partial(_tar_records, images=images, caption_key=keys.caption),
+    )
+
+
+def open_image_tables(
+    name: str,
+    files: list[pathlib.Path],
+    keys: Keys,
+) -> Source:
+    """Opens Parquet files with the encoded images in them."""
+    return _open_files(
+        name,
+        files,
+        functools.partial(_count_parquet, keys=keys),
+        functools.partial(_parquet_records, keys=keys),
+    )
+
+
+def _open_files(
+    name: str,
+    files: list[pathlib.Path],
+    count: Callable[[pathlib.Path], int],
+    records: Callable[[pathlib.Path], Iterator[Record]],
+) -> Source:
+    counts = [count(file) for file in counted(files, f"Counting {name}", "files")]
+    string = tf.TensorSpec([None], tf.string)
+
+    def chunks(file: bytes) -> Iterator[tuple[Any, ...]]:
+        intact = _until_damage(records(pathlib.Path(file.decode())))
+        while chunk := list(itertools.islice(intact, CHUNK)):
+            keys, images, captions = zip(*chunk, strict=True)
+            flat = [text.encode() for texts in captions for text in texts]
+            yield (
+                np.array([key.encode() for key in keys], object),
+                np.array(images, object),
+                np.array(flat, object),
+                np.array([len(texts) for texts in captions], np.int64),
+            )
+
+    def element(keys: Any, images: Any, flat: Any, lengths: Any) -> tf.data.Dataset:
+        captions = tf.RaggedTensor.from_row_lengths(flat, lengths)
+        return tf.data.Dataset.from_tensor_slices((keys, images, captions))
+
+    def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
+        found = tf.data.Dataset.from_generator(
+            chunks,
+            args=(file,),
+            output_signature=(string, string, string, tf.TensorSpec([None], tf.int64)),
+        ).flat_map(element)
+        none = tf.RaggedTensor.from_row_lengths(
+            tf.constant([], tf.string), tf.constant([0], tf.int64)
+        )
+        damaged = tf.data.Dataset.range(count).flat_map(
+            lambda i: tf.data.Dataset.from_tensor_slices(([_damaged(file, i)], [""], none))
+        )
+        return found.concatenate(damaged).take(count)
+
+    return _stream(name, files, counts, read, _load_record)
+
+
+def _until_damage(records: Iterator[Record]) -> Iterator[Record]:
+    # What a damaged file lost becomes rows without an image.
+    with contextlib.suppress(*READ_ERRORS):
+        yield from records
+
+
+def _tar_groups(
+    tar: tarfile.TarFile,
+) -> Iterator[tuple[str, Iterator[tuple[str, tarfile.TarInfo]]]]:
+    """Yields the key of each record of a webdataset shard, and its members by suffix."""
+    named = ((*_split(member.name), member) for member in tar if member.isfile())
+    for key, members in itertools.groupby(named, lambda parts: parts[0]):
+        yield key, ((suffix, member) for _, suffix, member in members)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Splits a member's name at the first dot of its last part, as webdataset does."""
+    folder, _, file = name.removeprefix("./").rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    return os.path.join(folder, stem), dot + suffix.lower()
+
+
+def _tar_records(
+    file: pathlib.Path, images: tuple[str, ...], caption_key: str | None
+) -> Iterator[Record]:
+    with tarfile.open(file, "r|*") as tar:
+        for key, members in _tar_groups(tar):
+            wanted = {
+                suffix: tar.extractfile(member).read()
+                for suffix, member in members
+                if suffix in (*images, *CAPTION)
+            }
+            if wanted:
+                image = next((wanted[suffix] for suffix in images if suffix in wanted), b"")
+                suffix = next((suffix for suffix in CAPTION if suffix in wanted), None)
+                captions = read_captions(suffix, wanted[suffix], caption_key) if suffix else []
+                yield key, image, captions
+
+
+def _count_tar(file: pathlib.Path, images: tuple[str, ...], need_captions: bool) -> int:
+    """Counts records by the names of their members; the one that is cut off is a record too."""
+    count, suffixes = 0, set()
+    try:
+        with tarfile.open(file) as tar:
+            for _, members in _tar_groups(tar):
+                of_record = {suffix for suffix, _ in members}
+                suffixes |= of_record
+                count += not of_record.isdisjoint((*images, *CAPTION))
+    except READ_ERRORS as error:
+        if not suffixes:
+            raise ValueError(f"{file}: not a tar file") from error
+        count += 1
+    needed = (("images", images), ("captions", CAPTION))
+    for what, expected in needed if need_captions else needed[:1]:
+        if suffixes and suffixes.isdisjoint(expected):
+            raise ValueError(
+                f"{file}: no {what}: expected members that end in {', '.join(expected)}, "
+                f"found {', '.join(sorted(suffixes))}"
+            )
+    return count
+
+
+def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
+    """Returns the column of a Parquet file that holds encoded images, or structs with `bytes`."""
+    if file.suffix.lower() != ".parquet":
+        return None
+    for field in open_parquet(file).schema_arrow:
+        inline = str(field.type) in ("binary", "large_binary") or (
+            str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0
+        )
+        if inline and field.name in (IMAGE_KEYS if image_key is None else (image_key,)):
+            return field.name
+    return None
+
+
+def _parquet_records(file: pathlib.Path, keys: Keys) -> Iterator[Record]:
+    table = open_parquet(file)
+    names = table.schema_arrow.names
+    image = image_column(file, keys.image)
+    caption = choose_key(
+        str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions
+    )
+    columns = [image, *({caption, "key"} & set(names))]
+    batches = table.iter_batches(batch_size=CHUNK, columns=columns)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows):
+        content, key = row[image], row.get("key")
+        if isinstance(content, dict):  # as Hugging Face's datasets writes them
+            key = key or os.path.splitext(content.get("path") or "")[0]
+            content = content["bytes"]
+        yield str(key or f"{file}[{number}]"), content or b"", strings_in(row.get(caption))
+
+
+def _count_parquet(file: pathlib.Path, keys: Keys) -> int:
+    table = open_parquet(file)
+    if image_column(file, keys.image) is None:
+        raise ValueError(f"{file}: expected images in it, as in the files before")
+    names = table.schema_arrow.names
+    choose_key(str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions)
+    return table.metadata.num_rows
+
+
+# --- a tf.data.Dataset ------------------------------------------------------------------------
+
+
+def open_dataset(
+    dataset: tf.data.Dataset,
+    keys: Keys,
+) -> Source:
+    """Opens a dataset of TensorFlow Datasets' features."""
+    spec, name = dataset.element_spec, "the dataset"
+    if not isinstance(spec, dict):
+        raise ValueError(f"{name}: expected dicts with an image and captions, found {spec}")
+    image_key = choose_key(name, "image", keys.image, IMAGE_KEYS, spec)
+    caption_key = choose_key(name, "caption", keys.caption, CAPTION_KEYS, spec, keys.need_captions)
+    inner = None  # as in TensorFlow Datasets' coco_captions
+    if caption_key and isinstance(spec[caption_key], dict):
+        inner = choose_key(f"{name}'s {caption_key}", "caption", None, JSON_KEYS, spec[caption_key])
+    count = int(dataset.cardinality())
+    if count == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(f"{name}: endless, expected one pass")
+    if count == 0:
+        raise ValueError(f"{name}: empty, expected one record or more")
+
+    def element(number: tf.Tensor, features: dict[str, Any]) -> tuple[Any, Any, Any]:
+        image = features[image_key]
+        # None, of a length that is not known in the graph: so that batches of them are ragged.
+        captions = features[caption_key] if caption_key else tf.boolean_mask([""], [False])
+        if image.dtype != tf.string:
+            image = tf.io.encode_png(image, compression=0)  # stored: quick, and exact
+        captions = captions[inner] if inner else captions
+        key = features.get("key", _place(tf.constant(name), number))
+        return key, image, tf.reshape(captions, [-1])
+
+    records = dataset.enumerate().map(element)
+    return Source(
+        name,
+        None if count == tf.data.UNKNOWN_CARDINALITY else count,
+        lambda seed, first=0: _shuffled(records, seed).skip(first),
+        _load_record,
+    )
+
+
+def _load_record(batch: tuple[Any, Any, Any]) -> dict[str, Any]:
+    return dict(zip(("key", "image_bytes", "captions"), batch, strict=True))

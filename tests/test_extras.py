@@ -1,0 +1,109 @@
+"""Absent extras: one line for each, with the pip command that brings what is needed."""
+
+import configparser
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from align_tf import (
+    checkpoint,
+    collection,
+    data_readers,
+    demo,
+    evaluation,
+    plots,
+    ray_engine,
+    search,
+    training,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+EMBEDS = np.eye(4, dtype=np.float32)
+
+
+# absent package: what asks for it, given a folder with a.parquet and pytorch_model.bin; the line
+ABSENT = [
+    (
+        "torch",
+        lambda folder: checkpoint.read_header(folder / "pytorch_model.bin"),
+        'pytorch_model.bin needs PyTorch to be read: pip install "align-tf[torch]"',
+    ),
+    (
+        "pyarrow.parquet",
+        lambda folder: data_readers.open_source(folder / "a.parquet"),
+        'a.parquet needs pyarrow to be read: pip install "align-tf[data]"',
+    ),
+    (
+        "pyarrow.parquet",
+        lambda folder: collection.Collection(folder),
+        'a collection needs pyarrow: pip install "align-tf[data]"',
+    ),
+    (
+        "ray",
+        lambda folder: next(
+            ray_engine.write_shards((folder, None, None), None, folder, 1, [0], 1, print)
+        ),
+        'engine="ray" needs Ray: pip install "align-tf[ray]"',
+    ),
+    (
+        "faiss",
+        lambda folder: search.build_index(folder, folder / "index"),
+        'an index needs FAISS: pip install "align-tf[search]"',
+    ),
+    (
+        "faiss",
+        lambda folder: search.Index(folder),
+        'an index needs FAISS: pip install "align-tf[search]"',
+    ),
+    (
+        "gradio",
+        lambda folder: demo.build_page(None, None, "align-tiny"),
+        'the demo needs Gradio: pip install "align-tf[demo]"',
+    ),
+    (
+        "sklearn",
+        lambda folder: evaluation.knn_metrics(EMBEDS, range(4), EMBEDS, range(4), k=1),
+        'kNN and the linear probe need scikit-learn: pip install "align-tf[eval]"',
+    ),
+    (
+        "sklearn",
+        lambda folder: plots.embeddings(EMBEDS, "abcd"),
+        'a plot of embeddings needs scikit-learn: pip install "align-tf[plot]"',
+    ),
+    (
+        "matplotlib",
+        lambda folder: plots.curves([{"step": 1, "loss": 2.0}]),
+        'a plot needs matplotlib: pip install "align-tf[plot]"',
+    ),
+    (
+        "tensorboard",
+        training._summary_writer,
+        'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"',
+    ),
+]
+
+
+@pytest.mark.parametrize(("package", "ask", "line"), ABSENT)
+def test_an_absent_package_is_a_line_with_the_pip_command(
+    package, ask, line, tmp_path, monkeypatch
+):
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(line)}$") as error:
+        ask(tmp_path)
+    assert error.value.name.startswith(package)
+
+
+def test_each_extra_that_is_named_is_one_of_the_package():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    named = set()
+    for file in (ROOT / "align_tf").glob("*.py"):
+        named.update(re.findall(r'\bextra\("(\w+)"', file.read_text(encoding="utf-8")))
+    assert {"serve", "search", "torch"} <= named <= set(setup["options.extras_require"])
