@@ -363,9 +363,24 @@ def test_warmup_requests_are_those_a_server_reads(folder, signatures):
     assert seen == set(signatures)
 
 
-def test_metadata_names_the_image_mode(folder):
+def test_metadata_names_the_image_mode_and_the_dtype(folder):
     metadata = json.loads((folder / "assets.extra" / "align_tf.json").read_text())
-    assert metadata["image_mode"] == "hf"
+    assert (metadata["image_mode"], metadata["dtype"]) == ("hf", "float32")
+
+
+def test_a_bfloat16_export_takes_and_gives_float32(model, processor, signatures, tmp_path):
+    folder = export_saved_model(model, processor, tmp_path, dtype="bfloat16")
+    loaded = tf.saved_model.load(os.fspath(folder)).signatures
+    images, labels = [picture(0), picture(1)], [["a cat", "a dog", "red"]] * 2
+    exact, rounded = (classify(each, images, labels)[1] for each in (signatures, loaded))
+    assert rounded.dtype == np.float32
+    np.testing.assert_allclose(rounded, exact, atol=0.05)
+    assert (rounded != exact).any()
+
+
+def test_an_unknown_dtype_is_told(model, processor, tmp_path):
+    with pytest.raises(ValueError, match="dtype='float16': expected one of float32, bfloat16"):
+        export_saved_model(model, processor, tmp_path, dtype="float16")
 
 
 # --- ops -----------------------------------------------------------------------------------

@@ -1,19 +1,14 @@
-"""The towers for inference: folded BatchNorm, constants, dtypes, the first token alone."""
+"""Copies for inference: folded BatchNorm, dtypes, the first token alone."""
 
 import dataclasses
 
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from align_tf import AlignModel, AlignTextModel
-
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
-
-import tensorflow as tf
-
-from align_tf.inference import fixed_image_tower, fixed_text_tower, fold_batch_norm
+from align_tf.inference import inference_copy
 
 
 @pytest.fixture(scope="module")
@@ -34,58 +29,38 @@ def pixels():
     return np.random.default_rng(1).normal(size=(3, 19, 24, 3)).astype("float32")
 
 
-@pytest.fixture
-def tokens(pairs):
-    return tuple(
-        tf.constant(values)
-        for values in (pairs["input_ids"], pairs["attention_mask"], pairs["input_ids"] % 2)
-    )
-
-
 def test_folding_leaves_the_states_and_the_model_as_they_are(model, pixels):
-    before = model.vision_model.get_weights()
-    folded = fold_batch_norm(model.vision_model, "float32")
-    assert not any("_bn" in weight.path for weight in folded.weights)
+    before = model.get_weights()
+    copy = inference_copy(model, "float32")
+    assert not any("_bn" in weight.path for weight in copy.weights)
     states = [
-        tower(pixels, output_hidden_states=True).hidden_states
-        for tower in (folded, model.vision_model)
+        each.vision_model(pixels, output_hidden_states=True).hidden_states for each in (copy, model)
     ]
     for ours, reference in zip(*states, strict=True):
         scale = np.abs(reference).max()
         np.testing.assert_allclose(ours, reference, rtol=0, atol=2e-6 * scale)
-    for array, weight in zip(before, model.vision_model.get_weights(), strict=True):
+    copy.set_weights([np.zeros(weight.shape) for weight in copy.weights])
+    for array, weight in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(array, weight)
 
 
-def test_fixed_towers_give_the_features_of_the_model(model, pixels, tokens):
-    ids, mask, types = tokens
-    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-    for ours, reference in (
-        (fixed_image_tower(model, "float32")(pixels), model.get_image_features(pixels)),
-        (fixed_text_tower(model, "float32")(*tokens), model.get_text_features(inputs)),
-    ):
-        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+def test_a_copy_gives_the_logits_of_the_model(model, pairs):
+    copy = inference_copy(model, "float32")
+    ours, reference = copy(pairs).logits_per_image, model(pairs).logits_per_image
+    np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_the_graph_of_a_tower_holds_its_weights(model, pixels):
-    tower = fixed_image_tower(model, "float32")
-    before = tower(pixels).numpy()
-    assert not tower.get_concrete_function().captured_inputs
-    weights = model.get_weights()
-    model.set_weights([np.zeros_like(weight) for weight in weights])
-    after = tower(pixels).numpy()
-    model.set_weights(weights)
-    np.testing.assert_array_equal(before, after)
-    assert before.any()
+def test_a_copy_has_the_bias_of_the_sigmoid_loss(tiny_config, pairs):
+    model = AlignModel(tiny_config)
+    model.use_sigmoid_loss(16)
+    copy = inference_copy(model, "float32")
+    assert float(copy.logit_bias) == float(model.logit_bias) != 0.0
 
 
-def test_bfloat16_towers_compute_in_bfloat16(model, pixels, tokens):
-    for build, inputs in ((fixed_image_tower, (pixels,)), (fixed_text_tower, tokens)):
-        exact, rounded = (build(model, dtype)(*inputs).numpy() for dtype in ("float32", "bfloat16"))
-        assert rounded.dtype == np.float32
-        cosines = np.sum(exact * rounded, axis=-1) / (
-            np.linalg.norm(exact, axis=-1) * np.linalg.norm(rounded, axis=-1)
-        )
+def test_bfloat16_copies_compute_in_bfloat16(model, pairs):
+    exact, rounded = (inference_copy(model, dtype)(pairs) for dtype in ("float32", "bfloat16"))
+    for name in ("image_embeds", "text_embeds"):
+        cosines = ops.convert_to_numpy(ops.sum(exact[name] * rounded[name], axis=-1))
         assert 0.999 < cosines.min() < 1.0 - 1e-7
 
 
