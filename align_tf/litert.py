@@ -53,15 +53,15 @@ def export_litert(
         directory: made if it is not there; files of the same names in it are replaced, once all
             of the new ones are written.
         quantize: `int8` stores weights as int8, a quarter of the size, and has activations
-            rounded while the towers run; None keeps float32.
+            rounded while the towers run: `compare_litert` says what that costs a model. None
+            keeps float32.
         progress: show it on stderr.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: quantize is neither, Keras runs on another backend than TensorFlow, or the
-            model has a part that LiteRT's built-in operations cannot express.
+        ValueError: quantize is neither, or Keras runs on another backend than TensorFlow.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
