@@ -1,6 +1,7 @@
 """Weights as int8, with a scale for each output channel."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -35,30 +36,31 @@ def output_axis(path: str) -> int:
     return 0 if path.endswith("embeddings") else -1  # a row of a table is looked up alone
 
 
-class QuantizedWeights(tf.Module):
-    """Weights of Keras layers as int8 variables, made float again inside a graph.
-
-    `with keras.StatelessScope(quantized.state()):` has the layers compute with them; as they are
-    variables, the graph's optimiser does not fold them back into floats.
+def quantize_variables(weights: Iterable) -> list[tuple[tf.Variable, ...]]:
+    """Stores Keras variables as int8 and scales, small ones and vectors as they are.
 
     Args:
         weights: Keras variables, built and filled.
+
+    Returns:
+        For each of them the variables to save: (int8, scales), or (the weight,).
     """
-
-    def __init__(self, weights: Iterable):
-        super().__init__()
-        self._keras = list(weights)
-        self.stored = [_store(weight) for weight in self._keras]
-
-    def state(self) -> list[tuple]:
-        """Returns each Keras variable with the float tensor it stands for."""
-        return [
-            (weight, tf.cast(stored[0], tf.float32) * stored[1] if len(stored) == 2 else stored[0])
-            for weight, stored in zip(self._keras, self.stored, strict=True)
-        ]
+    return [_store(weight) for weight in weights]
 
 
-def _store(weight) -> tuple[tf.Variable, ...]:
+def dequantize_variables(weights: Iterable, stored: Iterable) -> list[tuple]:
+    """Returns each Keras variable with the float tensor that its stored form stands for.
+
+    `with keras.StatelessScope(dequantize_variables(weights, stored)):` has the layers compute with
+    them; as what is stored are variables, the graph's optimiser does not fold it back into floats.
+    """
+    return [
+        (weight, tf.cast(parts[0], tf.float32) * parts[1] if len(parts) == 2 else parts[0])
+        for weight, parts in zip(weights, stored, strict=True)
+    ]
+
+
+def _store(weight: Any) -> tuple[tf.Variable, ...]:
     array = weight.numpy()
     if array.ndim < 2 or array.size < LEAST_SIZE:
         return (tf.Variable(array, trainable=False),)
