@@ -17,6 +17,7 @@ _PUBLIC = {
     "AlignProcessor": "processor",
     "AlignImageProcessor": "image_processing",
     "AlignTokenizer": "tokenization",
+    "export_litert": "litert",
     "export_saved_model": "export",
 }
 

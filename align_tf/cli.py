@@ -138,15 +138,19 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
 
-    export = command("export", _export, "write a SavedModel for TensorFlow Serving")
+    export = command("export", _export, "write a SavedModel for TensorFlow Serving, or for a phone")
     _add_model(export)
     export.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
     export.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of weights and activations (float32)",
+        "--format",
+        choices=("saved_model", "litert"),
+        default="saved_model",
+        help="litert: each tower as a .tflite file, for phones",
     )
+    export.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="weights of the SavedModel (float32)"
+    )
+    export.add_argument("--quantize", choices=("int8",), help="weights of --format litert")
 
     convert = command("convert", _convert, "convert a checkpoint into another format")
     convert.add_argument(
@@ -541,11 +545,35 @@ def _say_skipped(skipped: dict[str, str]) -> None:
 
 
 def _export(arguments: Any) -> int:
+    if arguments.quantize and arguments.format != "litert":
+        raise ValueError(f"--quantize {arguments.quantize}: only with --format litert")
+    if arguments.dtype and arguments.format == "litert":
+        raise ValueError(f"--dtype {arguments.dtype}: not with --format litert")
     model, processor = _load(arguments.model)
+    if arguments.format == "litert":
+        return _export_litert(model, processor, arguments.output, arguments.quantize)
     from align_tf import export_saved_model
 
     _say("Exporting ...")
-    print(export_saved_model(model, processor, arguments.output, dtype=arguments.dtype))
+    print(
+        export_saved_model(model, processor, arguments.output, dtype=arguments.dtype or "float32")
+    )
+    return 0
+
+
+def _export_litert(model: Any, processor: Any, output: str, quantize: str | None) -> int:
+    from align_tf import litert
+
+    folder = litert.export_litert(model, processor, output, quantize=quantize, progress=True)
+    try:
+        figures = litert.compare_litert(folder, model, processor)
+    except ModuleNotFoundError as error:
+        _say(f"Note: not compared with the model; {error}")
+        figures = {}
+    for file, row in figures.items():
+        size, cosine = row["bytes"] / 1e6, row["cosine"]
+        _say(f"{file}: {size:.1f} MB, cosine to the model {cosine:.5f} or more on six examples")
+    print(folder)
     return 0
 
 

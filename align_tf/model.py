@@ -330,7 +330,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
             )
         if attention_mask is None:
             attention_mask = ops.ones((1, length), dtype="bool")
-        attention_mask = ops.cast(attention_mask, "bool")[:, None, None, :]  # (m, 1, 1, t)
+        attention_mask = ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2))  # (m, 1, 1, t)
 
         x = self.embeddings(**given, training=training)
         hidden_states, attentions = [x], []

@@ -87,6 +87,8 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
         (["evaluate", "--data", "x", "--train-data", "y"], "--train-data"),
         (["evaluate", "--data", "x", "--output", "."], "--output ."),
         (["export", "--model", "./nowhere", "--output", "x"], "./nowhere"),
+        (["export", "--quantize", "int8", "--output", "x"], "--format litert"),
+        (["export", "--format", "litert", "--dtype", "bfloat16", "--output", "x"], "--dtype"),
         (["serve"], "--model-config-file"),
         (["serve", "./nowhere"], "nowhere"),
     ],

@@ -19,12 +19,13 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 def test_python_examples_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_serving")
+    pytest.importorskip("ai_edge_litert")
     from PIL import Image
 
     from align_tf.server import ModelServer
 
     readme = README.read_text(encoding="utf-8")
-    classify, data, fine_tune, search, export, client = re.findall(
+    classify, data, fine_tune, search, export, client, phone = re.findall(
         r"```python\n(.*?)```", readme, re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
@@ -49,6 +50,11 @@ def test_python_examples_run(tmp_path, monkeypatch):
         exec(client.replace("8501", str(server.rest_port)), names)
     assert names["result"].probs.shape == (1, 2)
     shutil.rmtree("models")
+    command = readme.partition("## On a phone")[2].partition("```sh\n")[2].partition("\n")[0]
+    assert cli.main(shlex.split(command)[1:]) == 0
+    exec(phone, names)
+    embeds = names["tower"](pixel_values=names["inputs"]["pixel_values"].numpy())["image_embeds"]
+    assert embeds.shape == (1, 192)
 
 
 def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):

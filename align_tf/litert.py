@@ -1,0 +1,197 @@
+"""Export of the towers as LiteRT (TensorFlow Lite) files, for phones and other small machines."""
+
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import align_tf
+from align_tf.checkpoint import BUNDLED
+from align_tf.extras import extra
+from align_tf.inference import inference_copy
+from align_tf.model import AlignModel
+from align_tf.processor import AlignProcessor
+from align_tf.progress import track
+
+IMAGE_TOWER, TEXT_TOWER = "image_tower.tflite", "text_tower.tflite"
+SETTINGS_NAME = "litert.json"
+QUANTIZATIONS = (None, "int8")
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def export_litert(
+    model: AlignModel,
+    processor: AlignProcessor,
+    directory: str | os.PathLike,
+    *,
+    quantize: str | None = None,
+    progress: bool = False,
+) -> pathlib.Path:
+    """Writes the towers as LiteRT files, with what an app needs to feed them.
+
+    They hold built-in operations alone, so that any LiteRT runtime reads them. Batch and length
+    may be resized; a row does not depend on another, nor on padding.
+
+        file                 signature     inputs                              output
+        image_tower.tflite   embed_pixels  pixel_values float32 (n, h, w, 3)   image_embeds (n, d)
+        text_tower.tflite    embed_tokens  input_ids, attention_mask,
+                                           token_type_ids int32 (n, t)         text_embeds (n, d)
+
+    The embeddings have unit length. Beside the towers are the processor's files and
+    `litert.json`: the temperature that cosines are divided by, `height` and `width` of an image,
+    `scale` and `offset` of each channel, by which the levels 0..255 become `pixel_values`, and
+    the longest text that the text tower takes.
+
+    Args:
+        model: the model; its towers are written in float32 whatever it was trained in.
+        processor: its processor.
+        directory: made if it is not there; files of the same names in it are replaced, once all
+            of the new ones are written.
+        quantize: `int8` stores weights as int8, a quarter of the size, and has activations
+            rounded while the towers run: `compare_litert` says what that costs a model. None
+            keeps float32.
+        progress: show it on stderr.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: quantize is neither, or Keras runs on another backend than TensorFlow.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "LiteRT export runs on Keras's TensorFlow backend alone: save the model, then "
+            "align-tf export --format litert --model FOLDER"
+        )
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".litert.", dir=directory) as new:
+        new = pathlib.Path(new)
+        for row in track(
+            _towers(inference_copy(model, "float32"), processor), "Converting", show=progress
+        ):
+            file, signature, function, inputs, weights = row
+            content = _convert(signature, function, inputs, weights, quantize)
+            (new / file).write_bytes(content)
+        processor.save_pretrained(new)
+        settings = json.dumps(_settings(model, processor, quantize), indent=2)
+        (new / SETTINGS_NAME).write_text(settings + "\n")
+        for path in new.iterdir():
+            path.replace(directory / path.name)
+    return directory
+
+
+def _towers(model: AlignModel, processor: AlignProcessor) -> list[tuple]:
+    """Returns file, signature, function, inputs and weights of each tower."""
+
+    def embed_pixels(pixel_values):
+        features = model.get_image_features(pixel_values)
+        return {"image_embeds": tf.math.l2_normalize(features, axis=-1)}
+
+    def embed_tokens(**tokens):
+        return {"text_embeds": tf.math.l2_normalize(model.get_text_features(tokens), axis=-1)}
+
+    shape = [None, *processor.image_processor.output_shape]
+    pixels = {"pixel_values": tf.TensorSpec(shape, tf.float32)}
+    tokens = {name: tf.TensorSpec([None, None], tf.int32) for name in TOKENS}
+    image_weights, text_weights = model.vision_model.weights, model.text_model.weights
+    if model.config.image_projection:
+        image_weights = image_weights + model.image_projection.weights
+    text_weights = text_weights + model.text_projection.weights
+    return [
+        (IMAGE_TOWER, "embed_pixels", embed_pixels, pixels, image_weights),
+        (TEXT_TOWER, "embed_tokens", embed_tokens, tokens, text_weights),
+    ]
+
+
+def _convert(
+    signature: str,
+    function: Callable,
+    inputs: dict[str, tf.TensorSpec],
+    weights: list,
+    quantize: str | None,
+) -> bytes:
+    # By way of a SavedModel, which needs a third of the memory of making constants here.
+    module = tf.Module()
+    module.weights = [weight.value for weight in weights]
+    graph = tf.function(function, autograph=False).get_concrete_function(**inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures={signature: graph})
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=[signature])
+        if quantize:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        return converter.convert()
+
+
+def _settings(model: AlignModel, processor: AlignProcessor, quantize: str | None) -> dict[str, Any]:
+    images, tokenizer = processor.image_processor, processor.tokenizer
+    height, width, channels = images.output_shape
+    # Levels become pixel_values by a straight line, whatever the settings that draw it.
+    shape = (height or 8, width or 8, channels)
+    black, white = (
+        images.preprocess_array(np.full(shape, level, "uint8")).numpy()[0, 0] for level in (0, 255)
+    )
+    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    settings = {
+        "align_tf_version": align_tf.__version__,
+        "quantize": quantize,
+        "temperature": float(model.temperature.value),
+        "height": height,
+        "width": width,
+        "scale": ((white - black) / 255).tolist(),
+        "offset": black.tolist(),
+        "max_length": max_length,
+    }
+    if model.has_logit_bias:
+        settings["logit_bias"] = float(model.logit_bias.value)
+    return settings
+
+
+def compare_litert(
+    directory: str | os.PathLike, model: AlignModel, processor: AlignProcessor
+) -> dict[str, dict[str, float]]:
+    """Compares the written towers, in ai-edge-litert, with the model they were written from.
+
+    The inputs are align-tiny's example pictures and their names.
+
+    Args:
+        directory: what `export_litert` wrote.
+        model: the model.
+        processor: its processor.
+
+    Returns:
+        For each file its size, `bytes`, and `cosine`, the least one between an embedding of the
+        tower and the model's.
+
+    Raises:
+        ModuleNotFoundError: ai-edge-litert is not installed.
+    """
+    with extra("litert", "running LiteRT files needs ai-edge-litert"):
+        from ai_edge_litert import interpreter
+
+    pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+    names = [picture.stem.replace("_", " ") for picture in pictures]
+    inputs = processor(pictures, names, padding="longest")
+    expected = model(inputs)
+    pixels = {"pixel_values": inputs["pixel_values"]}
+    tokens = {name: inputs[name] for name in TOKENS}
+    figures = {}
+    # file, inputs, output
+    for file, values, output in (
+        (IMAGE_TOWER, pixels, "image_embeds"),
+        (TEXT_TOWER, tokens, "text_embeds"),
+    ):
+        path = pathlib.Path(directory) / file
+        runner = interpreter.Interpreter(os.fspath(path)).get_signature_runner()
+        embeds = runner(**{name: value.numpy() for name, value in values.items()})[output]
+        cosines = np.sum(embeds * expected[output].numpy(), axis=-1)
+        figures[file] = {"bytes": path.stat().st_size, "cosine": float(cosines.min())}
+    return figures
