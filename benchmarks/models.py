@@ -140,6 +140,7 @@ def set_threads(threads: int = THREADS) -> None:
 def signatures(version: pathlib.Path) -> Any:
     """Loads a SavedModel; returns its signatures, which live as long as it does."""
     import tensorflow as tf
+    import tensorflow_text  # noqa: F401  (its operations are in the graph)
 
     loaded = tf.saved_model.load(os.fspath(version))
     functions = dict(loaded.signatures)
@@ -192,6 +193,15 @@ def check(name: str, ours: Any, theirs: Any, least: float = 0.9999) -> None:
         raise SystemExit(f"{name}: the embeddings differ, cosine {cosine:.6f} below {least}")
 
 
+def peak_gib() -> float:
+    """Returns the most memory that this process has held (Linux).
+
+    `getrusage` would count what its parent held when it forked.
+    """
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+
+
 def peak_flops(size: int = 2048) -> dict[str, float]:
     """Measures the cores' own peak: the best of large matrix products by both libraries.
 
@@ -203,17 +213,18 @@ def peak_flops(size: int = 2048) -> dict[str, float]:
 
     peaks = {}
     for name in ("float32", "bfloat16"):
-        a = tf.random.normal([size, size], dtype=tf.float32)
-        a = tf.cast(a, name)
-        b = torch.randn(size, size).to(getattr(torch, name))
-        multiply = tf.function(lambda a: tf.matmul(a, a))
-        best = min(
-            _seconds(call)
-            for _ in range(5)
-            for call in (lambda: multiply(a).numpy(), lambda: torch.mm(b, b))
-        )
+        a, b = tf.cast(tf.random.normal([size, size]), name), torch.randn(size, size)
+        b = b.to(getattr(torch, name))
+        calls = (functools.partial(_tensorflow_product, a), functools.partial(torch.mm, b, b))
+        best = min(_seconds(call) for _ in range(6) for call in calls)
         peaks[name] = 2 * size**3 / best
     return peaks
+
+
+def _tensorflow_product(a: Any) -> Any:
+    import tensorflow as tf
+
+    return tf.reduce_max(tf.matmul(a, a)).numpy()  # waits for it, and copies nothing large
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import time
@@ -110,8 +109,8 @@ def take_steps(name: str, source: pathlib.Path, quick: bool, batch_size: int, ro
         step()
         times.append(time.perf_counter() - started)
         print(f"{name}: step {turn + 1}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"times": times[WARM:], "first": times[0], "peak_GiB": peak}))
+    figures = {"times": times[WARM:], "first": times[0], "peak_GiB": models.peak_gib()}
+    print(json.dumps(figures))
 
 
 def measure(
