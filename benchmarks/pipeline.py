@@ -105,7 +105,7 @@ def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> list[dict[
     peers = [name for name in (LAST, COMPILED) if name in contenders]
     result["aims"] = [
         aim(
-            f"float32: throughput by the best of {'; '.join(peers)}",
+            f"the better of one and two threads by the best of {'; '.join(peers)}",
             max(throughput(result, ours, peers) for ours in (OURS, OURS_TWO)),
             at_least=1.5,
         ),
