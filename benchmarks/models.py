@@ -115,16 +115,19 @@ def exported(folder: pathlib.Path, quick: bool, dtype: str = "float32") -> pathl
 
 
 def set_threads(threads: int = THREADS) -> None:
-    """Gives TensorFlow and PyTorch as many threads; one for TensorFlow's graph, which is a chain.
-
-    Called before either has run anything.
-    """
-    import tensorflow as tf
+    """Gives TensorFlow and PyTorch as many threads; called before either has run anything."""
     import torch
+
+    set_tensorflow_threads(threads)
+    torch.set_num_threads(threads)
+
+
+def set_tensorflow_threads(threads: int = THREADS) -> None:
+    """Gives an operation so many threads, and the graph, which is a chain, one."""
+    import tensorflow as tf
 
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(threads)
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -57,8 +57,6 @@ def tensorflow_step(
 ) -> Callable[[], Any]:
     import tensorflow as tf
 
-    tf.config.threading.set_inter_op_parallelism_threads(1)
-    tf.config.threading.set_intra_op_parallelism_threads(models.THREADS)
     from align_tf import AlignModel
     from align_tf.optimization import make_optimizer
 
@@ -101,6 +99,8 @@ def torch_step(
 def take_steps(name: str, source: pathlib.Path, quick: bool, batch_size: int, rounds: int) -> None:
     """Prints a contender's seconds and its peak memory: what its process does."""
     framework, settings = CONTENDERS[name]
+    if framework == "tensorflow":
+        models.set_tensorflow_threads()
     make = {"tensorflow": tensorflow_step, "torch": torch_step}[framework]
     step = make(source, make_batch(models.make_config(quick), batch_size), **settings)
     times = []

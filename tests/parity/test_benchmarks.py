@@ -75,6 +75,16 @@ def test_the_program_runs(tmp_path):
     assert min(seconds) > 0
 
 
+def test_the_profile_names_the_parts_of_a_step():
+    command = [sys.executable, str(BENCHMARKS / "step_profile.py"), "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_part, by_operation = json.loads(done.stdout)
+    parts = {row[""] for row in by_part["table"]}
+    assert {"optimizer", "text tower, backward", "image tower: BatchNorm, forward"} <= parts
+    assert any("MatMul" in row[""] for row in by_operation["table"])
+
+
 def test_an_unknown_part_is_named():
     command = [sys.executable, str(BENCHMARKS), "--only", "towers,towels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
