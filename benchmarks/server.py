@@ -7,6 +7,7 @@ time are `serving.py`'s.
 """
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -40,23 +41,21 @@ def base_overhead(version: pathlib.Path, rounds: int, signature: str, times: int
     return result
 
 
-def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> list[dict[str, Any]]:
+def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Compares the server with direct calls, and with itself without batching."""
     rounds = rounds or (1 if quick else 5)
-    results = []
     with exported() as version:
-        results.append(tiny_overhead(version, rounds, 5 if quick else 50))
+        yield tiny_overhead(version, rounds, 5 if quick else 50)
         parameters = version.parent / "batching.txt"
         parameters.write_text(BATCHING)
         clients = 4 if quick else CLIENTS
         for result in batching_against_none(version.parent, parameters, clients, rounds):
             gained = throughput(result, "batching", ["one at a time"])
             result["aims"] = [aim("batching by one at a time", gained, at_least=1.5)]
-            results.append(result)
+            yield result
     base = models.exported(folder, quick)
     for signature, calls in BASE_CALLS.items():
-        results.append(base_overhead(base, rounds, signature, 2 if quick else calls))
-    return results
+        yield base_overhead(base, rounds, signature, 2 if quick else calls)
 
 
 if __name__ == "__main__":

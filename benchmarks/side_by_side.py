@@ -131,14 +131,15 @@ def _cell(value: Any) -> str:
 
 def run(
     doc: str,
-    measure: Callable[..., list[dict[str, Any]]],
+    measure: Callable[..., Iterable[dict[str, Any]]],
     more: argparse.ArgumentParser | None = None,
 ) -> None:
     """Runs one part of the benchmarks as a program; `python benchmarks` runs them all.
 
     Args:
         doc: the part's docstring; its first line is the help.
-        measure: takes `quick`, `rounds` and `folder`, where checkpoints are kept between parts.
+        measure: takes `quick`, `rounds` and `folder`, where checkpoints are kept between parts;
+            gives results, one after another.
         more: options of the part's own, which `measure` takes too.
     """
     parser = argparse.ArgumentParser(
@@ -152,7 +153,9 @@ def run(
     file, folder = arguments.pop("json"), arguments.pop("folder")
     with contextlib.ExitStack() as stack:
         folder = folder or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        results = measure(folder=folder, **arguments)
-    show(results)
-    if file:
-        write_text(file, json.dumps(results, indent=2) + "\n")
+        results = []
+        for result in measure(folder=folder, **arguments):
+            show([result])
+            results.append(result)
+            if file:  # each as it comes, so that nothing is lost
+                write_text(file, json.dumps(results, indent=2) + "\n")

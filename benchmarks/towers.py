@@ -8,7 +8,7 @@ the machine's own matrix products, measured in the same run.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
@@ -142,16 +142,12 @@ def caption_contenders(parts: Parts, batch: int) -> dict[str, Callable[[], Any]]
     return contenders
 
 
-def check(title: str, contenders: dict[str, Callable[[], Any]], peer: str) -> list[dict[str, Any]]:
+def check(title: str, contenders: dict[str, Callable[[], Any]], peer: str) -> dict[str, Any]:
     """Holds our embeddings against a peer's; returns the aim for bfloat16's cosine."""
-    reference = contenders[peer]().numpy()
-    models.check(title, contenders[OURS](), reference)
-    return cosine_aim(contenders)
-
-
-def cosine_aim(contenders: dict[str, Callable[[], Any]]) -> list[dict[str, Any]]:
-    cosine = models.least_cosine(contenders[OURS_BFLOAT16](), contenders[OURS]())
-    return [aim("cosine of bfloat16 to float32", cosine, at_least=0.9995)]
+    ours = contenders[OURS]()
+    models.check(title, ours, contenders[peer]().numpy())
+    cosine = models.least_cosine(contenders[OURS_BFLOAT16](), ours)
+    return aim("cosine of bfloat16 to float32", cosine, at_least=0.9995)
 
 
 def against(result: dict[str, Any], ours: str, theirs: tuple[str, ...], wanted: float) -> dict:
@@ -170,57 +166,63 @@ def by_limit(result: dict[str, Any], flops: int, peaks: dict[str, float]) -> dic
     return multiples
 
 
-def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Measures the image tower, the text tower at full length, and captions."""
+def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Measures captions, the text tower at full length, and the image tower."""
     models.set_threads()
     rounds = rounds or (1 if quick else 5)
     parts = Parts(folder, quick)
-    vision, text = parts.config.vision_config, parts.config.text_config
-    side, tokens = vision.image_size, MAX_TOKENS
     peaks = models.peak_flops(256 if quick else 2048)
     rates = [
         {"": f"matrix product, {dtype}", "GFLOP/s": rate / 1e9} for dtype, rate in peaks.items()
     ]
+    yield {"title": "the cores' own peak", "table": rates}
+    yield measure_captions(parts, 2 * rounds)
+    yield measure_text(parts, peaks, 2 * rounds)
+    yield measure_image(parts, peaks, rounds)
 
-    contenders = image_contenders(parts, BATCH, side)
-    cosine = check("image tower", contenders, EAGER)
-    image = compare(
-        f"image tower, {side} pixels, batch {BATCH}", contenders, items=BATCH, rounds=rounds
-    )
-    multiples = by_limit(image, models.image_flops(vision, side), peaks)
-    image["aims"] = [
-        against(image, OURS, (COMPILED,) if not quick else FLOAT32, 1.75),
-        aim("exported: seconds by those of the FLOP limit", multiples[OURS], at_most=1.2),
-        against(image, OURS_BFLOAT16, BFLOAT16, 1.8),
-        *cosine,
-    ]
 
-    contenders = text_contenders(parts, BATCH, tokens)
-    cosine = check("text tower", contenders, EAGER)
-    whole = compare(
-        f"text tower, {tokens} tokens, batch {BATCH}", contenders, items=BATCH, rounds=2 * rounds
-    )
-    by_limit(whole, models.text_flops(text, tokens), peaks)
-    whole["aims"] = [
-        against(whole, OURS, FLOAT32, 1.2),
-        against(whole, OURS_BFLOAT16, BFLOAT16, 1.2),
-        *cosine,
-    ]
-
+def measure_captions(parts: Parts, rounds: int) -> dict[str, Any]:
     contenders = caption_contenders(parts, BATCH)
     cosine = check("captions", contenders, DEFAULT)
-    captions = compare(
-        f"captions of 8 to 20 words as strings, batch {BATCH}",
-        contenders,
-        items=BATCH,
-        rounds=2 * rounds,
-    )
-    captions["aims"] = [
-        against(captions, OURS, (DEFAULT,), 4.0),
-        against(captions, OURS_BFLOAT16, (f"{DEFAULT}, bfloat16 autocast",), 4.0),
-        *cosine,
+    title = f"captions of 8 to 20 words as strings, batch {BATCH}"
+    result = compare(title, contenders, items=BATCH, rounds=rounds)
+    result["aims"] = [
+        against(result, OURS, (DEFAULT,), 4.0),
+        against(result, OURS_BFLOAT16, (f"{DEFAULT}, bfloat16 autocast",), 4.0),
+        cosine,
     ]
-    return [{"title": "the cores' own peak", "table": rates}, image, whole, captions]
+    return result
+
+
+def measure_text(parts: Parts, peaks: dict[str, float], rounds: int) -> dict[str, Any]:
+    contenders = text_contenders(parts, BATCH, MAX_TOKENS)
+    cosine = check("text tower", contenders, EAGER)
+    title = f"text tower, {MAX_TOKENS} tokens, batch {BATCH}"
+    result = compare(title, contenders, items=BATCH, rounds=rounds)
+    by_limit(result, models.text_flops(parts.config.text_config, MAX_TOKENS), peaks)
+    result["aims"] = [
+        against(result, OURS, FLOAT32, 1.2),
+        against(result, OURS_BFLOAT16, BFLOAT16, 1.2),
+        cosine,
+    ]
+    return result
+
+
+def measure_image(parts: Parts, peaks: dict[str, float], rounds: int) -> dict[str, Any]:
+    vision = parts.config.vision_config
+    contenders = image_contenders(parts, BATCH, vision.image_size)
+    cosine = check("image tower", contenders, EAGER)
+    title = f"image tower, {vision.image_size} pixels, batch {BATCH}"
+    result = compare(title, contenders, items=BATCH, rounds=rounds)
+    multiples = by_limit(result, models.image_flops(vision, vision.image_size), peaks)
+    peers = (COMPILED,) if COMPILED in contenders else FLOAT32
+    result["aims"] = [
+        against(result, OURS, peers, 1.75),
+        aim("exported: seconds by those of the FLOP limit", multiples[OURS], at_most=1.2),
+        against(result, OURS_BFLOAT16, BFLOAT16, 1.8),
+        cosine,
+    ]
+    return result
 
 
 if __name__ == "__main__":
