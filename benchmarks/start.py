@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -103,7 +104,7 @@ def help_seconds(times: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> list[dict[str, Any]]:
+def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Times fresh processes, and takes their peak memory."""
     rounds = rounds or (1 if quick else 3)
     picture = folder / "picture.jpg"
@@ -122,12 +123,13 @@ def measure(quick: bool, rounds: int | None, folder: pathlib.Path) -> list[dict[
         aim("align_tf: time by transformers'", theirs["ratio"], at_most=0.8),
         aim("align-tf --help, seconds", help_seconds(5), at_most=0.3),
     ]
+    yield result
     memory = {name: Process(program, arguments) for name, program in MEMORY.items()}
     for name, process in memory.items():
         print(f"memory: {name}", file=sys.stderr)
         process()
     table = [{"": name, "peak GiB": process.peak_gib} for name, process in memory.items()]
-    return [result, {"title": "peak memory of a process", "table": table}]
+    yield {"title": "peak memory of a process", "table": table}
 
 
 if __name__ == "__main__":
