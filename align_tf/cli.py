@@ -555,9 +555,7 @@ def _export(arguments: Any) -> int:
     from align_tf import export_saved_model
 
     _say("Exporting ...")
-    print(
-        export_saved_model(model, processor, arguments.output, dtype=arguments.dtype or "float32")
-    )
+    print(export_saved_model(model, processor, arguments.output, dtype=arguments.dtype))
     return 0
 
 

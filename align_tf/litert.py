@@ -13,6 +13,7 @@ import tensorflow as tf
 
 import align_tf
 from align_tf.checkpoint import BUNDLED
+from align_tf.embedding import TEXT_INPUTS
 from align_tf.extras import extra
 from align_tf.inference import inference_copy
 from align_tf.model import AlignModel
@@ -22,7 +23,6 @@ from align_tf.progress import track
 IMAGE_TOWER, TEXT_TOWER = "image_tower.tflite", "text_tower.tflite"
 SETTINGS_NAME = "litert.json"
 QUANTIZATIONS = (None, "int8")
-TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def export_litert(
@@ -101,7 +101,7 @@ def _towers(model: AlignModel, processor: AlignProcessor) -> list[tuple]:
 
     shape = [None, *processor.image_processor.output_shape]
     pixels = {"pixel_values": tf.TensorSpec(shape, tf.float32)}
-    tokens = {name: tf.TensorSpec([None, None], tf.int32) for name in TOKENS}
+    tokens = {name: tf.TensorSpec([None, None], tf.int32) for name in TEXT_INPUTS}
     image_weights, text_weights = model.vision_model.weights, model.text_model.weights
     if model.config.image_projection:
         image_weights = image_weights + model.image_projection.weights
@@ -182,7 +182,7 @@ def compare_litert(
     inputs = processor(pictures, names, padding="longest")
     expected = model(inputs)
     pixels = {"pixel_values": inputs["pixel_values"]}
-    tokens = {name: inputs[name] for name in TOKENS}
+    tokens = {name: inputs[name] for name in TEXT_INPUTS}
     figures = {}
     # file, inputs, output
     for file, values, output in (
