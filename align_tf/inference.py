@@ -1,9 +1,14 @@
-"""A copy of a model for inference: BatchNorm folded into the convolutions, all in one dtype."""
+"""A copy of a model for inference: BatchNorm folded, and what TensorFlow's CPU kernels fuse."""
+
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers, ops
 
+from align_tf.activation import get_activation
 from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel, AlignVisionModel, open_for_change
 
@@ -28,6 +33,7 @@ def inference_copy(model: AlignModel, dtype: str) -> AlignModel:
         if "_bn/" not in path:
             weight.assign(ops.cast(values[path].value, weight.dtype))
     _fold_batch_norms(model.vision_model, copy.vision_model)
+    _use_fast_kernels(copy.vision_model)
     return copy
 
 
@@ -39,6 +45,30 @@ def _fold_batch_norms(source: AlignVisionModel, target: AlignVisionModel) -> Non
                 _fold(source_owner, target_owner, name)
 
 
+def _use_fast_kernels(tower: AlignVisionModel) -> None:
+    for owner in (tower, *tower.blocks):
+        if owner.activation is get_activation("swish"):
+            owner.activation = swish
+    for block in tower.blocks:
+        _replace(block, "se_squeeze", average)
+
+
+def swish(x: tf.Tensor) -> tf.Tensor:
+    """As a product: the graph optimiser fuses it with a convolution, and `tf.nn.silu` not."""
+    return x * tf.sigmoid(x)
+
+
+def average(x: tf.Tensor) -> tf.Tensor:
+    """The mean over each image's area, (n, h, w, c) to (n, 1, 1, c), as a product of matrices.
+
+    In bfloat16 that takes a quarter of the time of `tf.reduce_mean` between two casts.
+    """
+    n, h, w, _ = tf.unstack(tf.shape(x))
+    area = tf.reshape(x, [n, h * w, x.shape[-1]])
+    sums = tf.matmul(tf.ones([n, 1, h * w], x.dtype), area)
+    return sums[:, None] / tf.cast(h * w, x.dtype)
+
+
 def _fold(source: layers.Layer, target: layers.Layer, name: str) -> None:
     """Puts the convolution `name` and its BatchNorm of one owner into that of another."""
     kernel = _float64(getattr(source, f"{name}_conv").kernel)
@@ -47,17 +77,29 @@ def _fold(source: layers.Layer, target: layers.Layer, name: str) -> None:
     offset = _float64(norm.beta) - _float64(norm.moving_mean) * scale
     if isinstance(convolution, layers.DepthwiseConv2D):
         scale = scale[:, None]  # its kernel is (h, w, channels, 1)
-    with open_for_change(convolution):
-        convolution.use_bias = True
-        convolution.bias = convolution.add_weight(
-            name="bias", shape=offset.shape, initializer="zeros"
-        )
     convolution.kernel.assign(kernel * scale)
-    convolution.bias.assign(offset)
-    identity = layers.Identity(name=f"{name}_bn", dtype=target.dtype_policy)
-    with open_for_change(target):
-        target._tracker.untrack(getattr(target, f"{name}_bn"))
-        setattr(target, f"{name}_bn", identity)
+    layer = Offset(len(offset), name=f"{name}_offset", dtype=target.dtype_policy)
+    layer.bias.assign(offset)
+    _replace(target, f"{name}_bn", layer)
+
+
+def _replace(owner: layers.Layer, attribute: str, new: Callable) -> None:
+    with open_for_change(owner):
+        owner._tracker.untrack(getattr(owner, attribute))
+        setattr(owner, attribute, new)
+
+
+class Offset(layers.Layer):
+    """What is left of a BatchNorm: an offset for each channel, by the operation that TensorFlow's
+    graph optimiser fuses with the convolution before it and the swish after it."""
+
+    def __init__(self, channels: int, *, name: str, dtype: Any):
+        super().__init__(name=name, dtype=dtype)
+        self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
+        self.built = True
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return tf.nn.bias_add(inputs, self.bias)
 
 
 def _float64(weight: keras.Variable) -> np.ndarray:

@@ -15,7 +15,7 @@ import align_tf
 from align_tf.checkpoint import BUNDLED
 from align_tf.embedding import TEXT_INPUTS
 from align_tf.extras import extra
-from align_tf.inference import inference_copy
+from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 from align_tf.progress import track
@@ -75,9 +75,7 @@ def export_litert(
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".litert.", dir=directory) as new:
         new = pathlib.Path(new)
-        for row in track(
-            _towers(inference_copy(model, "float32"), processor), "Converting", show=progress
-        ):
+        for row in track(_towers(_in_float32(model), processor), "Converting", show=progress):
             file, signature, function, inputs, weights = row
             content = _convert(signature, function, inputs, weights, quantize)
             (new / file).write_bytes(content)
@@ -87,6 +85,15 @@ def export_litert(
         for path in new.iterdir():
             path.replace(directory / path.name)
     return directory
+
+
+def _in_float32(model: AlignModel) -> AlignModel:
+    if model.compute_dtype == model.variable_dtype == "float32":
+        return model
+    with no_init_weights():
+        copy = AlignModel.from_config({**model.get_config(), "dtype": "float32"})
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def _towers(model: AlignModel, processor: AlignProcessor) -> list[tuple]:
@@ -119,7 +126,8 @@ def _convert(
     weights: list,
     quantize: str | None,
 ) -> bytes:
-    # By way of a SavedModel, which needs a third of the memory of making constants here.
+    # By way of a SavedModel: it has the converter take variables for constants, so that it folds
+    # BatchNorm into the convolutions, and needs a third of the memory of freezing them here.
     module = tf.Module()
     module.weights = [weight.value for weight in weights]
     graph = tf.function(function, autograph=False).get_concrete_function(**inputs)
