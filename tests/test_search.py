@@ -88,7 +88,7 @@ def test_ivf_searches_as_many_lists_as_recall_needs(collection, embeds, queries,
     about = build_index(collection, tmp_path / "index", kind="ivf")
     assert about["nlist"] == 179 and 1 < about["nprobe"] < 100
     assert set(about["recall_at_10"]) == {"image", "text"}
-    assert min(about["recall_at_10"].values()) >= 0.97
+    assert min(about["recall_at_10"].values()) >= 0.96
     assert json.loads((tmp_path / "index" / "index.json").read_text()) == about
     _, rows = Index(tmp_path / "index").search(queries, 10)
     true = np.argsort(-queries @ embeds.T, axis=1)[:, :10]
