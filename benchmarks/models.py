@@ -5,7 +5,6 @@ of one batch of noise, so that activations keep the size they have in a trained 
 """
 
 import functools
-import inspect
 import os
 import pathlib
 import time
@@ -107,11 +106,7 @@ def exported(folder: pathlib.Path, quick: bool, dtype: str = "float32") -> pathl
         source = checkpoint(folder, quick)
         model = AlignModel.from_pretrained(source)
         processor = AlignProcessor.from_pretrained(source)
-        if "dtype" in inspect.signature(export_saved_model).parameters:
-            export_saved_model(model, processor, target, version=1, dtype=dtype)
-        else:  # an align_tf that exports a model as it was loaded
-            model = AlignModel.from_pretrained(source, dtype=dtype)
-            export_saved_model(model, processor, target, version=1)
+        export_saved_model(model, processor, target, version=1, dtype=dtype)
     return target / "1"
 
 

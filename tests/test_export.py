@@ -77,9 +77,11 @@ def model():
             "num_attention_heads": 2,
             "intermediate_size": 32,
             "max_position_embeddings": 64,
+            "initializer_range": 0.3,
         },
         vision_config={
             "image_size": 32,
+            "initializer_range": 0.3,  # the default's pictures would all be embedded as zeros
             "width_coefficient": 0.1,
             "depth_coefficient": 0.1,
             "hidden_dim": 32,
