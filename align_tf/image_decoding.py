@@ -136,6 +136,8 @@ def read(
         uint8 (h, w, 3), without pixels if the file is none of these, broken or too large; and the
         height and width that its header declares, int64 (2,), zeros if there is none.
     """
+    if tf.executing_eagerly():
+        return _read_any(image_bytes, max_pixels, exact)
     return _reader(max_pixels, exact)(image_bytes)
 
 

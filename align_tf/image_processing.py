@@ -45,6 +45,7 @@ NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # as Pillow numbers them
 SUPPORT = {BILINEAR: 1.0, BICUBIC: 2.0}
 # Fractional bits of a resampling coefficient (Pillow's libImaging/Resample.c: 32 - 8 - 2).
 COEFFICIENT_BITS = 22
+IMAGES_WITHOUT_GRAPH = 8
 IMAGES_IN_FLIGHT = 8  # of a batch, decoded at a time
 
 FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
@@ -127,13 +128,14 @@ class AlignImageProcessor:
         self.apply_exif_orientation = apply_exif_orientation
         self.max_image_pixels = int(max_image_pixels)
         self._extra: dict[str, Any] = {}  # keys of the file that have no use here
-        # The graph's functions for calls from Python, traced once each.
+        # For calls from Python, traced once each.
         self.preprocess_array = tf.function(
             self.preprocess, input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
         )
-        self.try_pixel_values_of = tf.function(
+        self._try_pixel_values = tf.function(
             self.try_pixel_values, input_signature=[tf.TensorSpec([None], tf.string)]
         )
+        self._images_seen = 0
 
     # --- files -----------------------------------------------------------------------------
 
@@ -327,6 +329,14 @@ class AlignImageProcessor:
             ),
             parallel_iterations=IMAGES_IN_FLIGHT,
         )
+
+    def try_pixel_values_of(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Does what `try_pixel_values` does, for calls from Python: the first images without a
+        graph, since tracing one takes seconds."""
+        self._images_seen += len(image_bytes)
+        if self._images_seen <= IMAGES_WITHOUT_GRAPH:
+            return self.try_pixel_values(image_bytes)
+        return self._try_pixel_values(image_bytes)
 
     def _read(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Decodes one image; returns its pixels, its problem and its declared size."""

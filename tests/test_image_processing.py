@@ -11,7 +11,7 @@ import tensorflow as tf
 from image_files import HEIGHT, WIDTH, encode
 from test_hostile_images import declare
 
-from align_tf import AlignImageProcessor, AlignProcessor, image_decoding
+from align_tf import AlignImageProcessor, AlignProcessor, image_decoding, image_processing
 
 FILES = image_files.all_files(image_files.walk())
 # Pillow 13 resamples the columns of tall images first, earlier ones the rows of any.
@@ -286,3 +286,15 @@ def test_absent_keys_are_the_reference_class_defaults():
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         AlignImageProcessor(**settings)
+
+
+def test_the_first_files_read_without_a_graph_have_the_pixels_of_the_others():
+    names = sorted(FILES)[::9][:7]
+    processor = AlignImageProcessor(size=40, crop_size=32)
+    contents = tf.constant([*(FILES[name] for name in names), b"no image"])
+    without = processor.try_pixel_values_of(contents)
+    with_graph = processor.try_pixel_values_of(contents)
+    assert processor._images_seen == 16 > image_processing.IMAGES_WITHOUT_GRAPH
+    assert without[1].numpy().tolist() == [0] * 7 + [image_processing.BROKEN]
+    for ours, theirs in zip(without, with_graph, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
