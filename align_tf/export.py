@@ -20,7 +20,7 @@ from align_tf.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 # What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
 # float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
@@ -68,8 +68,8 @@ def export_saved_model(
         processor: the processor; its image and text settings go into the graph.
         directory: the model's folder, which holds one numbered folder for each version.
         version: the version to write; None takes the next free number.
-        dtype: of weights and activations, `float32` or `bfloat16`; None takes the one that the
-            model computes in. Inputs and outputs are float32 whatever it is.
+        dtype: of weights and activations, `float32`, `bfloat16` or `float16`; None takes the one
+            that the model computes in. Inputs and outputs are float32 whatever it is.
 
     Returns:
         The version's folder.

@@ -330,12 +330,14 @@ class AlignImageProcessor:
             parallel_iterations=IMAGES_IN_FLIGHT,
         )
 
-    def try_pixel_values_of(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def try_pixel_values_of(
+        self, image_bytes: Sequence[bytes]
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Does what `try_pixel_values` does, for calls from Python: the first images without a
         graph, since tracing one takes seconds."""
         self._images_seen += len(image_bytes)
         if self._images_seen <= IMAGES_WITHOUT_GRAPH:
-            return self.try_pixel_values(image_bytes)
+            return self.try_pixel_values(tf.constant(image_bytes))
         return self._try_pixel_values(image_bytes)
 
     def _read(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -197,7 +197,7 @@ def _decode(
         return tf.stack(
             [_decode_alone(processor, *pair) for pair in zip(names, contents, strict=True)]
         )
-    pixels, problems, sizes = processor.try_pixel_values_of(tf.constant(contents))
+    pixels, problems, sizes = processor.try_pixel_values_of(contents)
     for name, problem, (height, width) in zip(names, problems.numpy(), sizes.numpy(), strict=True):
         if problem == image_processing.TOO_LARGE:
             raise ValueError(

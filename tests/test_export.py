@@ -384,8 +384,10 @@ def test_a_bfloat16_export_takes_and_gives_float32(model, processor, signatures,
 
 
 def test_an_unknown_dtype_is_told(model, processor, tmp_path):
-    with pytest.raises(ValueError, match="dtype='float16': expected one of float32, bfloat16"):
-        export_saved_model(model, processor, tmp_path, dtype="float16")
+    with pytest.raises(
+        ValueError, match="dtype='int8': expected one of float32, bfloat16, float16"
+    ):
+        export_saved_model(model, processor, tmp_path, dtype="int8")
 
 
 # --- ops -----------------------------------------------------------------------------------

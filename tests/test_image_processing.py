@@ -213,7 +213,7 @@ def test_a_broken_row_is_named(picture, small, broken):
 def test_truncated_files_end_in_an_error_or_pixels(picture, small, kind):
     fine = encode(picture, kind)
     cuts = [fine[:length] for length in range(0, len(fine), max(len(fine) // 40, 1))]
-    pixels, problem, _ = small.try_pixel_values_of(tf.constant(cuts))
+    pixels, problem, _ = small.try_pixel_values_of(cuts)
     assert pixels.shape == (len(cuts), 8, 8, 3)
     assert problem.numpy()[:3].all()
 
@@ -291,7 +291,7 @@ def test_wrong_settings(settings, message):
 def test_the_first_files_read_without_a_graph_have_the_pixels_of_the_others():
     names = sorted(FILES)[::9][:7]
     processor = AlignImageProcessor(size=40, crop_size=32)
-    contents = tf.constant([*(FILES[name] for name in names), b"no image"])
+    contents = [*(FILES[name] for name in names), b"no image"]
     without = processor.try_pixel_values_of(contents)
     with_graph = processor.try_pixel_values_of(contents)
     assert processor._images_seen == 16 > image_processing.IMAGES_WITHOUT_GRAPH
