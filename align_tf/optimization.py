@@ -1,7 +1,9 @@
 """Optimizers and learning rate schedule: LAMB and AdamW with a rate for each tower and depth."""
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,6 +15,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 # Variables that are no kernel and no embedding: weight decay would only pull them from where
 # normalisation and temperature put them (the original excludes them too).
 NOT_DECAYED = ("gamma", "beta", "bias", "logit_bias", "temperature")
+
+LOOP_ELEMENTS = 2**16  # a weight of fewer is not worth compiling a loop for
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -119,8 +123,57 @@ class _OwnRates:
         return optimizer
 
 
+class _LambInOneLoop(keras.optimizers.Lamb):
+    """Keras's LAMB; on TensorFlow the moments and direction of a large weight are one loop.
+
+    Keras's dozen operations each read and write the whole weight, in about twice the time.
+    """
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        if keras.backend.backend() != "tensorflow" or math.prod(variable.shape) < LOOP_ELEMENTS:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        import tensorflow as tf
+
+        index = self._get_variable_index(variable)
+        slots = (self._momentums[index], self._velocities[index])
+        weight, *values = map(tf.convert_to_tensor, (variable, gradient, *slots))
+        step = ops.cast(self.iterations + 1, weight.dtype)
+        *moments, direction = _lamb_direction()(
+            *values, step, self.beta_1, self.beta_2, self.epsilon
+        )
+        for slot, moment in zip(slots, moments, strict=True):
+            self.assign(slot, moment)
+        length, step_length = (tf.sqrt(2.0 * tf.nn.l2_loss(x)) for x in (weight, direction))
+        ratio = tf.where((length > 0) & (step_length > 0), length / step_length, 1.0)
+        self.assign_sub(variable, direction * (ratio * ops.cast(learning_rate, weight.dtype)))
+
+
+@functools.cache
+def _lamb_direction() -> Callable:
+    """Returns the elementwise part of LAMB as a function that XLA compiles, for each shape once."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True, reduce_retracing=True)
+    def direction(
+        gradient: Any,
+        momentum: Any,
+        velocity: Any,
+        step: Any,
+        beta_1: float,
+        beta_2: float,
+        epsilon: float,
+    ) -> tuple[Any, Any, Any]:
+        momentum += (gradient - momentum) * (1 - beta_1)
+        velocity += (gradient * gradient - velocity) * (1 - beta_2)
+        deviation = tf.sqrt(velocity / (1 - beta_2**step)) + epsilon
+        return momentum, velocity, momentum / (1 - beta_1**step) / deviation
+
+    return direction
+
+
 @keras.saving.register_keras_serializable(package="align_tf")
-class Lamb(_OwnRates, keras.optimizers.Lamb):
+class Lamb(_OwnRates, _LambInOneLoop):
     """Keras's LAMB (arXiv 1904.00962) with a rate for each variable.
 
     The weight decay is Keras's, `rate * weight_decay * weight` beside the step; Algorithm 2 of

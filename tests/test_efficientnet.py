@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
-from align_tf.activation import get_activation
+from align_tf.activation import get_activation, swish
 from align_tf.configuration import VISION_ACTIVATIONS
 from align_tf.efficientnet import BatchNorm, BlockSpec, MBConvBlock, block_table
 
@@ -218,6 +218,29 @@ def test_activations(name):
     x = np.array([-2.0, -0.5, 0.0, 1.5], "float32")
     actual = ops.convert_to_numpy(get_activation(name)(x))
     np.testing.assert_allclose(actual, ACTIVATION_VALUES[name], atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradient_of_swish(dtype):
+    x = ops.cast([-1.0, 0.0, 1.0, 2.0], dtype)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        actual = jax.grad(lambda x: (3 * swish(x)).sum())(x)
+    else:
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = 3 * swish(x)
+        actual = tape.gradient(y, x)
+    # s(x) (1 + x (1 - s(x))), s(1) = 0.731059 and s(2) = 0.880797
+    expected = 3 * np.array([0.072329, 0.5, 0.927671, 1.090784])
+    atol = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(ops.cast(actual, "float32")), expected, atol=atol
+    )
+    assert actual.dtype == x.dtype
 
 
 def test_a_callable_activation_is_used(tiny_config):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from align_tf import AlignModel
+from align_tf import AlignModel, optimization
 from align_tf.optimization import AdamW, Lamb, WarmupDecay, learning_rates, make_optimizer
 
 WEIGHTS = [1.0, -2.0, 2.0]
@@ -71,7 +71,9 @@ def test_adamw_by_hand():
     np.testing.assert_allclose(second, [0.8063228, -2.1891186, 2.1359242], atol=ATOL)
 
 
-def test_lamb_by_hand():
+@pytest.mark.parametrize("loop_elements", [1, optimization.LOOP_ELEMENTS])
+def test_lamb_by_hand(monkeypatch, loop_elements):
+    monkeypatch.setattr(optimization, "LOOP_ELEMENTS", loop_elements)
     # |w| = 3 and, in step 1, each element of the update is 1 or -1, so |update| = sqrt(3) and the
     # trust ratio is sqrt(3) = 1.7320508: every weight moves by 0.17320508.
     first, second = run(Lamb(0.1))
@@ -82,13 +84,26 @@ def test_lamb_by_hand():
     np.testing.assert_allclose(second, [0.6132722, -2.3900776, 2.2663163], atol=ATOL)
 
 
-def test_lamb_decays_the_weights_as_keras_does():
+@pytest.mark.parametrize("loop_elements", [1, optimization.LOOP_ELEMENTS])
+def test_lamb_decays_the_weights_as_keras_does(monkeypatch, loop_elements):
+    monkeypatch.setattr(optimization, "LOOP_ELEMENTS", loop_elements)
     np.testing.assert_allclose(
         run(Lamb(0.1, weight_decay=0.01))[0],
         # w decayed to 0.999 w, |w| = 2.997, the ratio 2.997 / sqrt(3) = 1.7303187
         np.array(WEIGHTS) * 0.999 - 0.17303187 * np.sign(GRADIENTS[0]),
         atol=ATOL,
     )
+
+
+def test_lamb_moves_a_weight_of_zero_and_leaves_one_without_gradient(monkeypatch):
+    monkeypatch.setattr(optimization, "LOOP_ELEMENTS", 1)
+    weights = [keras.Variable(np.full(3, value, "float32")) for value in (0.0, 2.0)]
+    optimizer = Lamb(0.1)
+    optimizer.build(weights)
+    optimizer.apply([ops.ones(3), ops.zeros(3)], weights)
+    # Neither has a ratio of lengths; it is 1. The first moves by the rate.
+    np.testing.assert_allclose(ops.convert_to_numpy(weights[0]), [-0.1] * 3, atol=ATOL)
+    np.testing.assert_array_equal(ops.convert_to_numpy(weights[1]), [2.0] * 3)
 
 
 @pytest.mark.parametrize(("ours", "keras_own"), [(Lamb, "Lamb"), (AdamW, "AdamW")])
