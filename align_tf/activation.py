@@ -19,7 +19,7 @@ def swish(x: Any) -> Any:
         def gradient(upstream: tf.Tensor) -> tf.Tensor:
             return tf.ensure_shape(_swish_gradient()(x, upstream), x.shape)
 
-        return tf.nn.silu(x), gradient
+        return x * tf.sigmoid(x), gradient
 
     return with_gradient(tf.convert_to_tensor(x))
 

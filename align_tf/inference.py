@@ -48,12 +48,12 @@ def _fold_batch_norms(source: AlignVisionModel, target: AlignVisionModel) -> Non
 def _use_fast_kernels(tower: AlignVisionModel) -> None:
     for owner in (tower, *tower.blocks):
         if owner.activation is get_activation("swish"):
-            owner.activation = swish
+            owner.activation = swish_product
     for block in tower.blocks:
         _replace(block, "se_squeeze", average)
 
 
-def swish(x: tf.Tensor) -> tf.Tensor:
+def swish_product(x: tf.Tensor) -> tf.Tensor:
     """As a product: the graph optimiser fuses it with a convolution, and `tf.nn.silu` not."""
     return x * tf.sigmoid(x)
 
