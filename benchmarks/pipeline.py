@@ -42,7 +42,8 @@ class Peer:
 
         self.processor = models.peer_processor(source)
         self.model = models.peer(source, channels_last=True)
-        self.vision = torch.compile(self.model.vision_model) if compiled else None
+        vision = self.model.vision_model
+        self.vision = torch.compile(vision) if compiled else vision
 
     def embed(self, images: list[bytes], texts: list[str]) -> tuple[Any, Any]:
         import PIL.Image
@@ -51,7 +52,7 @@ class Peer:
         pictures = [PIL.Image.open(io.BytesIO(image)) for image in images]
         inputs = self.processor(images=pictures, text=texts, return_tensors="pt")
         pixels = inputs.pop("pixel_values").contiguous(memory_format=torch.channels_last)
-        image = (self.vision or self.model.vision_model)(pixels).pooler_output
+        image = self.vision(pixels).pooler_output
         hidden = self.model.text_model(**inputs).last_hidden_state[:, 0]
         text = self.model.text_projection(hidden)
         normalize = torch.nn.functional.normalize
