@@ -54,7 +54,8 @@ def _use_fast_kernels(tower: AlignVisionModel) -> None:
 
 
 def swish_product(x: tf.Tensor) -> tf.Tensor:
-    """As a product: the graph optimiser fuses it with a convolution, and `tf.nn.silu` not."""
+    """Without the gradient of its own that training has: with it, the graph optimiser would not
+    fuse the product with a convolution."""
     return x * tf.sigmoid(x)
 
 

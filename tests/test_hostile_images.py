@@ -146,7 +146,6 @@ BOMBS = {
 # Reads each file after one that is fine, and prints what it takes at most beyond what was there.
 MEASURE = """
 import json, sys
-import tensorflow as tf
 from align_tf import AlignImageProcessor
 
 def megabytes(field):
