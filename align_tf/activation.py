@@ -16,12 +16,26 @@ def swish(x: Any) -> Any:
 
     @tf.custom_gradient
     def with_gradient(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-        def gradient(upstream: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(_swish_gradient()(x, upstream), x.shape)
-
-        return x * tf.sigmoid(x), gradient
+        return x * tf.sigmoid(x), lambda upstream: swish_gradient(x, upstream)
 
     return with_gradient(tf.convert_to_tensor(x))
+
+
+def swish_gradient(x: Any, upstream: Any, scale: Any = 1.0, offset: Any = 0.0) -> Any:
+    """The gradient of swish at x * scale + offset, on TensorFlow.
+
+    Args:
+        x: float (..., c).
+        upstream: the gradient at swish's result, as x.
+        scale: float32 (c,) or ().
+        offset: float32 (c,) or ().
+
+    Returns:
+        As x.
+    """
+    import tensorflow as tf
+
+    return tf.ensure_shape(_swish_gradient()(x, upstream, scale, offset), x.shape)
 
 
 @functools.cache
@@ -30,9 +44,10 @@ def _swish_gradient() -> Callable:
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=True)
-    def gradient(x: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
-        s = tf.sigmoid(x)
-        return upstream * (s + x * s * (1 - s))
+    def gradient(x: tf.Tensor, upstream: tf.Tensor, scale: Any, offset: Any) -> tf.Tensor:
+        y = x if isinstance(scale, float) else tf.cast(tf.cast(x, scale.dtype) * scale + offset, x.dtype)
+        s = tf.sigmoid(y)
+        return upstream * (s + y * s * (1 - s))
 
     return gradient
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import layers, ops
+from keras import activations, layers, ops
 
 from align_tf.activation import get_activation
 from align_tf.initialization import no_init_weights
@@ -99,8 +99,8 @@ class Offset(layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
         self.built = True
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        return tf.nn.bias_add(inputs, self.bias)
+    def call(self, inputs: tf.Tensor, activation: Callable = activations.linear) -> tf.Tensor:
+        return activation(tf.nn.bias_add(inputs, self.bias))
 
 
 def _float64(weight: keras.Variable) -> np.ndarray:

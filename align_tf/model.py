@@ -486,7 +486,8 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
             float32.
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
-        x = self.activation(self.stem_bn(self.stem_conv(self.stem_pad(x)), training=training))
+        x = self.stem_conv(self.stem_pad(x))
+        x = self.stem_bn(x, training=training, activation=self.activation)
         hidden_states = [x]
         for block in self.blocks:
             run = rematerialize(block) if self.remat and training else block

@@ -1,12 +1,14 @@
 """Training by a recipe: the model, its data, the steps, and going on where it was stopped."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
 import pathlib
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from align_tf.progress import say
 from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
 
 METRICS_NAME = "metrics.jsonl"
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 # Of what a validation finds, these are shown; `metrics.jsonl` has all.
 VALIDATION_SHOWN = ("val_loss", "val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")
@@ -62,6 +65,7 @@ def train(recipe: Recipe) -> pathlib.Path:
         KeyboardInterrupt: a signal stopped the training, after its checkpoint.
     """
     output = _claim(recipe)
+    limit_arenas()
     keras.utils.set_random_seed(recipe.seed)
     count = devices.count_devices() if recipe.devices is None else recipe.devices
     if recipe.batch_size % count:
@@ -77,6 +81,17 @@ def train(recipe: Recipe) -> pathlib.Path:
         model.save_pretrained(output)
     processor.save_pretrained(output)
     return output
+
+
+def limit_arenas() -> None:
+    """Has glibc keep one heap for all threads, where it is the C library.
+
+    With one for each thread, each holds on to what was freed in it: a training of align-base in
+    batches of 8 took a tenth more memory.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def _claim(recipe: Recipe) -> pathlib.Path:

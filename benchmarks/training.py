@@ -129,6 +129,7 @@ def measure(
             stdout=subprocess.PIPE,
             text=True,
             check=False,
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # as `align-tf train` sets it
         )
         if child.returncode:
             print(f"{name}: ended with {child.returncode}, left out", file=sys.stderr)

@@ -159,8 +159,9 @@ def test_batch_norm_averages_move_by_keras_momentum(tiny_config):
     np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_variance), np.ones(8), rtol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["linear", "swish", "relu"])
 @pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
-def test_batch_norm_trains_as_keras_own(policy, tolerance):
+def test_batch_norm_trains_as_keras_own(policy, tolerance, activation):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("there the layer is Keras's own")
     import tensorflow as tf
@@ -174,7 +175,10 @@ def test_batch_norm_trains_as_keras_own(policy, tolerance):
         norm.build(x.shape)
         norm.set_weights([np.linspace(0.5, 1.5, 8), np.linspace(-1, 1, 8), np.ones(8), np.ones(8)])
         with tf.GradientTape() as tape:
-            y = norm(x, training=True)
+            if kind is BatchNorm and activation != "linear":
+                y = norm(x, training=True, activation=get_activation(activation))
+            else:
+                y = keras.activations.get(activation)(norm(x, training=True))
             loss = tf.reduce_sum(tf.cast(y, tf.float32) * towards)
         gradients = tape.gradient(loss, [x, *[weight.value for weight in norm.trainable_weights]])
         found.append([y, *gradients, *norm.get_weights()])
