@@ -21,14 +21,14 @@ def swish(x: Any) -> Any:
     return with_gradient(tf.convert_to_tensor(x))
 
 
-def swish_gradient(x: Any, upstream: Any, scale: Any = 1.0, offset: Any = 0.0) -> Any:
-    """The gradient of swish at x * scale + offset, on TensorFlow.
+def swish_gradient(x: Any, upstream: Any, scale: Any = None, offset: Any = None) -> Any:
+    """The gradient of swish at x * scale + offset, or at x, on TensorFlow.
 
     Args:
         x: float (..., c).
         upstream: the gradient at swish's result, as x.
-        scale: float32 (c,) or ().
-        offset: float32 (c,) or ().
+        scale: float32 (c,) or None.
+        offset: float32 (c,) or None.
 
     Returns:
         As x.
@@ -45,9 +45,10 @@ def _swish_gradient() -> Callable:
 
     @tf.function(jit_compile=True, reduce_retracing=True)
     def gradient(x: tf.Tensor, upstream: tf.Tensor, scale: Any, offset: Any) -> tf.Tensor:
-        y = x if isinstance(scale, float) else tf.cast(tf.cast(x, scale.dtype) * scale + offset, x.dtype)
-        s = tf.sigmoid(y)
-        return upstream * (s + y * s * (1 - s))
+        if scale is not None:
+            x = tf.cast(tf.cast(x, scale.dtype) * scale + offset, x.dtype)
+        s = tf.sigmoid(x)
+        return upstream * (s + x * s * (1 - s))
 
     return gradient
 

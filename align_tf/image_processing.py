@@ -327,7 +327,7 @@ class AlignImageProcessor:
                 tf.TensorSpec([], tf.int32),
                 tf.TensorSpec([2], tf.int64),
             ),
-            parallel_iterations=IMAGES_IN_FLIGHT,
+            parallel_iterations=1 if tf.executing_eagerly() else IMAGES_IN_FLIGHT,
         )
 
     def try_pixel_values_of(

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
+from tensorflow_text.core.pybinds import (
+    pywrap_fast_wordpiece_tokenizer_model_builder as wordpiece_model,
+)
 
 from align_tf import checkpoint, tokenizer_files
 from align_tf.bert_normalizer import BertNormalizer, placeholder
@@ -330,13 +333,17 @@ class AlignTokenizer:
 
         # A placeholder is a word of its own, with an id after the vocabulary's.
         placeholders = [placeholder(i) for i in range(len(self._found))]
-        wordpiece = tf_text.FastWordpieceTokenizer(
+        model = wordpiece_model.build_fast_wordpiece_model(
             [*_distinct(self.vocab), *placeholders],
-            suffix_indicator=SUFFIX,
-            max_bytes_per_word=4 * MAX_WORD_LENGTH,  # a character takes 4 at most
-            token_out_type=tf.int32,
-            unknown_token=self.unk_token,
-            no_pretokenization=True,
+            4 * MAX_WORD_LENGTH,  # bytes of a word; a character takes 4 at most
+            SUFFIX,
+            self.unk_token,
+            True,  # the words are split
+            False,  # no way back to text
+        )
+        # Of a vocabulary, tf-text would make a constant number by number.
+        wordpiece = tf_text.FastWordpieceTokenizer(
+            model_buffer=tf.constant(np.frombuffer(model, np.uint8)), token_out_type=tf.int32
         )
         pieces = words.with_values(wordpiece.tokenize(flat)).merge_dims(1, 2)  # (n, tokens)
         index = tf.maximum(pieces.values - self.vocab_size, 0)
