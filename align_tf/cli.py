@@ -148,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         help="litert: each tower as a .tflite file, for phones",
     )
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="weights of the SavedModel (float32)"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="weights of the SavedModel (float32)",
     )
     export.add_argument("--quantize", choices=("int8",), help="weights of --format litert")
 

@@ -136,6 +136,41 @@ def _fused_batch_norm(
     return with_gradient(x, gamma, beta)
 
 
+class DepthwiseConv(layers.DepthwiseConv2D):
+    """Keras's depthwise convolution; its filter's gradient takes float32 where bfloat16 is slow.
+
+    That is so of TensorFlow's CPU kernel for wide filters, by three times.
+    """
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        slow = inputs.dtype == "bfloat16" and self.kernel_size[0] > 3
+        if not (training and slow and keras.backend.backend() == "tensorflow"):
+            return super().call(inputs)
+        import tensorflow as tf
+
+        if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
+            return super().call(inputs)
+        options = {"strides": [1, *self.strides, 1], "padding": self.padding.upper()}
+
+        @tf.custom_gradient
+        def with_gradient(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+                of_input = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
+                    input_sizes=tf.shape(x), filter=kernel, out_backprop=upstream, **options
+                )
+                of_kernel = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+                    input=tf.cast(x, "float32"),
+                    filter_sizes=tf.shape(kernel),
+                    out_backprop=tf.cast(upstream, "float32"),
+                    **options,
+                )
+                return of_input, tf.cast(of_kernel, kernel.dtype)
+
+            return tf.nn.depthwise_conv2d(x, kernel, **options), gradient
+
+        return with_gradient(inputs, ops.cast(self.kernel, inputs.dtype))
+
+
 class MBConvBlock(layers.Layer):
     """Inverted bottleneck: expand, depthwise convolution, squeeze-and-excite, project.
 
@@ -165,7 +200,7 @@ class MBConvBlock(layers.Layer):
             self.depthwise_pad = layers.ZeroPadding2D(
                 ((before, after), (before, after)), name="depthwise_pad", **options
             )
-        self.depthwise_conv = layers.DepthwiseConv2D(
+        self.depthwise_conv = DepthwiseConv(
             spec.kernel_size,
             strides=spec.stride,
             padding="valid" if spec.stride == 2 else "same",
@@ -211,7 +246,7 @@ class MBConvBlock(layers.Layer):
             x = self.expand_bn(self.expand_conv(x), training=training, activation=self.activation)
         if self.spec.stride == 2:
             x = self.depthwise_pad(x)
-        x = self.depthwise_conv(x)
+        x = self.depthwise_conv(x, training=training)
         x = self.depthwise_bn(x, training=training, activation=self.activation)
         x = x * self.se_expand(self.se_reduce(self.se_squeeze(x)))
         x = self.project_bn(self.project_conv(x), training=training)

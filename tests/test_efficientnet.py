@@ -10,7 +10,7 @@ from keras import ops
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
 from align_tf.activation import get_activation, swish
 from align_tf.configuration import VISION_ACTIVATIONS
-from align_tf.efficientnet import BatchNorm, BlockSpec, MBConvBlock, block_table
+from align_tf.efficientnet import BatchNorm, BlockSpec, DepthwiseConv, MBConvBlock, block_table
 
 
 def test_block_table_of_a_tiny_tower(tiny_config):
@@ -186,6 +186,35 @@ def test_batch_norm_trains_as_keras_own(policy, tolerance, activation):
     for ours, keras_own in zip(*found, strict=True):
         np.testing.assert_allclose(
             np.asarray(ours, "float32"), np.asarray(keras_own, "float32"), tolerance, 10 * tolerance
+        )
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_wide_depthwise_filter_trains_in_bfloat16(padding):
+    """Its gradient is that of float32, rounded; a training does not differ in the forward pass."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("there the layer is Keras's own")
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    x = tf.Variable(tf.cast(rng.normal(size=(2, 9, 9, 4)), tf.bfloat16))
+    found = {}
+    for policy in ("mixed_bfloat16", "float32"):
+        layer = DepthwiseConv(5, padding=padding, use_bias=False, dtype=policy)
+        layer.build(x.shape)
+        kernel = tf.cast(np.linspace(-1, 1, 100).reshape(5, 5, 4, 1), tf.bfloat16)
+        layer.kernel.assign(tf.cast(kernel, tf.float32))
+        inputs = tf.cast(x, layer.compute_dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            y = layer(inputs, training=True)
+        np.testing.assert_array_equal(y.numpy(), layer(inputs).numpy())
+        towards = tf.cast(tf.reshape(tf.range(tf.size(y)) % 3 - 1, y.shape), y.dtype)
+        gradients = tape.gradient(y, [inputs, layer.kernel.value], towards)
+        found[policy] = [y, *gradients]
+    for ours, exact in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(ours, "float32"), np.asarray(exact, "float32"), rtol=2**-7, atol=0.1
         )
 
 
