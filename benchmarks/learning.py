@@ -17,7 +17,6 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "recipes" / "align_tiny"))
 
-import clipart
 import keras
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ def train_transformers(
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0 - module.momentum
-    schedule = recipe.make_schedule(steps)
+    schedule = recipe.Cycles(steps)
     decayed, plain = [], []
     for name, weight in model.named_parameters():
         kept = weight.ndim < 2 or "embeddings" in name
@@ -95,8 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     concepts = read_concepts()
     parts = split(concepts)
-    drawings, _ = clipart.split(clipart.read_drawings())
-    data, tokenizer = make_training_set(concepts, parts, drawings, 6000, seed=0)
+    vocabulary = pathlib.Path(tempfile.mkdtemp()) / "vocab.txt"
+    data, tokenizer = make_training_set(concepts, parts, [], 6000, 0, vocabulary)
     pairs = evaluation_pairs(concepts, parts, [])[SET]
     processor = AlignProcessor(AlignImageProcessor(size=SIDE, do_center_crop=False), tokenizer)
     print("| seed | | steps | minutes | text to image R@1/5/10 | image to text R@1/5/10 |")
@@ -107,7 +106,7 @@ def main() -> None:
             torch.manual_seed(seed)
             folder = pathlib.Path(tempfile.mkdtemp())
             recipe.make_model(len(tokenizer.vocab)).save_pretrained(folder)
-            batches = make_dataset(data, SIDE, recipe.BATCH_SIZE, recipe.DRAWINGS_SHARE, 0.0, seed)
+            batches = make_dataset(data, SIDE, recipe.BATCH_SIZE, recipe.DRAWINGS_SHARE, seed)
             turns = trainer(folder, batches.take(arguments.steps), arguments.steps)
             for step, minutes, save in _timed(turns, arguments.every):
                 save()

@@ -1,6 +1,7 @@
 """Training batches of align-tiny: one picture and one caption of each thing, drawn anew."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 
 import clipart
@@ -11,6 +12,7 @@ from captions import draw_caption, train_vocabulary
 from emoji import RENDERINGS, Concept, Split, read_picture
 
 from align_tf import AlignTokenizer
+from align_tf.checkpoint import write_text
 
 SOURCE_SIDE = 64  # pixels of the pictures in the packages
 CAPTIONS_PER_PICTURE = 16
@@ -26,7 +28,6 @@ class TrainingSet:
     mirrored: np.ndarray  # bool (p,), whether the picture may be flipped
     input_ids: np.ndarray  # int32 (p, CAPTIONS_PER_PICTURE, MAX_TOKENS)
     concepts: list[list[list[int]]]  # concept -> plain and each tone -> its renderings' rows
-    categories: list[str]  # concept -> its category
     drawings: list[list[int]]  # title -> its drawings' rows
 
 
@@ -36,8 +37,13 @@ def make_training_set(
     drawings: list[clipart.Drawing],
     vocab_size: int,
     seed: int,
+    vocabulary: pathlib.Path,
 ) -> tuple[TrainingSet, AlignTokenizer]:
-    """Reads the pictures, draws their captions, and learns the vocabulary from these."""
+    """Reads the pictures, draws their captions, and learns the vocabulary from these.
+
+    It is learned once and kept in the file `vocabulary`: ties in it fall differently each time,
+    which a training that goes on must not see.
+    """
     rng = np.random.default_rng(seed)
     pictures, mirrored, captions = [], [], []
 
@@ -47,9 +53,8 @@ def make_training_set(
         captions.extend(draw() for _ in range(CAPTIONS_PER_PICTURE))
         return len(pictures) - 1
 
-    concept_rows, categories = [], []
+    concept_rows = []
     for concept, tones in _training_pictures(concepts, parts):
-        categories.append(concept.category)
         concept_rows.append(
             [
                 [
@@ -72,14 +77,15 @@ def make_training_set(
         )
         titles.setdefault(drawing.title, []).append(row)
 
-    tokenizer = AlignTokenizer(train_vocabulary(captions, vocab_size))
+    if not vocabulary.exists():
+        write_text(vocabulary, "\n".join(train_vocabulary(captions, vocab_size)))
+    tokenizer = AlignTokenizer(vocabulary.read_text().split("\n"))
     input_ids = tokenizer(captions, max_length=MAX_TOKENS)["input_ids"].numpy()
     data = TrainingSet(
         pictures=np.stack(pictures),
         mirrored=np.array(mirrored),
         input_ids=input_ids.reshape(len(pictures), CAPTIONS_PER_PICTURE, MAX_TOKENS),
         concepts=concept_rows,
-        categories=categories,
         drawings=list(titles.values()),
     )
     return data, tokenizer
@@ -103,7 +109,6 @@ def make_dataset(
     side: int,
     batch_size: int,
     drawings_share: float,
-    like_share: float,
     seed: int,
 ) -> tf.data.Dataset:
     """Returns endless batches of what AlignModel takes.
@@ -113,8 +118,6 @@ def make_dataset(
         side: of the pictures in pixels.
         batch_size: pairs in a batch.
         drawings_share: of a batch's pairs that are drawings with noisy captions.
-        like_share: of the epochs, those in which like things come together, to be each other's
-            negatives.
         seed: of the order; the draws within a batch follow TensorFlow's own seed.
     """
     pictures, mirrored = tf.constant(data.pictures), tf.constant(data.mirrored)
@@ -132,7 +135,7 @@ def make_dataset(
         }
 
     rows = tf.data.Dataset.from_generator(
-        lambda: _rows(data, batch_size, round(drawings_share * batch_size), like_share, seed),
+        lambda: _rows(data, batch_size, round(drawings_share * batch_size), seed),
         output_signature=tf.TensorSpec([batch_size], tf.int32),
     )
     # One batch at a time, so that the random draws come in one order.
@@ -140,7 +143,7 @@ def make_dataset(
 
 
 def _rows(
-    data: TrainingSet, batch_size: int, drawings_count: int, like_share: float, seed: int
+    data: TrainingSet, batch_size: int, drawings_count: int, seed: int
 ) -> Iterator[np.ndarray]:
     """Yields the rows of each batch; no thing comes twice in one, for it would be its own negative.
 
@@ -150,12 +153,8 @@ def _rows(
     emoji_count = batch_size - drawings_count
     drawings = _drawings(data.drawings, drawings_count, rng)
     while True:
-        order = rng.permutation(len(data.concepts))
-        if rng.random() < like_share:
-            turn = {c: rng.random() for c in sorted(set(data.categories))}
-            order = sorted(order, key=lambda index: turn[data.categories[index]])
         rows: list[int] = []
-        for index in order:
+        for index in rng.permutation(len(data.concepts)):
             tones = data.concepts[index]
             if rng.random() > TONES_SHARE:
                 tones = tones[:1]

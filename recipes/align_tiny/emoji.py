@@ -56,7 +56,6 @@ class Concept:
     label: str
     names: tuple[str, ...]
     keywords: tuple[str, ...]
-    category: str  # such as face-smiling
     mirrored: bool  # whether its mirror image means the same
     pictures: dict[str, tuple[tuple[pathlib.Path, str], ...]]  # (file, skin tone or "")
 
@@ -103,7 +102,6 @@ def read_concepts() -> list[Concept]:
                 label=label,
                 names=tuple(_plain(n) for n in (entry["name"] or "", *entry["short_names"]) if n),
                 keywords=tuple(dict.fromkeys(_plain(word) for word in words)),
-                category=entry["subcategory"],
                 mirrored=not DIRECTIONAL.search(f"{entry['subcategory']} {label}"),
                 pictures={set_: _pictures(folders, entry, set_) for set_ in RENDERINGS},
             )

@@ -11,6 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import clipart
 import keras
+import tensorflow as tf
 from card import write_card, write_examples
 from dataset import TrainingSet, make_dataset, make_training_set
 from emoji import CACHE, read_concepts, split
@@ -20,9 +21,7 @@ from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcesso
 from align_tf.callbacks import ResumableCheckpoint
 from align_tf.checkpoint import BUNDLED
 
-STEPS = 10000
 BATCH_SIZE = 128
-LEARNING_RATE = 1e-3
 WARMUP_STEPS = 200
 WEIGHT_DECAY = 0.05
 # Two drawings of a thing differ, so that pictures are drawn anew and blocks dropped; the words are
@@ -31,9 +30,13 @@ DROP_CONNECT_RATE, DROPOUT = 0.1, 0.0
 LABEL_SMOOTHING = 0.0  # the things are few and each comes often: a sharp target is right
 # While nothing is learned yet the temperature would rise and rise.
 TEMPERATURE, TEMPERATURE_BOUNDS = 0.05, (0.02, 0.07)
-# Small pictures teach faster; the last steps fit filters and BatchNorm to the full size.
-# side in pixels, share of the steps, share of the epochs in which like things come together
-STAGES = ((64, 0.85, 0.0), (96, 0.15, 0.0))
+# Each cycle of the learning rate warms up and decays to zero: steps, peak
+CYCLES = ((10000, 1e-3), (1500, 5e-4))
+STEPS = sum(steps for steps, _ in CYCLES)
+# Small pictures teach faster; the last steps fit filters and BatchNorm to the full size, and
+# need a rate of their own for it.
+# side in pixels, steps
+STAGES = ((64, 8500), (96, 3000))
 DRAWINGS_SHARE = 0.0  # of a batch: drawings with noisy captions; what they did: recipes/README.md
 STEPS_PER_EPOCH = 50  # between two lines of progress and checkpoints
 
@@ -60,18 +63,38 @@ def make_model(vocab_size: int) -> AlignModel:
     )
 
 
-def make_schedule(steps: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """A linear warmup and a cosine decay to zero."""
-    warmup = min(WARMUP_STEPS, steps // 5)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, steps - warmup, warmup_target=LEARNING_RATE, warmup_steps=warmup
-    )
+class Cycles(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warmups and cosine decays to zero, one after the other.
+
+    Args:
+        steps: of the whole training; the cycles shrink or grow with it.
+    """
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.first_steps, self.parts, first = [], [], 0
+        for share, peak in CYCLES:
+            length = share * steps // STEPS
+            warmup = min(WARMUP_STEPS, length // 5)
+            self.parts.append(
+                keras.optimizers.schedules.CosineDecay(
+                    0.0, length - warmup, warmup_target=peak, warmup_steps=warmup
+                )
+            )
+            self.first_steps.append(first)
+            first += length
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        rate = 0.0
+        for first, part in zip(self.first_steps, self.parts, strict=True):
+            rate = tf.where(step < first, rate, part(step - first))
+        return rate
 
 
 def make_optimizer(steps: int) -> keras.optimizers.Optimizer:
     """AdamW that leaves norms, biases, embeddings and the temperature undecayed."""
     optimizer = keras.optimizers.AdamW(
-        make_schedule(steps), weight_decay=WEIGHT_DECAY, beta_2=0.98, global_clipnorm=1.0
+        Cycles(steps), weight_decay=WEIGHT_DECAY, beta_2=0.98, global_clipnorm=1.0
     )
     optimizer.exclude_from_weight_decay(
         var_names=["bias", "gamma", "beta", "temperature", "embeddings"]
@@ -111,12 +134,12 @@ def fit(
     model.compile(optimizer=make_optimizer(steps))
     step = checkpoints.restore(model)
     callbacks, epochs = [Progress(steps, step), checkpoints], 0
-    for side, share, like_share in STAGES:
-        first, epochs = epochs, epochs + round(share * steps / STEPS_PER_EPOCH)
+    for side, share in STAGES:
+        first, epochs = epochs, epochs + round(share * steps / STEPS / STEPS_PER_EPOCH)
         first = max(first, step // STEPS_PER_EPOCH)
         if first < epochs:
             model.fit(
-                make_dataset(data, side, BATCH_SIZE, drawings_share, like_share, seed + first),
+                make_dataset(data, side, BATCH_SIZE, drawings_share, seed + first),
                 initial_epoch=first,
                 epochs=epochs,
                 steps_per_epoch=STEPS_PER_EPOCH,
@@ -141,8 +164,15 @@ def main() -> None:
     parts = split(concepts, arguments.seed)
     trained, held_out = clipart.split(clipart.read_drawings(), arguments.seed)
     vocab_size = AlignConfig.from_preset("align-tiny").text_config.vocab_size
+    steps, share = arguments.steps, arguments.drawings_share
+    folder = CACHE / f"training-{steps}-{share}-{arguments.seed}"
     data, tokenizer = make_training_set(
-        concepts, parts, trained if arguments.drawings_share else [], vocab_size, arguments.seed
+        concepts,
+        parts,
+        trained if share else [],
+        vocab_size,
+        arguments.seed,
+        folder / "vocab.txt",
     )
     model = make_model(len(tokenizer.vocab))
     side = model.config.vision_config.image_size
@@ -154,10 +184,7 @@ def main() -> None:
         f"{len(tokenizer.vocab)} tokens, {model.count_params():,} parameters",
         file=sys.stderr,
     )
-    steps, share = arguments.steps, arguments.drawings_share
-    checkpoints = ResumableCheckpoint(
-        CACHE / f"training-{steps}-{share}-{arguments.seed}", processor, keep=1
-    )
+    checkpoints = ResumableCheckpoint(folder, processor, keep=1)
     fit(model, data, checkpoints, steps, share, arguments.seed)
 
     model.save_pretrained(arguments.output, dtype="float16")
