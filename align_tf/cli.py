@@ -618,19 +618,20 @@ def _serve(arguments: Any) -> int:
         metrics_path = metrics.read_monitoring_config(arguments.monitoring_config_file)
     names = [field.name for field in dataclasses.fields(Limits)]
     limits = Limits(**{name: getattr(arguments, name) for name in names})
-    server.serve(
-        server.ModelServer(
-            arguments.directory,
-            model_name=arguments.model_name,
-            model_config_file=arguments.model_config_file,
-            host=arguments.host,
-            grpc_port=arguments.grpc_port,
-            rest_port=arguments.rest_port,
-            batching=parameters,
-            limits=limits,
-            metrics_path=metrics_path,
-        )
+    model_server = server.ModelServer(
+        arguments.directory,
+        model_name=arguments.model_name,
+        model_config_file=arguments.model_config_file,
+        host=arguments.host,
+        grpc_port=arguments.grpc_port,
+        rest_port=arguments.rest_port,
+        batching=parameters,
+        limits=limits,
+        metrics_path=metrics_path,
     )
+    # The weights of what is served stay, so that oneDNN may keep them in the layout it computes in.
+    os.environ.setdefault("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS", "1")
+    server.serve(model_server)
     return 0
 
 

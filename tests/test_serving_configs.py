@@ -188,6 +188,7 @@ def test_compose_and_kubernetes_start_the_same_server():
     assert service["image"] == pod["image"]
     assert service["entrypoint"] == pod["command"]
     assert service["command"] == pod["args"]
+    assert service["environment"] == {one["name"]: one["value"] for one in pod["env"]}
     gateway = compose()["services"]["gateway"]
     assert gateway["image"] == container("align-gateway")["image"]
     assert gateway["command"] == container("align-gateway")["args"]
