@@ -106,7 +106,7 @@ def main() -> None:
             torch.manual_seed(seed)
             folder = pathlib.Path(tempfile.mkdtemp())
             recipe.make_model(len(tokenizer.vocab)).save_pretrained(folder)
-            batches = make_dataset(data, SIDE, recipe.BATCH_SIZE, recipe.DRAWINGS_SHARE, seed)
+            batches = make_dataset(data, SIDE, recipe.BATCH_SIZE, 0.0, seed)
             turns = trainer(folder, batches.take(arguments.steps), arguments.steps)
             for step, minutes, save in _timed(turns, arguments.every):
                 save()

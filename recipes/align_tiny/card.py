@@ -33,7 +33,7 @@ photographs.
 | `emoji-datasource-twitter` | {twitter} | Twemoji renderings | CC-BY 4.0 |
 | `emojibase-data` | {emojibase} | Unicode CLDR labels and tags | MIT; Unicode License |
 | `emojilib` | {emojilib} | keywords | MIT |
-| `openclipart-svg`, `-png` | {openclipart} | drawings and titles, to measure by | public domain |
+| `openclipart-svg`, `-png` | {openclipart} | drawings, titles, keywords | public domain |
 
 The first four are npm's, the last is Debian's. Twemoji: © Twitter, Inc and other contributors.
 The first names, and the packaging of the pictures, are those of emoji-data by Cal Henderson (MIT).
@@ -43,10 +43,10 @@ that the model names rightly; the figures say how often it does.
 ## Figures
 
 Kept from training: one rendering, Noto's or Twemoji's, of a tenth of the concepts with all its
-skin tones ("held-out renderings"), both renderings of some more concepts ("unseen"), and all
-drawings; of these, those of a twentieth of openclipart's titles are measured. Each picture, on
-white, meets one caption, `a picture of {{CLDR label or title}}`. Recall among all pictures of the
-set in percent, R@1 / R@5 / R@10:
+skin tones ("held-out renderings"), both renderings of some more concepts ("unseen"), and the
+drawings of a twentieth of openclipart's titles. Each picture, on white, meets one caption,
+`a picture of {{CLDR label or title}}`. Recall among all pictures of the set in percent,
+R@1 / R@5 / R@10:
 
 | set | images | chance | text to image | image to text |
 |---|---|---|---|---|

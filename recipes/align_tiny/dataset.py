@@ -39,7 +39,7 @@ def make_training_set(
     seed: int,
     vocabulary: pathlib.Path,
 ) -> tuple[TrainingSet, AlignTokenizer]:
-    """Reads the pictures, draws their captions, and learns the vocabulary from these.
+    """Reads the pictures, draws their captions, and learns the vocabulary from the emoji's.
 
     It is learned once and kept in the file `vocabulary`: ties in it fall differently each time,
     which a training that goes on must not see.
@@ -68,6 +68,10 @@ def make_training_set(
                 for tone, paths in tones.items()
             ]
         )
+    if not vocabulary.exists():
+        write_text(vocabulary, "\n".join(train_vocabulary(captions, vocab_size)))
+    tokenizer = AlignTokenizer(vocabulary.read_text().split("\n"))
+
     titles: dict[str, list[int]] = {}
     for drawing in drawings:
         row = add(
@@ -77,9 +81,6 @@ def make_training_set(
         )
         titles.setdefault(drawing.title, []).append(row)
 
-    if not vocabulary.exists():
-        write_text(vocabulary, "\n".join(train_vocabulary(captions, vocab_size)))
-    tokenizer = AlignTokenizer(vocabulary.read_text().split("\n"))
     input_ids = tokenizer(captions, max_length=MAX_TOKENS)["input_ids"].numpy()
     data = TrainingSet(
         pictures=np.stack(pictures),

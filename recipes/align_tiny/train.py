@@ -34,10 +34,9 @@ TEMPERATURE, TEMPERATURE_BOUNDS = 0.05, (0.02, 0.07)
 CYCLES = ((10000, 1e-3), (1500, 5e-4))
 STEPS = sum(steps for steps, _ in CYCLES)
 # Small pictures teach faster; the last steps fit filters and BatchNorm to the full size, and
-# need a rate of their own for it.
-# side in pixels, steps
-STAGES = ((64, 8500), (96, 3000))
-DRAWINGS_SHARE = 0.0  # of a batch: drawings with noisy captions; what they did: recipes/README.md
+# need a rate of their own for it. Drawings with noisy captions are for the end: README.md.
+# side in pixels, steps, share of a batch that are drawings
+STAGES = ((64, 8500, 0.0), (96, 1500, 0.0), (96, 1500, 0.2))
 STEPS_PER_EPOCH = 50  # between two lines of progress and checkpoints
 
 
@@ -74,7 +73,7 @@ class Cycles(keras.optimizers.schedules.LearningRateSchedule):
         super().__init__()
         self.first_steps, self.parts, first = [], [], 0
         for share, peak in CYCLES:
-            length = share * steps // STEPS
+            length = max(1, share * steps // STEPS)
             warmup = min(WARMUP_STEPS, length // 5)
             self.parts.append(
                 keras.optimizers.schedules.CosineDecay(
@@ -127,15 +126,14 @@ def fit(
     data: TrainingSet,
     checkpoints: ResumableCheckpoint,
     steps: int,
-    drawings_share: float,
     seed: int,
 ) -> None:
     """Trains through the stages, under one schedule, on from the last checkpoint."""
     model.compile(optimizer=make_optimizer(steps))
     step = checkpoints.restore(model)
     callbacks, epochs = [Progress(steps, step), checkpoints], 0
-    for side, share in STAGES:
-        first, epochs = epochs, epochs + round(share * steps / STEPS / STEPS_PER_EPOCH)
+    for side, length, drawings_share in STAGES:
+        first, epochs = epochs, epochs + round(length * steps / STEPS / STEPS_PER_EPOCH)
         first = max(first, step // STEPS_PER_EPOCH)
         if first < epochs:
             model.fit(
@@ -153,9 +151,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, default=BUNDLED["align-tiny"])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--drawings-share", type=float, default=DRAWINGS_SHARE, help="of a batch, from openclipart"
-    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     keras.utils.set_random_seed(arguments.seed)
@@ -164,15 +159,10 @@ def main() -> None:
     parts = split(concepts, arguments.seed)
     trained, held_out = clipart.split(clipart.read_drawings(), arguments.seed)
     vocab_size = AlignConfig.from_preset("align-tiny").text_config.vocab_size
-    steps, share = arguments.steps, arguments.drawings_share
-    folder = CACHE / f"training-{steps}-{share}-{arguments.seed}"
+    steps, seed = arguments.steps, arguments.seed
+    folder = CACHE / f"training-{steps}-{seed}"
     data, tokenizer = make_training_set(
-        concepts,
-        parts,
-        trained if share else [],
-        vocab_size,
-        arguments.seed,
-        folder / "vocab.txt",
+        concepts, parts, trained, vocab_size, seed, folder / "vocab.txt"
     )
     model = make_model(len(tokenizer.vocab))
     side = model.config.vision_config.image_size
@@ -185,7 +175,7 @@ def main() -> None:
         file=sys.stderr,
     )
     checkpoints = ResumableCheckpoint(folder, processor, keep=1)
-    fit(model, data, checkpoints, steps, share, arguments.seed)
+    fit(model, data, checkpoints, steps, seed)
 
     model.save_pretrained(arguments.output, dtype="float16")
     processor.save_pretrained(arguments.output)
