@@ -219,6 +219,7 @@ def test_a_call_whose_deadline_passed_in_the_queue_is_not_run(small, monkeypatch
         with pytest.raises(grpc.RpcError) as error:
             predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])), timeout=0.2)
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        time.sleep(1)  # so that the server, whose clock for the call began later, has seen it too
         held.go.set()
         assert running.result() == (200, ANSWER)
         assert predict(small.rest_port) == (200, ANSWER)
