@@ -20,6 +20,7 @@ from evaluate import evaluate
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor
 from align_tf.callbacks import ResumableCheckpoint
 from align_tf.checkpoint import BUNDLED
+from align_tf.optimization import WarmupDecay
 
 BATCH_SIZE = 128
 WARMUP_STEPS = 200
@@ -75,11 +76,7 @@ class Cycles(keras.optimizers.schedules.LearningRateSchedule):
         for share, peak in CYCLES:
             length = max(1, share * steps // STEPS)
             warmup = min(WARMUP_STEPS, length // 5)
-            self.parts.append(
-                keras.optimizers.schedules.CosineDecay(
-                    0.0, length - warmup, warmup_target=peak, warmup_steps=warmup
-                )
-            )
+            self.parts.append(WarmupDecay(peak, warmup, length, "cosine"))
             self.first_steps.append(first)
             first += length
 
