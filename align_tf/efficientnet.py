@@ -5,13 +5,13 @@ Hugging Face's modeling_align.py.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import keras
-from keras import activations, layers, ops
+from keras import layers
 
-from align_tf.activation import get_activation, swish, swish_gradient
+from align_tf import fused_training
+from align_tf.activation import get_activation
 from align_tf.configuration import AlignVisionConfig
 from align_tf.initialization import kernel_initializer
 
@@ -79,96 +79,9 @@ def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: A
 
 def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
     """Returns a BatchNorm with the tower's momentum and epsilon."""
-    return BatchNorm(momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options)
-
-
-class BatchNorm(layers.BatchNormalization):
-    """Keras's BatchNorm, and the activation after it, trained on TensorFlow by its fused kernel.
-
-    That takes a third of the time of Keras's moments, and keeps fewer activations for the gradient:
-    swish's input is computed again.
-    """
-
-    def call(
-        self,
-        inputs: Any,
-        training: bool | None = None,
-        mask: Any = None,
-        activation: Callable = activations.linear,
-    ) -> Any:
-        trains = training and self.trainable and not self.synchronized
-        fused = keras.backend.backend() == "tensorflow" and inputs.dtype != "float64"
-        if not (trains and fused):
-            return activation(super().call(inputs, training=training, mask=mask))
-        gamma, beta = (ops.cast(weight, "float32") for weight in (self.gamma, self.beta))
-        ends_in_swish = activation is swish
-        x, mean, variance = _fused_batch_norm(inputs, gamma, beta, self.epsilon, ends_in_swish)
-        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + value * (1.0 - self.momentum))
-        return x if ends_in_swish else activation(x)
-
-
-def _fused_batch_norm(
-    x: Any, gamma: Any, beta: Any, epsilon: float, ends_in_swish: bool
-) -> tuple[Any, Any, Any]:
-    """Returns what is normalised by its own statistics, in the end by swish, and these two."""
-    import tensorflow as tf
-
-    @tf.custom_gradient
-    def with_gradient(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tuple, Callable]:
-        y, mean, variance, *reserved = tf.raw_ops.FusedBatchNormV3(
-            x=x, scale=gamma, offset=beta, mean=[], variance=[], epsilon=epsilon, is_training=True
-        )
-        count = tf.cast(tf.size(x) / tf.size(mean), variance.dtype)
-        variance *= (count - 1.0) / count  # the kernel's is the unbiased one, Keras's is not
-
-        def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> list[tf.Tensor]:
-            if ends_in_swish:
-                scale = gamma * tf.math.rsqrt(variance + epsilon)
-                upstream = swish_gradient(x, upstream, scale, beta - mean * scale)
-            spaces = {f"reserve_space_{i}": space for i, space in enumerate(reserved, start=1)}
-            return tf.raw_ops.FusedBatchNormGradV3(
-                y_backprop=upstream, x=x, scale=gamma, epsilon=epsilon, is_training=True, **spaces
-            )[:3]
-
-        return (y * tf.sigmoid(y) if ends_in_swish else y, mean, variance), gradient
-
-    return with_gradient(x, gamma, beta)
-
-
-class DepthwiseConv(layers.DepthwiseConv2D):
-    """Keras's depthwise convolution; its filter's gradient takes float32 where bfloat16 is slow.
-
-    That is so of TensorFlow's CPU kernel for wide filters, by three times.
-    """
-
-    def call(self, inputs: Any, training: bool = False) -> Any:
-        slow = inputs.dtype == "bfloat16" and self.kernel_size[0] > 3
-        if not (training and slow and keras.backend.backend() == "tensorflow"):
-            return super().call(inputs)
-        import tensorflow as tf
-
-        if tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("TPU"):
-            return super().call(inputs)
-        options = {"strides": [1, *self.strides, 1], "padding": self.padding.upper()}
-
-        @tf.custom_gradient
-        def with_gradient(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-            def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-                of_input = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
-                    input_sizes=tf.shape(x), filter=kernel, out_backprop=upstream, **options
-                )
-                of_kernel = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
-                    input=tf.cast(x, "float32"),
-                    filter_sizes=tf.shape(kernel),
-                    out_backprop=tf.cast(upstream, "float32"),
-                    **options,
-                )
-                return of_input, tf.cast(of_kernel, kernel.dtype)
-
-            return tf.nn.depthwise_conv2d(x, kernel, **options), gradient
-
-        return with_gradient(inputs, ops.cast(self.kernel, inputs.dtype))
+    return layers.BatchNormalization(
+        momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options
+    )
 
 
 class MBConvBlock(layers.Layer):
@@ -200,7 +113,7 @@ class MBConvBlock(layers.Layer):
             self.depthwise_pad = layers.ZeroPadding2D(
                 ((before, after), (before, after)), name="depthwise_pad", **options
             )
-        self.depthwise_conv = DepthwiseConv(
+        self.depthwise_conv = layers.DepthwiseConv2D(
             spec.kernel_size,
             strides=spec.stride,
             padding="valid" if spec.stride == 2 else "same",
@@ -241,15 +154,21 @@ class MBConvBlock(layers.Layer):
         self.project_bn.build((None, None, None, self.spec.out_channels))
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        x = inputs
-        if self.spec.expand_ratio != 1:
-            x = self.expand_bn(self.expand_conv(x), training=training, activation=self.activation)
-        if self.spec.stride == 2:
-            x = self.depthwise_pad(x)
-        x = self.depthwise_conv(x, training=training)
-        x = self.depthwise_bn(x, training=training, activation=self.activation)
-        x = x * self.se_expand(self.se_reduce(self.se_squeeze(x)))
-        x = self.project_bn(self.project_conv(x), training=training)
+        if training and fused_training.fits(self.activation, self.depthwise_bn, inputs):
+            x = fused_training.branch(self, inputs)
+        else:
+            x = self.branch(inputs, training)
         if self.spec.residual:
             x = inputs + self.drop_connect(x, training=training)
         return x
+
+    def branch(self, x: Any, training: bool = False) -> Any:
+        """Takes (n, h, w, in_channels) to (n, h', w', out_channels)."""
+        if self.spec.expand_ratio != 1:
+            x = self.activation(self.expand_bn(self.expand_conv(x), training=training))
+        if self.spec.stride == 2:
+            x = self.depthwise_pad(x)
+        x = self.depthwise_conv(x)
+        x = self.activation(self.depthwise_bn(x, training=training))
+        x = x * self.se_expand(self.se_reduce(self.se_squeeze(x)))
+        return self.project_bn(self.project_conv(x), training=training)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from align_tf import checkpoint, grad_cache, original_checkpoint
+from align_tf import checkpoint, fused_training, grad_cache, original_checkpoint
 from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
@@ -487,7 +487,10 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
         x = self.stem_conv(self.stem_pad(x))
-        x = self.stem_bn(x, training=training, activation=self.activation)
+        if training and fused_training.fits(self.activation, self.stem_bn, x):
+            x = fused_training.normalize_swish(self.stem_bn, x)
+        else:
+            x = self.activation(self.stem_bn(x, training=training))
         hidden_states = [x]
         for block in self.blocks:
             run = rematerialize(block) if self.remat and training else block

@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
-from align_tf.activation import get_activation, swish
+from align_tf.activation import get_activation
 from align_tf.configuration import VISION_ACTIVATIONS
-from align_tf.efficientnet import BatchNorm, BlockSpec, DepthwiseConv, MBConvBlock, block_table
+from align_tf.efficientnet import BlockSpec, MBConvBlock, block_table
 
 
 def test_block_table_of_a_tiny_tower(tiny_config):
@@ -159,65 +159,6 @@ def test_batch_norm_averages_move_by_keras_momentum(tiny_config):
     np.testing.assert_allclose(ops.convert_to_numpy(norm.moving_variance), np.ones(8), rtol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["linear", "swish", "relu"])
-@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
-def test_batch_norm_trains_as_keras_own(policy, tolerance, activation):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("there the layer is Keras's own")
-    import tensorflow as tf
-
-    rng = np.random.default_rng(0)
-    batch, towards = rng.normal(3.0, 2.0, (2, 4, 5, 5, 8)).astype("float32")
-    x = tf.Variable(tf.cast(batch, keras.DTypePolicy(policy).compute_dtype))
-    found = []
-    for kind in (BatchNorm, keras.layers.BatchNormalization):
-        norm = kind(momentum=0.9, epsilon=1e-3, dtype=policy)
-        norm.build(x.shape)
-        norm.set_weights([np.linspace(0.5, 1.5, 8), np.linspace(-1, 1, 8), np.ones(8), np.ones(8)])
-        with tf.GradientTape() as tape:
-            if kind is BatchNorm and activation != "linear":
-                y = norm(x, training=True, activation=get_activation(activation))
-            else:
-                y = keras.activations.get(activation)(norm(x, training=True))
-            loss = tf.reduce_sum(tf.cast(y, tf.float32) * towards)
-        gradients = tape.gradient(loss, [x, *[weight.value for weight in norm.trainable_weights]])
-        found.append([y, *gradients, *norm.get_weights()])
-    assert y.dtype == x.dtype
-    for ours, keras_own in zip(*found, strict=True):
-        np.testing.assert_allclose(
-            np.asarray(ours, "float32"), np.asarray(keras_own, "float32"), tolerance, 10 * tolerance
-        )
-
-
-@pytest.mark.parametrize("padding", ["same", "valid"])
-def test_a_wide_depthwise_filter_trains_in_bfloat16(padding):
-    """Its gradient is that of float32, rounded; a training does not differ in the forward pass."""
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("there the layer is Keras's own")
-    import tensorflow as tf
-
-    rng = np.random.default_rng(0)
-    x = tf.Variable(tf.cast(rng.normal(size=(2, 9, 9, 4)), tf.bfloat16))
-    found = {}
-    for policy in ("mixed_bfloat16", "float32"):
-        layer = DepthwiseConv(5, padding=padding, use_bias=False, dtype=policy)
-        layer.build(x.shape)
-        kernel = tf.cast(np.linspace(-1, 1, 100).reshape(5, 5, 4, 1), tf.bfloat16)
-        layer.kernel.assign(tf.cast(kernel, tf.float32))
-        inputs = tf.cast(x, layer.compute_dtype)
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            y = layer(inputs, training=True)
-        np.testing.assert_array_equal(y.numpy(), layer(inputs).numpy())
-        towards = tf.cast(tf.reshape(tf.range(tf.size(y)) % 3 - 1, y.shape), y.dtype)
-        gradients = tape.gradient(y, [inputs, layer.kernel.value], towards)
-        found[policy] = [y, *gradients]
-    for ours, exact in zip(*found.values(), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(ours, "float32"), np.asarray(exact, "float32"), rtol=2**-7, atol=0.1
-        )
-
-
 @pytest.mark.parametrize(("ratio", "squeezed"), [(0.25, 2), (0.5, 4), (0.01, 1)])
 def test_squeeze_is_a_share_of_the_block_input(ratio, squeezed, tiny_config):
     config = dataclasses.replace(tiny_config.vision_config, squeeze_expansion_ratio=ratio)
@@ -251,29 +192,6 @@ def test_activations(name):
     x = np.array([-2.0, -0.5, 0.0, 1.5], "float32")
     actual = ops.convert_to_numpy(get_activation(name)(x))
     np.testing.assert_allclose(actual, ACTIVATION_VALUES[name], atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_gradient_of_swish(dtype):
-    x = ops.cast([-1.0, 0.0, 1.0, 2.0], dtype)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        actual = jax.grad(lambda x: (3 * swish(x)).sum())(x)
-    else:
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = 3 * swish(x)
-        actual = tape.gradient(y, x)
-    # s(x) (1 + x (1 - s(x))), s(1) = 0.731059 and s(2) = 0.880797
-    expected = 3 * np.array([0.072329, 0.5, 0.927671, 1.090784])
-    atol = {"float32": 3e-6, "bfloat16": 2e-2, "float16": 3e-3}[dtype]
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(ops.cast(actual, "float32")), expected, atol=atol
-    )
-    assert actual.dtype == x.dtype
 
 
 def test_a_callable_activation_is_used(tiny_config):
