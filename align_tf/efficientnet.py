@@ -7,7 +7,6 @@ Hugging Face's modeling_align.py.
 import dataclasses
 from typing import Any
 
-import keras
 from keras import layers
 
 from align_tf import fused_training

@@ -95,7 +95,7 @@ def normalize_swish(
     """
     import tensorflow as tf
 
-    averages = [ops.cast(average, "float32") for average in (norm.moving_mean, norm.moving_variance)]
+    averages = [ops.cast(value, "float32") for value in (norm.moving_mean, norm.moving_variance)]
     weights = [weight for owner in owners for weight in owner.weights]
 
     def call(function: Callable, x: tf.Tensor, values: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -137,12 +137,12 @@ def normalize_swish(
                 of_squeezed, *of_gate = gradients(gate, squeezed, values, of_factor)
                 of_squeezed = tf.cast(of_squeezed, scale.dtype) / area(x)
                 of_values = [a if b is None else b for a, b in zip(of_values, of_gate, strict=True)]
-            of_norm = functools.partial(_swish_gradient, x, of_y, scale, offset, factor, of_squeezed)
+            arguments = (x, of_y, scale, offset, factor, of_squeezed)
+            of_norm = _swish_gradient(*arguments)
             if norm.trainable:
-                of_norm = _batch_norm_gradient(norm, x, gamma, of_norm(), reserved)
-            else:
-                of_norm = of_norm(scale), *_scale_gradients(x, mean, deviation, of_norm())
-            return [*of_norm, *of_values]
+                return [*_batch_norm_gradient(norm, x, gamma, of_norm, reserved), *of_values]
+            of_x = _swish_gradient(*arguments, slope=scale)
+            return [of_x, *_scale_gradients(x, mean, deviation, of_norm), *of_values]
 
         return (outputs, mean, variance) if norm.trainable else outputs, gradient
 
@@ -157,22 +157,19 @@ def normalize_swish(
 
 def area(x: Any) -> Any:
     """The pixels of each image of (n, h, w, c), float32."""
-    import tensorflow as tf
-
-    return tf.cast(tf.shape(x)[1] * tf.shape(x)[2], "float32")
+    return ops.cast(ops.shape(x)[1] * ops.shape(x)[2], "float32")
 
 
 def area_sum(x: Any) -> Any:
-    """The sum over each image's area, (n, h, w, c) to (n, 1, 1, c) float32, as a product of matrices.
+    """The sum over each image's area, (n, h, w, c) to (n, 1, 1, c) float32.
 
-    TensorFlow's own sums take up to twice the time, in bfloat16 four times.
+    It is a product of matrices: TensorFlow's sums take up to twice the time, four in bfloat16.
     """
-    import tensorflow as tf
-
-    rows = tf.reshape(x, [tf.shape(x)[0], -1, x.shape[-1]])
+    n, h, w, c = ops.shape(x)
     # A power of two is exact; a small one keeps the sums within float16.
-    weights = tf.fill([tf.shape(x)[0], 1, tf.shape(rows)[1]], tf.constant(2**-10, x.dtype))
-    return tf.cast(tf.matmul(weights, rows)[:, None], "float32") * 2**10
+    weights = ops.full((n, 1, h * w), 2**-10, x.dtype)
+    sums = ops.matmul(weights, ops.reshape(x, (n, h * w, c)))
+    return ops.cast(sums[:, None], "float32") * 2**10
 
 
 def _scale_and_offset(norm: layers.BatchNormalization) -> tuple[Any, Any]:
@@ -198,7 +195,7 @@ def _batch_norm(norm: layers.BatchNormalization, x: Any, gamma: Any, beta: Any) 
             epsilon=norm.epsilon,
             is_training=True,
         )
-    count = tf.cast(tf.size(x) / tf.size(mean), variance.dtype)
+    count = ops.cast(ops.shape(x)[0], "float32") * area(x)
     variance *= (count - 1.0) / count  # the kernel's is the unbiased one, Keras's is not
     return y, mean, variance, reserved
 
@@ -238,8 +235,9 @@ def pointwise(layer: layers.Conv2D, x: Any) -> Any:
     if not _on_cpu():
         return layer(x)
     kernel = ops.cast(layer.kernel, x.dtype)[0, 0]
-    y = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), kernel)
-    return tf.reshape(y, tf.concat([tf.shape(x)[:-1], [layer.filters]], 0))
+    *places, channels = ops.shape(x)
+    y = tf.matmul(tf.reshape(x, [-1, channels]), kernel)
+    return tf.reshape(y, [*places, layer.filters])
 
 
 def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
@@ -262,7 +260,7 @@ def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
     def columns(x: tf.Tensor, first: int) -> tf.Tensor:
         """What filter columns first to first + 3 meet, and no more."""
         before, after = left - first, right - (width - COLUMNS - first)
-        x = x[:, :, max(0, -before) : tf.shape(x)[2] - max(0, -after)]
+        x = x[:, :, max(0, -before) : ops.shape(x)[2] - max(0, -after)]
         return tf.pad(x, [[0, 0], [top, bottom], [max(0, before), max(0, after)], [0, 0]])
 
     @tf.custom_gradient
@@ -340,12 +338,12 @@ def _gradient_formula(
 
 @functools.cache
 def _in_one_loop(formula: Callable) -> Callable:
-    """Returns an elementwise formula, computed in float32, that XLA compiles for each shape once."""
+    """Returns an elementwise formula, in float32, as XLA compiles it, once for each shape."""
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=True)
     def compiled(*values: tf.Tensor | None) -> tf.Tensor:
-        result = formula(*[value if value is None else tf.cast(value, "float32") for value in values])
-        return tf.cast(result, values[0].dtype)
+        wide = [value if value is None else tf.cast(value, "float32") for value in values]
+        return tf.cast(formula(*wide), values[0].dtype)
 
     return lambda x, *others: tf.ensure_shape(compiled(x, *others), x.shape)

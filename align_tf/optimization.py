@@ -90,7 +90,9 @@ class _OwnRates:
         super().build(variables)
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        learning_rate = learning_rate * self._own_rates[self._get_variable_index(variable)]
+        own_rate = self._own_rates[self._get_variable_index(variable)]
+        if own_rate != 1.0:
+            learning_rate = learning_rate * own_rate
         if self.weight_decay and self._use_weight_decay(variable):
             rate = ops.cast(learning_rate, variable.dtype)
             self.assign_sub(variable, variable * self.weight_decay * rate)
@@ -121,11 +123,11 @@ class _OwnRates:
         return optimizer
 
 
-class _LambInOneLoop(keras.optimizers.Lamb):
-    """Keras's LAMB; on TensorFlow the moments and direction of a weight are one loop.
+class _LambInLoops(keras.optimizers.Lamb):
+    """Keras's LAMB; on TensorFlow a weight's step is two loops, before and after the two norms.
 
-    Keras's dozen operations each read and write the whole weight, in about twice the time; and
-    the fewer operations a graph has, the sooner its first step begins.
+    Keras's operations, some forty for each of a thousand weights, read and write the whole weight a
+    dozen times; and the fewer operations a graph has, the sooner its first step begins.
     """
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
@@ -136,21 +138,19 @@ class _LambInOneLoop(keras.optimizers.Lamb):
 
         index = self._get_variable_index(variable)
         slots = (self._momentums[index], self._velocities[index])
-        weight, *values = map(tf.convert_to_tensor, (variable, gradient, *slots))
-        step = ops.cast(self.iterations + 1, weight.dtype)
-        *moments, direction = _lamb_direction()(
-            *values, step, self.beta_1, self.beta_2, self.epsilon
-        )
+        weight, *values = map(tf.convert_to_tensor, (variable, gradient, *slots, self.iterations))
+        find_direction, scale_direction = _lamb_loops()
+        *moments, direction = find_direction(*values, self.beta_1, self.beta_2, self.epsilon)
         for slot, moment in zip(slots, moments, strict=True):
             self.assign(slot, moment)
-        length, step_length = (tf.sqrt(2.0 * tf.nn.l2_loss(x)) for x in (weight, direction))
-        ratio = tf.where((length > 0) & (step_length > 0), length / step_length, 1.0)
-        self.assign_sub(variable, direction * (ratio * ops.cast(learning_rate, weight.dtype)))
+        norms = tf.nn.l2_loss(weight), tf.nn.l2_loss(direction)
+        learning_rate = tf.convert_to_tensor(learning_rate)  # may be a Keras variable
+        self.assign_sub(variable, scale_direction(direction, *norms, learning_rate))
 
 
 @functools.cache
-def _lamb_direction() -> Callable:
-    """Returns the elementwise part of LAMB as a function that XLA compiles, for each shape once."""
+def _lamb_loops() -> tuple[Callable, Callable]:
+    """Returns what finds LAMB's direction, and what scales it, each compiled by XLA."""
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=True)
@@ -158,21 +158,29 @@ def _lamb_direction() -> Callable:
         gradient: Any,
         momentum: Any,
         velocity: Any,
-        step: Any,
+        iterations: Any,
         beta_1: float,
         beta_2: float,
         epsilon: float,
     ) -> tuple[Any, Any, Any]:
+        step = tf.cast(iterations + 1, gradient.dtype)
         momentum += (gradient - momentum) * (1 - beta_1)
         velocity += (gradient * gradient - velocity) * (1 - beta_2)
         deviation = tf.sqrt(velocity / (1 - beta_2**step)) + epsilon
         return momentum, velocity, momentum / (1 - beta_1**step) / deviation
 
-    return direction
+    @tf.function(jit_compile=True, reduce_retracing=True)
+    def scaled(direction: Any, weight_loss: Any, direction_loss: Any, learning_rate: Any) -> Any:
+        """The losses are half of the squared norms, as `tf.nn.l2_loss` gives them."""
+        trusted = (weight_loss > 0) & (direction_loss > 0)
+        ratio = tf.where(trusted, tf.sqrt(weight_loss / direction_loss), 1.0)
+        return direction * (ratio * tf.cast(learning_rate, direction.dtype))
+
+    return direction, scaled
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class Lamb(_OwnRates, _LambInOneLoop):
+class Lamb(_OwnRates, _LambInLoops):
     """Keras's LAMB (arXiv 1904.00962) with a rate for each variable.
 
     The weight decay is Keras's, `rate * weight_decay * weight` beside the step; Algorithm 2 of

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from align_tf import fused_training
-from align_tf.activation import get_activation
 from align_tf.efficientnet import BlockSpec, MBConvBlock
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +17,7 @@ BLOCKS = {
     "does not expand": (3, 1, 1, False),
     "wide filter": (5, 1, 2, False),
     "wide filter, strides": (5, 2, 2, True),
+    "filter of seven": (7, 1, 2, False),
 }
 
 
@@ -42,7 +42,8 @@ def train(block, batch):
 
     x = tf.Variable(tf.cast(batch, block.compute_dtype))
     assert fused_training.fits(block.activation, block.depthwise_bn, x) == (x.dtype != "float64")
-    weights = {weight.path: weight.value for weight in block.weights if "moving" not in weight.name}
+    averages = {weight.path: weight for weight in block.weights if "moving" in weight.name}
+    weights = {w.path: w.value for w in block.weights if w.path not in averages}
 
     @tf.function
     def step():
@@ -54,7 +55,7 @@ def train(block, batch):
         return y, tape.gradient(loss, {"x": x, **weights})
 
     y, gradients = step()
-    return {"y": y, **gradients, **{weight.path: weight for weight in block.weights}}
+    return {"y": y, **gradients, **averages}
 
 
 @pytest.mark.parametrize("shape", BLOCKS)

@@ -161,6 +161,14 @@ def test_fit_moves_each_tower_by_its_rate(tiny_config, pairs):
     assert 0 < moved("text_model/layer_0/attention/query/kernel") < 1e-6
 
 
+@pytest.mark.parametrize("optimizer_class", [Lamb, AdamW])
+def test_fit_takes_a_rate_that_is_no_schedule(optimizer_class, tiny_config, pairs):
+    model = AlignModel(tiny_config)
+    model.compile(optimizer=optimizer_class(0.01))
+    losses = model.fit(pairs, epochs=3, verbose=0).history["loss"]
+    assert losses[2] < losses[0]
+
+
 def test_saved_model_goes_on_training_alike(tiny_config, pairs, tmp_path):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = dataclasses.replace(
