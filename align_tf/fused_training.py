@@ -236,7 +236,8 @@ def pointwise(layer: layers.Conv2D, x: Any) -> Any:
         return layer(x)
     kernel = ops.cast(layer.kernel, x.dtype)[0, 0]
     *places, channels = ops.shape(x)
-    y = tf.matmul(tf.reshape(x, [-1, channels]), kernel)
+    with tf.name_scope(layer.name):
+        y = tf.matmul(tf.reshape(x, [-1, channels]), kernel)
     return tf.reshape(y, [*places, layer.filters])
 
 
@@ -266,27 +267,29 @@ def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
     @tf.custom_gradient
     def with_gradient(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            of_kernel = []
-            for column in range(0, width, COLUMNS):
-                first = min(column, width - COLUMNS)
-                part = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
-                    input=columns(x, first),
-                    filter_sizes=[height, COLUMNS, x.shape[-1], 1],
+            with tf.name_scope(f"gradient_tape/{layer.name}"):
+                of_kernel = []
+                for column in range(0, width, COLUMNS):
+                    first = min(column, width - COLUMNS)
+                    part = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+                        input=columns(x, first),
+                        filter_sizes=[height, COLUMNS, x.shape[-1], 1],
+                        out_backprop=upstream,
+                        padding="VALID",
+                        **options,
+                    )
+                    of_kernel.append(part[:, column - first :])
+                of_x = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
+                    input_sizes=tf.shape(x),
+                    filter=kernel,
                     out_backprop=upstream,
-                    padding="VALID",
+                    padding=layer.padding.upper(),
                     **options,
                 )
-                of_kernel.append(part[:, column - first :])
-            of_x = tf.raw_ops.DepthwiseConv2dNativeBackpropInput(
-                input_sizes=tf.shape(x),
-                filter=kernel,
-                out_backprop=upstream,
-                padding=layer.padding.upper(),
-                **options,
-            )
             return of_x, tf.concat(of_kernel, axis=1)
 
-        y = tf.nn.depthwise_conv2d(x, kernel, padding=layer.padding.upper(), **options)
+        with tf.name_scope(layer.name):
+            y = tf.nn.depthwise_conv2d(x, kernel, padding=layer.padding.upper(), **options)
         return y, gradient
 
     return with_gradient(x, ops.cast(layer.kernel, x.dtype))
