@@ -6,9 +6,8 @@ Each row is a process of its own, of which the peak of its resident memory is ta
 held before its first step. The time of the accumulated batch is held against plain steps on its
 parts, in turn in one process.
 
-The loss of n pairs needs its n x n logits a few times over, 67 MB each for 4,096 pairs, in however
-many parts the towers run. Beside pictures as small as the default that outweighs a part; beside
-96 pixels it does not.
+The loss of n pairs needs its n x n logits a dozen times over, 67 MB each for 4,096 pairs, in
+however many parts the towers run, and the batch lies in memory once more than the data.
 """
 
 import argparse
