@@ -122,7 +122,7 @@ def normalize_swish(
         y = y * tf.sigmoid(y) if norm.trainable else _swish(x, scale, offset)
         squeezed = factor = None
         if gate:
-            squeezed = tf.cast(area_sum(y) / area(y), y.dtype)
+            squeezed = area_mean(y)
             factor = call(gate, squeezed, values)
             y *= factor
         outputs = call(then, y, values)
@@ -158,6 +158,11 @@ def normalize_swish(
 def area(x: Any) -> Any:
     """The pixels of each image of (n, h, w, c), float32."""
     return ops.cast(ops.shape(x)[1] * ops.shape(x)[2], "float32")
+
+
+def area_mean(x: Any) -> Any:
+    """The mean over each image's area, (n, h, w, c) to (n, 1, 1, c), as x."""
+    return ops.cast(area_sum(x) / area(x), x.dtype)
 
 
 def area_sum(x: Any) -> Any:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from align_tf.activation import get_activation
-from align_tf.fused_training import area, area_sum
+from align_tf.fused_training import area_mean
 from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel, AlignVisionModel, open_for_change
 
@@ -51,18 +51,13 @@ def _use_fast_kernels(tower: AlignVisionModel) -> None:
         if owner.activation is get_activation("swish"):
             owner.activation = swish_product
     for block in tower.blocks:
-        _replace(block, "se_squeeze", average)
+        _replace(block, "se_squeeze", area_mean)
 
 
 def swish_product(x: tf.Tensor) -> tf.Tensor:
     """Without the gradient of its own that Keras's has: with it, the graph optimiser would not fuse
     the product with a convolution."""
     return x * tf.sigmoid(x)
-
-
-def average(x: tf.Tensor) -> tf.Tensor:
-    """The mean over each image's area, (n, h, w, c) to (n, 1, 1, c)."""
-    return tf.cast(area_sum(x) / area(x), x.dtype)
 
 
 def _fold(source: layers.Layer, target: layers.Layer, name: str) -> None:
