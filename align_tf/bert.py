@@ -4,12 +4,14 @@ Architecture: arXiv 1810.04805; relative positions: arXiv 1803.02155 (relative_k
 arXiv 2009.13658, method 4 (relative_key_query), as Hugging Face's transformers 4 has them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from keras import layers, ops
+from keras import activations, layers, ops
 
 from align_tf.activation import get_activation
 from align_tf.configuration import AlignTextConfig
+from align_tf.fused_training import gelu_for
 from align_tf.initialization import kernel_initializer
 
 # The lowest float32: a row whose every key is masked attends evenly instead of to NaN.
@@ -40,14 +42,14 @@ def look_up(table: layers.Embedding, ids: Any, training: bool) -> Any:
     return ops.cast(rows, table.compute_dtype)
 
 
-def per_token(layer: layers.Dense, x: Any) -> Any:
-    """Applies a dense layer to each token.
+def per_token(layer: layers.Dense, x: Any, activation: Callable = activations.linear) -> Any:
+    """Applies a dense layer and an activation to each token.
 
     As a product of two matrices, which TensorFlow's kernels fuse with the bias and the activation;
     of three dimensions Keras leaves them apart.
     """
     length = ops.shape(x)[1]
-    flat = layer(ops.reshape(x, (-1, x.shape[-1])))
+    flat = activation(layer(ops.reshape(x, (-1, x.shape[-1]))))
     return ops.reshape(flat, (-1, length, flat.shape[-1]))
 
 
@@ -193,12 +195,9 @@ class EncoderLayer(layers.Layer):
         self.attention = SelfAttention(config, num_heads, **options)
         self.attention_norm = layers.LayerNormalization(name="attention_norm", **norm)
         self.intermediate = dense(
-            config,
-            config.intermediate_size,
-            activation=get_activation(config.hidden_act),
-            name="intermediate",
-            **options,
+            config, config.intermediate_size, name="intermediate", **options
         )
+        self.activation = get_activation(config.hidden_act)
         self.output_dense = dense(config, config.hidden_size, name="output", **options)
         self.output_norm = layers.LayerNormalization(name="output_norm", **norm)
         self.dropout = layers.Dropout(config.hidden_dropout_prob, name="dropout", **options)
@@ -223,6 +222,7 @@ class EncoderLayer(layers.Layer):
         )
         x = inputs[:, :1] if first_token_only else inputs
         x = self.attention_norm(x + self.dropout(attended, training=training))
-        forwarded = per_token(self.output_dense, per_token(self.intermediate, x))
+        activation = gelu_for(self.activation, x) if training else self.activation
+        forwarded = per_token(self.output_dense, per_token(self.intermediate, x, activation))
         x = self.output_norm(x + self.dropout(forwarded, training=training))
         return x, probs

@@ -1,12 +1,13 @@
-"""An MBConv block's branch in training on TensorFlow: what `MBConvBlock` gives, in fewer passes.
+"""Training on TensorFlow in fewer passes: the branch of an MBConv block, and BERT's gelu.
 
 Plain operations read and write a block's wide activations some sixty times in a step, and keep
 five of them for the gradient. Here two are kept, what the first two convolutions give: what
 becomes of them (normalised, swish, gated) is computed again for the gradient, in loops that XLA
-compiles.
+compiles. Of gelu its input is kept, not five arrays.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -342,6 +343,38 @@ def _gradient_formula(
     upstream = of_y if factor is None else of_y * factor + of_mean
     result = upstream * (s + y * s * (1 - s))
     return result if slope is None else result * slope
+
+
+def gelu_for(activation: Callable, x: Any) -> Callable:
+    """Returns the function to train with in place of `activation`: for gelu, `gelu`.
+
+    Args:
+        activation: of BERT's feed-forward layer.
+        x: what that layer takes.
+    """
+    if keras.backend.backend() != "tensorflow" or x.dtype == "float64":
+        return activation
+    return gelu if activation is get_activation("gelu") else activation
+
+
+def gelu(x: Any) -> Any:
+    """As `activations.gelu(x, approximate=False)`; keeps nothing but x for the gradient."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def with_gradient(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        return _in_one_loop(_gelu_formula)(x), functools.partial(_in_one_loop(_gelu_gradient), x)
+
+    return with_gradient(x)
+
+
+def _gelu_formula(x: Any) -> Any:
+    return x * (0.5 + 0.5 * ops.erf(x * 2**-0.5))
+
+
+def _gelu_gradient(x: Any, upstream: Any) -> Any:
+    density = ops.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    return upstream * (0.5 + 0.5 * ops.erf(x * 2**-0.5) + x * density)
 
 
 @functools.cache

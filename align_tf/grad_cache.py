@@ -3,13 +3,14 @@
 The contrastive loss couples all pairs of a batch, so that gradients of parts do not add up to
 the gradient of the whole. The embeddings do: they are computed part by part without keeping
 activations, the loss of all of them gives the gradient at each embedding, and a second run of
-each part, with the dropout of the first, carries it on to the weights.
+each part, with the dropout of the first, carries it on to the weights. The loss too compares part
+by part, so that the logits of all pairs are never there at once.
 
 A part is every N-th row, so that the rows of each device stay on it. BatchNorm, where it trains,
 takes the statistics of a part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -44,15 +45,8 @@ class _Parts:
         self.moving = step_variables(model)
         self.fixed = fixed  # (variable, value) of all but the weights that train
         self.rows = ops.shape(x["pixel_values"])[0]
-        self.missing = -self.rows % self.count  # rows of padding, which the loss does not see
         inputs = {key: x[key] for key in model.tower_inputs if x.get(key) is not None}
-        self.x = {key: self._split(value) for key, value in inputs.items()}
-
-    def _split(self, value: Any) -> Any:
-        if not isinstance(self.missing, int) or self.missing:
-            value = ops.pad(value, [(0, self.missing)] + [(0, 0)] * (len(value.shape) - 1))
-        # Row i * count + k is row i of part k.
-        return ops.reshape(value, (-1, self.count, *ops.shape(value)[1:]))
+        self.x = {key: _split(value, self.count) for key, value in inputs.items()}
 
     def start(self) -> list:
         """The values of what a forward pass moves, before the first part."""
@@ -80,11 +74,11 @@ class _Parts:
             return moved, embeds
 
         moved, embeds = _scan(step, self.start(), self.count, len(EMBEDS))
-        return [self._join(array) for array in embeds], moved
+        return [_join(array, self.rows) for array in embeds], moved
 
     def gradients(self, weights: list, start: list, by_embeds: list, pull_back: Callable) -> list:
         """Adds to the gradients `start` what comes through the embeddings of each part."""
-        by_embeds = [self._split(array) for array in by_embeds]
+        by_embeds = [_split(array, self.count) for array in by_embeds]
 
         def step(carry: list, index: Any) -> tuple[list, list]:
             gradients, moving = carry
@@ -96,10 +90,47 @@ class _Parts:
 
         return _scan(step, [start, self.start()], self.count, 0)[0][0]
 
-    def _join(self, parts: Any) -> Any:
-        """(parts, rows of a part, d) to (rows, d)."""
-        rows = ops.transpose(parts, (1, 0, 2))
-        return ops.reshape(rows, (-1, parts.shape[-1]))[: self.rows]
+
+def map_rows(function: Callable, rows: Any, others: Sequence, count: int) -> list:
+    """Calls a function on rows in parts, one after the other, and keeps no activations of it.
+
+    Args:
+        function: takes int (r,), the numbers of some rows; (r, ...), these rows; and the others.
+            Returns arrays (r,). Its gradient computes it again.
+        rows: (n, ...).
+        others: arrays that go to each call whole.
+        count: how many parts; 1 calls the function as it is.
+
+    Returns:
+        What the function returns, of all rows: arrays (n,).
+    """
+    total = ops.shape(rows)[0]
+    if count == 1:
+        return list(function(ops.arange(total), rows, *others))
+    numbers, parts = _split(ops.arange(total), count), _split(rows, count)
+
+    def step(part: Any) -> Any:
+        index = numbers[:, part]
+        return keras.remat(lambda *values: function(index, *values))(parts[:, part], *others)
+
+    return [_join(array, total) for array in ops.map(step, ops.arange(count))]
+
+
+def _split(value: Any, count: int) -> Any:
+    """(rows, ...) to (rows of a part, count, ...): row i * count + k is row i of part k.
+
+    Rows of zeros fill the last; nothing reads what comes of them.
+    """
+    missing = -ops.shape(value)[0] % count
+    if not isinstance(missing, int) or missing:
+        value = ops.pad(value, [(0, missing)] + [(0, 0)] * (len(value.shape) - 1))
+    return ops.reshape(value, (-1, count, *ops.shape(value)[1:]))
+
+
+def _join(parts: Any, rows: Any) -> Any:
+    """(count, rows of a part, ...) to (rows, ...)."""
+    order = (1, 0, *range(2, len(parts.shape)))
+    return ops.reshape(ops.transpose(parts, order), (-1, *parts.shape[2:]))[:rows]
 
 
 def _scan(step: Callable, carry: Any, count: int, num_outputs: int) -> tuple[Any, list]:

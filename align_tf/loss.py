@@ -53,21 +53,30 @@ def has_workers() -> bool:
     return strategy.num_replicas_in_sync > len(strategy.extended.worker_devices)
 
 
-def positive_pairs(image_ids: Any = None, text_ids: Any = None) -> Any:
+def positive_pairs(image_ids: Any = None, text_ids: Any = None, rows: Any = None) -> Any:
     """Says which image belongs to which text, beside its own.
 
     Args:
         image_ids: (n,), equal where two pairs have the same image.
         text_ids: (n,), equal where two pairs have the same text.
+        rows: int (r,), the pairs to say it of; None for all n.
 
     Returns:
-        bool (n, n), true where two pairs share the image or the text, and on the diagonal; None
-        where neither is given, for the diagonal alone.
+        bool (r, n), true where two pairs share the image or the text, and where they are one;
+        None where neither is given, for a pair's own alone.
     """
-    same = [ids[:, None] == ids[None, :] for ids in (image_ids, text_ids) if ids is not None]
+    given = [ids for ids in (image_ids, text_ids) if ids is not None]
+    some = [ids if rows is None else ops.take(ids, rows) for ids in given]
+    same = [a[:, None] == b[None, :] for a, b in zip(some, given, strict=True)]
     if len(same) == 2:
         return ops.logical_or(*same)
     return same[0] if same else None
+
+
+def own_pairs(logits: Any, rows: Any = None) -> Any:
+    """Says which column of (r, n) logits is a row's own: the diagonal, or the number in `rows`."""
+    columns = ops.arange(ops.shape(logits)[1])
+    return (columns if rows is None else rows)[:, None] == columns[None, :]
 
 
 def contrastive_loss(
@@ -88,18 +97,8 @@ def contrastive_loss(
         Scalar, the mean over rows by their weights, 0 where all weights are 0 (ALIGN,
         arXiv 2102.05918, section 4.2).
     """
-    logits, present = _present(logits, sample_weight)
-    # The target is (1 - s) on the positives plus s / n everywhere, so the cross-entropy is a
-    # weighted sum of the two means below; no target is made.
-    log_probs = ops.log_softmax(logits, axis=-1)
-    if positives is None:
-        matched = ops.diagonal(log_probs)
-    else:
-        positives = positives if present is None else ops.logical_and(positives, present)
-        matched = _mean_where(positives, log_probs)
-    even = ops.mean(log_probs, axis=-1) if present is None else _mean_where(present, log_probs)
-    rows = -(1.0 - label_smoothing) * matched - label_smoothing * even
-    return _weighted_mean(rows, sample_weight)
+    rows = contrastive_rows(logits, positives, sample_weight, label_smoothing)
+    return weighted_mean(rows, sample_weight)
 
 
 def sigmoid_loss(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
@@ -115,24 +114,53 @@ def sigmoid_loss(logits: Any, positives: Any = None, sample_weight: Any = None) 
         Scalar, the sum over columns and the mean over rows by their weights, 0 where all weights
         are 0 (SigLIP, arXiv 2303.15343, section 3.2).
     """
-    logits = ops.cast(logits, "float32")
-    if positives is None:
-        positives = _diagonal(logits)
-    # -log sigmoid(x) is softplus(-x), and of a negative softplus(x).
-    losses = ops.softplus(ops.where(positives, -logits, logits))
-    if sample_weight is not None:
-        losses = ops.where(sample_weight > 0, losses, 0.0)
-    return _weighted_mean(ops.sum(losses, axis=-1), sample_weight)
+    return weighted_mean(sigmoid_rows(logits, positives, sample_weight), sample_weight)
 
 
 def in_batch_accuracy(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
     """Share of the rows whose largest column is a positive; takes what `contrastive_loss` does."""
-    logits, _ = _present(logits, sample_weight)
+    return weighted_mean(right_rows(logits, positives, sample_weight), sample_weight)
+
+
+# The same for some rows alone, before their mean: (r, n) logits of r rows by all n columns, the
+# positives and the weights of the columns as above; (r,) comes out.
+
+
+def contrastive_rows(
+    logits: Any, positives: Any, column_weight: Any, label_smoothing: float
+) -> Any:
+    """Softmax cross-entropy of each row; see `contrastive_loss`."""
+    logits, present = _present(logits, column_weight)
+    positives = own_pairs(logits) if positives is None else positives
+    if present is not None:
+        positives = ops.logical_and(positives, present)
+    # The target is (1 - s) on the positives plus s / n everywhere, so the cross-entropy is a
+    # weighted sum of the two means below; no target is made.
+    logits = logits - ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+    matched = _mean_where(positives, logits)
+    even = ops.mean(logits, axis=-1) if present is None else _mean_where(present, logits)
+    normalizer = ops.log(ops.sum(ops.exp(logits), axis=-1))
+    return normalizer - (1.0 - label_smoothing) * matched - label_smoothing * even
+
+
+def sigmoid_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
+    """Sum over columns of the binary cross-entropy of each row; see `sigmoid_loss`."""
+    logits = ops.cast(logits, "float32")
+    positives = own_pairs(logits) if positives is None else positives
+    # -log sigmoid(x) is softplus(-x), and of a negative softplus(x).
+    losses = ops.softplus(ops.where(positives, -logits, logits))
+    if column_weight is not None:
+        losses = ops.where(column_weight > 0, losses, 0.0)
+    return ops.sum(losses, axis=-1)
+
+
+def right_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
+    """1 for each row whose largest column is a positive, 0 for the others."""
+    logits, _ = _present(logits, column_weight)
+    positives = own_pairs(logits) if positives is None else positives
     best = ops.argmax(logits, axis=-1)
-    if positives is None:
-        positives = _diagonal(logits)
     right = ops.take_along_axis(positives, best[:, None], axis=-1)[:, 0]
-    return _weighted_mean(ops.cast(right, "float32"), sample_weight)
+    return ops.cast(right, "float32")
 
 
 def align_loss(
@@ -166,6 +194,14 @@ def reduce_directions(text_to_image: Any, image_to_text: Any, reduction: str) ->
     return both / 2.0 if reduction == "mean" else both
 
 
+def weighted_mean(rows: Any, sample_weight: Any) -> Any:
+    """Mean of (n,) rows by their weights, None for 1; 0 where all weights are 0."""
+    if sample_weight is None:
+        return ops.mean(rows)
+    total = ops.sum(sample_weight)
+    return ops.sum(rows * sample_weight) / ops.where(total > 0, total, 1.0)
+
+
 def initial_logit_bias(batch_size: int) -> float:
     """Returns log(p / (1 - p)), p = 1 / batch_size: the bias at which no pair is a surprise.
 
@@ -189,19 +225,7 @@ def _present(logits: Any, sample_weight: Any) -> tuple[Any, Any]:
     return ops.where(present, logits, MASKED), present
 
 
-def _diagonal(logits: Any) -> Any:
-    rows = ops.arange(ops.shape(logits)[0])
-    return rows[:, None] == rows[None, :]
-
-
 def _mean_where(chosen: Any, values: Any) -> Any:
     """Mean of each row over its chosen columns; 0 where none is."""
     count = ops.sum(ops.cast(chosen, "float32"), axis=-1)
     return ops.sum(ops.where(chosen, values, 0.0), axis=-1) / ops.maximum(count, 1.0)
-
-
-def _weighted_mean(rows: Any, sample_weight: Any) -> Any:
-    if sample_weight is None:
-        return ops.mean(rows)
-    total = ops.sum(sample_weight)
-    return ops.sum(rows * sample_weight) / ops.where(total > 0, total, 1.0)

@@ -23,15 +23,17 @@ from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
 from align_tf.initialization import no_init_weights
 from align_tf.loss import (
     REDUCTIONS,
-    contrastive_loss,
+    contrastive_rows,
     gather_across_replicas,
     has_workers,
-    in_batch_accuracy,
     initial_logit_bias,
     num_replicas,
+    own_pairs,
     positive_pairs,
     reduce_directions,
-    sigmoid_loss,
+    right_rows,
+    sigmoid_rows,
+    weighted_mean,
 )
 from align_tf.outputs import ModelOutput
 from align_tf.remat import rematerialize
@@ -681,7 +683,7 @@ class AlignModel(_Checkpoint, keras.Model):
         )
         image_embeds = _unit(self._project_image(vision_output))
         text_embeds = _unit(self._project_text(text_output))
-        logits_per_text = self._logits_per_text(image_embeds, text_embeds)
+        logits_per_text = _logits(text_embeds, image_embeds, *self._scale())
         output = ModelOutput(
             logits_per_image=ops.transpose(logits_per_text),
             logits_per_text=logits_per_text,
@@ -693,7 +695,9 @@ class AlignModel(_Checkpoint, keras.Model):
         if return_loss:
             positives = positive_pairs(inputs.get("image_ids"), inputs.get("text_ids"))
             weight = _product(inputs.get("sample_weight"), None)
-            directions = self._direction_losses(logits_per_text, positives, weight)
+            both = (output.logits_per_text, output.logits_per_image)
+            rows = (self._loss_rows(logits, positives, weight) for logits in both)
+            directions = (weighted_mean(values, weight) for values in rows)
             output["loss"] = reduce_directions(*directions, self.loss_reduction)
         return output
 
@@ -730,9 +734,9 @@ class AlignModel(_Checkpoint, keras.Model):
         pooled = output.pooler_output
         return self.image_projection(pooled) if self.config.image_projection else pooled
 
-    def _logits_per_text(self, image_embeds: Any, text_embeds: Any) -> Any:
-        logits = ops.matmul(text_embeds, ops.transpose(image_embeds)) / self.temperature
-        return logits + self.logit_bias if self.has_logit_bias else logits
+    def _scale(self) -> list:
+        """What `_logits` takes after the embeddings."""
+        return [self.temperature, self.logit_bias] if self.has_logit_bias else [self.temperature]
 
     # --- training ---
 
@@ -824,35 +828,43 @@ class AlignModel(_Checkpoint, keras.Model):
             sample_weight: (n,), times the one in `x`.
             training: not used.
         """
-        ids = (gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids"))
-        positives = positive_pairs(*ids)
+        ids = [gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids")]
         weight = gather_across_replicas(_product(x.get("sample_weight"), sample_weight))
-        logits = self._logits_per_text(
-            gather_across_replicas(y_pred["image_embeds"]),
-            gather_across_replicas(y_pred["text_embeds"]),
-        )
-        directions = self._direction_losses(logits, positives, weight)
-        self._update_metrics(logits, directions, positives, weight)
-        loss = reduce_directions(*directions, self.loss_reduction)
+        images, texts = (gather_across_replicas(y_pred[key]) for key in grad_cache.EMBEDS)
+        values = {}
+        for name, rows, columns in (("t2i", texts, images), ("i2t", images, texts)):
+            loss, accuracy = self._compare(rows, columns, ids, weight)
+            values |= {f"loss_{name}": loss, f"accuracy_{name}": accuracy}
+        self._update_metrics(values, ops.shape(images)[0] if weight is None else ops.sum(weight))
+        loss = reduce_directions(values["loss_t2i"], values["loss_i2t"], self.loss_reduction)
         return (loss + sum(self.losses)) / num_replicas()
 
-    def _direction_losses(self, logits_per_text: Any, positives: Any, weight: Any) -> list:
-        """Returns the text-to-image and the image-to-text loss."""
-        both = (logits_per_text, ops.transpose(logits_per_text))
-        if self.has_logit_bias:
-            return [sigmoid_loss(logits, positives, weight) for logits in both]
-        smoothing = self.label_smoothing
-        return [contrastive_loss(logits, smoothing, positives, weight) for logits in both]
+    def _compare(self, rows: Any, columns: Any, ids: list, weight: Any) -> tuple[Any, Any]:
+        """Returns the loss and the accuracy of one direction, of all (n, d) by all (n, d).
 
-    def _update_metrics(self, logits_per_text: Any, losses: Any, positives: Any, weight: Any):
-        logits_per_image = ops.transpose(logits_per_text)
-        values = {
-            "loss_t2i": losses[0],
-            "loss_i2t": losses[1],
-            "accuracy_t2i": in_batch_accuracy(logits_per_text, positives, weight),
-            "accuracy_i2t": in_batch_accuracy(logits_per_image, positives, weight),
-        }
-        total = ops.shape(logits_per_text)[0] if weight is None else ops.sum(weight)
+        An accumulated batch makes its (n, n) logits part by part too.
+        """
+
+        def compare(index: Any, part: Any, columns: Any, *scale: Any) -> tuple[Any, Any]:
+            logits = _logits(part, columns, *scale)
+            positives = positive_pairs(*ids, rows=index)
+            if positives is None:
+                positives = own_pairs(logits, index)
+            losses = self._loss_rows(logits, positives, weight)
+            return losses, right_rows(logits, positives, weight)
+
+        # As values: what is computed again for the gradient takes no variables.
+        scale = [ops.convert_to_tensor(variable.value) for variable in self._scale()]
+        of_rows = grad_cache.map_rows(compare, rows, (columns, *scale), self.accumulation)
+        return tuple(weighted_mean(values, weight) for values in of_rows)
+
+    def _loss_rows(self, logits: Any, positives: Any, weight: Any) -> Any:
+        """Returns the loss of each row, (r,)."""
+        if self.has_logit_bias:
+            return sigmoid_rows(logits, positives, weight)
+        return contrastive_rows(logits, positives, weight, self.label_smoothing)
+
+    def _update_metrics(self, values: dict[str, Any], total: Any) -> None:
         for name, value in values.items():
             self.batch_metrics[name].update_state(value, sample_weight=total)
         # Of the temperature the last value is wanted, not the mean.
@@ -1066,6 +1078,12 @@ def _over_workers(logs: Any) -> Any:
     """Gives the logs of one of several workers the axis that Keras averages them over."""
     # `fit` reduces scalars over axis 0, an error (keras issue 20585).
     return {key: value[None] for key, value in logs.items()} if has_workers() else logs
+
+
+def _logits(rows: Any, columns: Any, temperature: Any, bias: Any = None) -> Any:
+    """Compares (r, d) with (n, d): cosines divided by the temperature, plus the bias if any."""
+    logits = ops.matmul(rows, ops.transpose(columns)) / temperature
+    return logits if bias is None else logits + bias
 
 
 def _unit(x: Any) -> Any:

@@ -163,7 +163,13 @@ def test_dropout_acts_in_training_alone(name, tiny_config):
 def test_a_callable_activation_is_used(tiny_config):
     config = dataclasses.replace(tiny_config.text_config, hidden_act=ops.zeros_like)
     block = AlignTextModel(config).blocks[0]
-    assert not ops.convert_to_numpy(block.intermediate(np.ones((1, 2, 16), "float32"))).any()
+    block.intermediate.bias.assign(np.ones(20))
+    block.output_dense.kernel.assign(np.ones((20, 16)))
+    x = np.random.default_rng(0).normal(size=(1, 2, 16)).astype("float32")
+    y, _ = block(x, np.ones((1, 1, 1, 2), "bool"))
+    attended, _ = block.attention(x, np.ones((1, 1, 1, 2), "bool"))
+    expected = block.output_norm(block.attention_norm(x + attended))  # nothing is fed forward
+    np.testing.assert_allclose(ops.convert_to_numpy(y), ops.convert_to_numpy(expected), atol=1e-6)
 
 
 def test_initializers(tiny_config):

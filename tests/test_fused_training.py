@@ -1,10 +1,12 @@
-"""The fused training of a block: values, gradients and averages beside the plain layers' own."""
+"""Fused training: values, gradients and averages beside the plain layers' own."""
 
 import keras
 import numpy as np
 import pytest
 
 from align_tf import fused_training
+from align_tf.activation import get_activation
+from align_tf.bert import EncoderLayer
 from align_tf.efficientnet import BlockSpec, MBConvBlock
 
 pytestmark = pytest.mark.skipif(
@@ -60,7 +62,8 @@ def train(block, batch):
 
 @pytest.mark.parametrize("shape", BLOCKS)
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 3e-2)])
+# In bfloat16 the plain layers are up to 0.032 off themselves.
+@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 5e-2)])
 def test_a_block_trains_as_its_layers_do(policy, tolerance, frozen, shape, tiny_config):
     batch = np.random.default_rng(1).normal(size=(4, 9, 7, 8))
     found = train(make_block(tiny_config, shape, policy, frozen), batch)
@@ -70,3 +73,54 @@ def test_a_block_trains_as_its_layers_do(policy, tolerance, frozen, shape, tiny_
     for name, value in exact.items():
         error = np.abs(np.asarray(found[name], "float64") - np.asarray(value))
         assert error.max() <= tolerance * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_gelu_and_its_gradient(dtype, tolerance):
+    import tensorflow as tf
+
+    def run(gelu, dtype):
+        x = tf.constant(np.linspace(-6, 6, 97), dtype)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = gelu(x)
+        return y, tape.gradient(y, x, tf.cast(tf.range(97), dtype))
+
+    for found, exact in zip(
+        run(fused_training.gelu, dtype), run(get_activation("gelu"), "float64"), strict=True
+    ):
+        assert found.dtype == dtype
+        error = np.abs(np.asarray(found, "float64") - np.asarray(exact))
+        assert error.max() <= tolerance * np.abs(exact).max()
+
+
+def test_only_exact_gelu_has_another_function_to_train_with():
+    x = np.zeros(2, "float32")
+    assert fused_training.gelu_for(get_activation("gelu"), x) is fused_training.gelu
+    assert fused_training.gelu_for(get_activation("gelu_new"), x) is get_activation("gelu_new")
+    exact = np.zeros(2, "float64")
+    assert fused_training.gelu_for(get_activation("gelu"), exact) is get_activation("gelu")
+
+
+def test_an_encoder_layer_trains_as_in_float64(tiny_config):
+    """The feed-forward layer's gelu is the one of its own gradient in float32."""
+
+    def gradients(dtype):
+        import tensorflow as tf
+
+        keras.utils.set_random_seed(0)
+        layer = EncoderLayer(tiny_config.text_config, 2, name="layer_0", dtype=dtype)
+        layer.build()
+        for weight in layer.weights:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+        layer.dropout.rate = layer.attention.dropout.rate = 0.0
+        x = tf.constant(np.random.default_rng(1).normal(size=(3, 5, 16)), dtype)
+        with tf.GradientTape() as tape:
+            y, _ = layer(x, np.ones((3, 1, 1, 5), bool), training=True)
+            loss = tf.reduce_sum(y * tf.cast(tf.reshape(tf.range(240) % 7, y.shape), dtype))
+        return tape.gradient(loss, [weight.value for weight in layer.trainable_variables])
+
+    exact = gradients("float64")
+    largest = max(np.abs(gradient).max() for gradient in exact)  # those of the keys' bias are zero
+    for found, expected in zip(gradients("float32"), exact, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6 * largest)

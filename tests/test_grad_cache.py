@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
+import align_tf.model
 from align_tf import AlignModel
+from align_tf.loss import contrastive_rows
 
 
 class PartByPart(AlignModel):
@@ -90,6 +92,19 @@ def test_accumulation_with_a_scaled_loss(tiny_config, batch):
         return AlignModel(steady(tiny_config), dtype="mixed_float16")
 
     assert_equal(train(make, batch, accumulation=2), train(make, batch), atol=0.01)
+
+
+def test_no_part_compares_all_pairs(tiny_config, batch, monkeypatch):
+    """Of 8 pairs in four parts the loss makes (2, 8) logits, and never (8, 8)."""
+    made = set()
+
+    def record(logits, *options):
+        made.add(tuple(logits.shape))
+        return contrastive_rows(logits, *options)
+
+    monkeypatch.setattr(align_tf.model, "contrastive_rows", record)
+    train(lambda: AlignModel(steady(tiny_config)), batch, accumulation=4)
+    assert made == {(2, 8)}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

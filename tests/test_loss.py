@@ -176,6 +176,8 @@ def test_pairs_that_share_an_image_or_a_text_are_positives():
     expected[1, 3] = expected[3, 1] = True
     np.testing.assert_array_equal(positive_pairs(image_ids, text_ids), expected)
     assert positive_pairs() is None
+    some = positive_pairs(image_ids, text_ids, rows=np.array([2, 0]))
+    np.testing.assert_array_equal(some, np.array(expected)[[2, 0]])
 
 
 @pytest.mark.parametrize("loss", [lambda *x: contrastive_loss(x[0], 0.1, *x[1:]), sigmoid_loss])
