@@ -10,6 +10,7 @@ A part is every N-th row, so that the rows of each device stay on it. BatchNorm,
 takes the statistics of a part.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,7 +92,9 @@ class _Parts:
         return _scan(step, [start, self.start()], self.count, 0)[0][0]
 
 
-def map_rows(function: Callable, rows: Any, others: Sequence, count: int) -> list:
+def map_rows(
+    function: Callable, rows: Any, others: Sequence, count: int, num_outputs: int
+) -> list:
     """Calls a function on rows in parts, one after the other, and keeps no activations of it.
 
     Args:
@@ -100,6 +103,7 @@ def map_rows(function: Callable, rows: Any, others: Sequence, count: int) -> lis
         rows: (n, ...).
         others: arrays that go to each call whole.
         count: how many parts; 1 calls the function as it is.
+        num_outputs: how many arrays the function returns.
 
     Returns:
         What the function returns, of all rows: arrays (n,).
@@ -109,11 +113,11 @@ def map_rows(function: Callable, rows: Any, others: Sequence, count: int) -> lis
         return list(function(ops.arange(total), rows, *others))
     numbers, parts = _split(ops.arange(total), count), _split(rows, count)
 
-    def step(part: Any) -> Any:
-        index = numbers[:, part]
-        return keras.remat(lambda *values: function(index, *values))(parts[:, part], *others)
+    def step(carry: list, part: Any) -> tuple[list, list]:
+        again = keras.remat(functools.partial(function, numbers[:, part]))
+        return carry, list(again(parts[:, part], *others))
 
-    return [_join(array, total) for array in ops.map(step, ops.arange(count))]
+    return [_join(array, total) for array in _scan(step, [], count, num_outputs)[1]]
 
 
 def _split(value: Any, count: int) -> Any:
@@ -152,7 +156,11 @@ def _scan(step: Callable, carry: Any, count: int, num_outputs: int) -> tuple[Any
     start = (tf.constant(0), carry, arrays)
     # One part at a time: several at once would take the memory of several.
     _, carry, arrays = tf.while_loop(
-        lambda index, *_: index < count, body, start, parallel_iterations=1
+        lambda index, *_: index < count,
+        body,
+        start,
+        parallel_iterations=1,
+        maximum_iterations=count,  # XLA takes a gradient of no other loop
     )
     return carry, [array.stack() for array in arrays]
 

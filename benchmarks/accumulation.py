@@ -26,6 +26,7 @@ PAIRS, PART, TOKENS = 4096, 64, 8
 CASES = {
     "4,096 pairs in 64 parts": (PAIRS, PAIRS, PAIRS // PART, False),
     "64 steps of 64 pairs": (PAIRS, PART, 1, False),
+    "128 pairs in 2 parts": (2 * PART, 2 * PART, 2, False),
     "512 pairs at once": (512, 512, 1, False),
     "512 pairs at once, remat": (512, 512, 1, True),
 }
