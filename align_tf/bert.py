@@ -194,9 +194,7 @@ class EncoderLayer(layers.Layer):
         norm = {"epsilon": config.layer_norm_eps, **options}
         self.attention = SelfAttention(config, num_heads, **options)
         self.attention_norm = layers.LayerNormalization(name="attention_norm", **norm)
-        self.intermediate = dense(
-            config, config.intermediate_size, name="intermediate", **options
-        )
+        self.intermediate = dense(config, config.intermediate_size, name="intermediate", **options)
         self.activation = get_activation(config.hidden_act)
         self.output_dense = dense(config, config.hidden_size, name="output", **options)
         self.output_norm = layers.LayerNormalization(name="output_norm", **norm)

@@ -92,9 +92,7 @@ class _Parts:
         return _scan(step, [start, self.start()], self.count, 0)[0][0]
 
 
-def map_rows(
-    function: Callable, rows: Any, others: Sequence, count: int, num_outputs: int
-) -> list:
+def map_rows(function: Callable, rows: Any, others: Sequence, count: int, num_outputs: int) -> list:
     """Calls a function on rows in parts, one after the other, and keeps no activations of it.
 
     Args:
