@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Of itself TensorFlow takes oneDNN's kernels on newer processors alone; they are faster on all.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
