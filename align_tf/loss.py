@@ -136,11 +136,11 @@ def contrastive_rows(
         positives = ops.logical_and(positives, present)
     # The target is (1 - s) on the positives plus s / n everywhere, so the cross-entropy is a
     # weighted sum of the two means below; no target is made.
-    logits = logits - ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
-    matched = _mean_where(positives, logits)
-    even = ops.mean(logits, axis=-1) if present is None else _mean_where(present, logits)
-    normalizer = ops.log(ops.sum(ops.exp(logits), axis=-1))
-    return normalizer - (1.0 - label_smoothing) * matched - label_smoothing * even
+    # One kernel: sums of exponentials of our own differed in the last bit from run to run.
+    log_probs = ops.log_softmax(logits, axis=-1)
+    matched = _mean_where(positives, log_probs)
+    even = ops.mean(log_probs, axis=-1) if present is None else _mean_where(present, log_probs)
+    return -(1.0 - label_smoothing) * matched - label_smoothing * even
 
 
 def sigmoid_rows(logits: Any, positives: Any, column_weight: Any) -> Any:

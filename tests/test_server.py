@@ -96,7 +96,7 @@ def recorded_value(text):
 
 
 def assert_same_value(got, expected):
-    """JSON values are equal, floats but for the last bit of a float32, in which processors differ."""
+    """Values are equal, floats but for the last bit of a float32, in which processors differ."""
     if isinstance(expected, float) and isinstance(got, float):
         np.testing.assert_allclose(got, expected, rtol=2**-23, atol=0)  # NaN equals NaN here
     elif isinstance(expected, list) and isinstance(got, list):
