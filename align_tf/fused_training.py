@@ -369,12 +369,16 @@ def gelu(x: Any) -> Any:
 
 
 def _gelu_formula(x: Any) -> Any:
-    return x * (0.5 + 0.5 * ops.erf(x * 2**-0.5))
+    return x * _normal_cdf(x)
 
 
 def _gelu_gradient(x: Any, upstream: Any) -> Any:
     density = ops.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
-    return upstream * (0.5 + 0.5 * ops.erf(x * 2**-0.5) + x * density)
+    return upstream * (_normal_cdf(x) + x * density)
+
+
+def _normal_cdf(x: Any) -> Any:
+    return 0.5 + 0.5 * ops.erf(x * 2**-0.5)
 
 
 @functools.cache

@@ -855,7 +855,9 @@ class AlignModel(_Checkpoint, keras.Model):
 
         # As values: what is computed again for the gradient takes no variables.
         scale = [ops.convert_to_tensor(variable.value) for variable in self._scale()]
-        of_rows = grad_cache.map_rows(compare, rows, (columns, *scale), self.accumulation, 2)
+        of_rows = grad_cache.map_rows(
+            compare, rows, (columns, *scale), self.accumulation, num_outputs=2
+        )
         return tuple(weighted_mean(values, weight) for values in of_rows)
 
     def _loss_rows(self, logits: Any, positives: Any, weight: Any) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from models import peak_gib, status_gib
 from side_by_side import compare, show
 
 from align_tf import AlignConfig, AlignModel
@@ -54,12 +55,6 @@ def make_step(name: str, side: int) -> Callable[[], None]:
     return step
 
 
-def megabytes(key: str) -> float:
-    """Reads `VmRSS`, this process's memory, or `VmHWM`, its peak."""
-    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{key}:")[2].split()[0]) / 1024
-
-
 def peak(name: str, side: int) -> float:
     """Runs a case in a process of its own; returns the megabytes that its steps took."""
     done = subprocess.run(
@@ -81,10 +76,10 @@ def main() -> None:
     side = arguments.side
     if arguments.case:
         step = make_step(arguments.case, side)
-        before = megabytes("VmRSS")
+        before = status_gib("VmRSS")
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak anew
         step()
-        print(megabytes("VmHWM") - before)
+        print(1024 * (peak_gib() - before))
         return
     peaks = {name: peak(name, side) for name in CASES}
     rows = [{"": name, "MB beside weights and batch": value} for name, value in peaks.items()]

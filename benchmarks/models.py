@@ -193,8 +193,13 @@ def peak_gib() -> float:
 
     `getrusage` would count what its parent held when it forked.
     """
+    return status_gib("VmHWM")
+
+
+def status_gib(key: str) -> float:
+    """Reads one of the sizes that Linux tells of this process, as `VmRSS`, what it holds now."""
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    return int(status.partition(f"{key}:")[2].split()[0]) / 2**20
 
 
 def peak_flops(size: int = 2048) -> dict[str, float]:

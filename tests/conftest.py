@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# The same kernels on every processor, as the command line takes them: without them TensorFlow's
-# sums are not the same twice, and its errors name other nodes than those that were recorded.
+# The same kernels on every processor, as the command line takes them: TensorFlow's own name other
+# nodes in their errors than those that were recorded.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import pathlib
