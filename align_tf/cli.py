@@ -835,8 +835,7 @@ def _quickstart(arguments: Any) -> int:
         ]
         _print_quickstart(results, version, arguments.json)
         if arguments.keep_serving:
-            _print_curl(running, pictures[0], labels[:3])
-            running.wait()
+            running.wait(lambda: _print_curl(running, pictures[0], labels[:3]))
     return 0
 
 

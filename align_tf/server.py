@@ -327,9 +327,15 @@ class ModelServer:
         """Stops listening, gives requests in flight GRACE_SECONDS, and drops the models."""
         self._stack.close()
 
-    def wait(self) -> None:
-        """Blocks until SIGINT or SIGTERM; for the main thread."""
+    def wait(self, announce: Callable[[], None] | None = None) -> None:
+        """Blocks until SIGINT or SIGTERM; for the main thread.
+
+        Args:
+            announce: called once those signals end the wait, to tell of it.
+        """
         with _stop_signals() as received:
+            if announce:
+                announce()
             _wait_for(received)
 
     def __enter__(self) -> "ModelServer":
