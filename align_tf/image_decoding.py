@@ -18,6 +18,7 @@ MAX_IDATS = 1 << 14  # chunks of a PNG's pixels
 MAX_SCANS = 100  # of a JPEG
 SLACK = 1 << 16  # bytes that a PNG's pixels may take beyond eight each
 BAND_PIXELS = 1 << 20  # of an image, computed at a time
+JPEG_MAGIC = b"\xff\xd8\xff"
 BLANK = np.zeros([0, 0, 3], np.uint8)
 BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
 
@@ -46,27 +47,33 @@ def _header(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(_read(image_bytes, 0, HEADER_BYTES), [HEADER_BYTES])
 
 
-def _little(data: tf.Tensor, at: tf.Tensor | int, count: int) -> tf.Tensor:
-    """Reads a little-endian number of `count` bytes as int64."""
-    digits = tf.cast(data[at : at + count], tf.int64)
-    return tf.reduce_sum(digits * [1 << 8 * i for i in range(count)])
+def _little(data: tf.Tensor, at: Any, count: int) -> tf.Tensor:
+    """Reads a little-endian number of `count` bytes as int64, or one from each place of a list."""
+    return _number(data, at, range(count))
 
 
-def _big(data: tf.Tensor, at: tf.Tensor | int, count: int) -> tf.Tensor:
-    """Reads a big-endian number of `count` bytes as int64."""
-    return _little(data[at : at + count][::-1], 0, count)
+def _big(data: tf.Tensor, at: Any, count: int) -> tf.Tensor:
+    """Reads a big-endian number of `count` bytes as int64, or one from each place of a list."""
+    return _number(data, at, range(count)[::-1])
+
+
+def _number(data: tf.Tensor, at: Any, places: range) -> tf.Tensor:
+    """Reads numbers whose digits, the lowest first, are at such places behind `at`."""
+    fixed = not tf.is_tensor(at)
+    index = np.add.outer(at, places) if fixed else at + tf.constant([*places])
+    digits = tf.cast(tf.gather(data, index), tf.int64)
+    return tf.reduce_sum(digits * [1 << 8 * i for i in range(len(places))], axis=-1)
 
 
 def _starts(header: tf.Tensor, at: int, magic: bytes) -> tf.Tensor:
     return tf.reduce_all(header[at : at + len(magic)] == list(magic))
 
 
-def image_format(image_bytes: tf.Tensor) -> tf.Tensor:
+def _format(header: tf.Tensor) -> tf.Tensor:
     """Returns the place in FORMATS of what the first bytes say, len(FORMATS) for anything else."""
-    header = _header(image_bytes)
     matches = tf.stack(
         [
-            _starts(header, 0, b"\xff\xd8\xff"),
+            _starts(header, 0, JPEG_MAGIC),
             _starts(header, 0, b"\x89PNG\r\n\x1a\n"),
             _starts(header, 0, b"GIF87a") | _starts(header, 0, b"GIF89a"),
             _starts(header, 0, b"BM"),
@@ -79,42 +86,32 @@ def image_format(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.argmax(tf.cast(matches, tf.int32), output_type=tf.int32)
 
 
-def _jpeg_shape(image_bytes: tf.Tensor) -> tf.Tensor:
-    return tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
+# Height and width, int64 (2,), of what is no JPEG, whose header has its fields in fixed places.
 
 
-def _size_in_header(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Reads the size of what is no JPEG, whose header has its fields in fixed places."""
-    header = _header(image_bytes)
+def _png_size(header: tf.Tensor) -> tf.Tensor:
+    return _big(header, [20, 16], 4)
 
-    def size(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
-        return tf.stack([height, width])
 
-    def bmp() -> tf.Tensor:
-        height = _little(header, 22, 4)  # negative where the rows run from the top
-        height = tf.where(height >= 1 << 31, (1 << 32) - height, height)
-        core = size(_little(header, 20, 2), _little(header, 18, 2))
-        return tf.where(_little(header, 14, 4) == 12, core, size(height, _little(header, 18, 4)))
+def _gif_size(header: tf.Tensor) -> tf.Tensor:
+    return _little(header, [8, 6], 2)
 
-    def webp() -> tf.Tensor:
-        lossless = _little(header, 21, 4)
-        extended = size(1 + _little(header, 27, 3), 1 + _little(header, 24, 3))
-        lossy = size(_little(header, 28, 2) % (1 << 14), _little(header, 26, 2) % (1 << 14))
-        lossless = size(1 + lossless // (1 << 14) % (1 << 14), 1 + lossless % (1 << 14))
-        lossless = tf.where(_starts(header, 12, b"VP8L"), lossless, lossy)
-        return tf.where(_starts(header, 12, b"VP8X"), extended, lossless)
 
-    return tf.switch_case(
-        image_format(image_bytes),
-        [
-            lambda: tf.zeros([2], tf.int64),
-            lambda: size(_big(header, 20, 4), _big(header, 16, 4)),
-            lambda: size(_little(header, 8, 2), _little(header, 6, 2)),
-            bmp,
-            webp,
-            lambda: tf.zeros([2], tf.int64),
-        ],
-    )
+def _bmp_size(header: tf.Tensor) -> tf.Tensor:
+    core = _little(header, [20, 18], 2)
+    size = _little(header, [22, 18], 4)
+    # The height is negative where the rows run from the top.
+    size = tf.where((size >= 1 << 31) & [True, False], (1 << 32) - size, size)
+    return tf.where(_little(header, 14, 4) == 12, core, size)
+
+
+def _webp_size(header: tf.Tensor) -> tf.Tensor:
+    fields = _little(header, 21, 4)
+    lossless = 1 + tf.stack([fields // (1 << 14), fields]) % (1 << 14)
+    lossy = _little(header, [28, 26], 2) % (1 << 14)
+    still = tf.where(_starts(header, 12, b"VP8L"), lossless, lossy)
+    canvas = 1 + _little(header, [27, 24], 3)
+    return tf.where(_starts(header, 12, b"VP8X"), canvas, still)
 
 
 # --- decoding ------------------------------------------------------------------------------
@@ -152,18 +149,24 @@ def _reader(max_pixels: int, exact: bool) -> Callable[[tf.Tensor], tuple[tf.Tens
 
 
 def _read_any(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    def sized(decode: Callable[..., tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        size = _size_in_header(image_bytes)
-        return _where(tf.reduce_prod(size) <= max_pixels, lambda: decode(image_bytes)), size
+    header = _header(image_bytes)
+
+    def sized(size_of: Callable, decode: Callable) -> tuple[tf.Tensor, tf.Tensor]:
+        size = size_of(header)
+        small = tf.reduce_prod(size) <= max_pixels
+        return _where(small, lambda: decode(image_bytes, header, size)), size
+
+    def stock(image_bytes: tf.Tensor, *_) -> tf.Tensor:
+        return _attempt(_stock, image_bytes)
 
     pixels, size = tf.switch_case(
-        image_format(image_bytes),
+        _format(header),
         [
             lambda: _read_jpeg(image_bytes, max_pixels, exact),
-            lambda: sized(functools.partial(_decode_png, decode=_png_pixels if exact else _stock)),
-            lambda: sized(_decode_gif),
-            lambda: sized(_decode_bmp if exact else functools.partial(_attempt, _stock)),
-            lambda: sized(_decode_webp),
+            lambda: sized(_png_size, functools.partial(_decode_png, exact=exact)),
+            lambda: sized(_gif_size, _decode_gif),
+            lambda: sized(_bmp_size, _decode_bmp if exact else stock),
+            lambda: sized(_webp_size, _decode_webp),
             lambda: (BLANK, tf.zeros([2], tf.int64)),
         ],
     )
@@ -216,7 +219,7 @@ def _read_jpeg(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf
     scans = tf.size(tf.strings.split([image_bytes], b"\xff\xda").values) - 1
 
     def load(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        shape = _jpeg_shape(image_bytes)
+        shape = tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
         sane = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS)
         if not exact:
             return shape, _where(sane, lambda: _stock(image_bytes))
@@ -340,7 +343,9 @@ def _cmyk_to_rgb(c: tf.Tensor, k: tf.Tensor) -> tf.Tensor:
 # --- PNG -----------------------------------------------------------------------------------
 
 
-def _decode_png(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
+def _decode_png(
+    image_bytes: tf.Tensor, header: tf.Tensor, size: tf.Tensor, exact: bool
+) -> tf.Tensor:
     """Decodes a file that is rewritten to hold only its header, palette and pixels.
 
     The rest has no part in the pixels, and libpng unpacks texts and profiles to megabytes each.
@@ -350,66 +355,61 @@ def _decode_png(image_bytes: tf.Tensor, decode: Callable) -> tf.Tensor:
     def kind_is(at: tf.Tensor, kind: bytes) -> tf.Tensor:
         return _starts(_read(image_bytes, at + 4, 4), 0, kind)
 
-    def size(at: tf.Tensor) -> tf.Tensor:
+    def chunk(at: tf.Tensor) -> tf.Tensor:  # its length, all in all
         length = _big(_read(image_bytes, at, 4), 0, 4)
         return tf.cast(tf.minimum(length + 12, tf.cast(end, tf.int64)), tf.int32)
 
     first, palette = tf.while_loop(
         lambda at, _: (at < end) & ~kind_is(at, b"IDAT"),
-        lambda at, palette: (at + size(at), tf.where(kind_is(at, b"PLTE"), at, palette)),
+        lambda at, palette: (at + chunk(at), tf.where(kind_is(at, b"PLTE"), at, palette)),
         (tf.constant(33), tf.constant(0)),
         maximum_iterations=MAX_BLOCKS,
     )
     [stop] = tf.while_loop(
         lambda at: (at < end) & kind_is(at, b"IDAT"),
-        lambda at: [at + size(at)],
+        lambda at: [at + chunk(at)],
         [first],
         maximum_iterations=MAX_IDATS,
     )
     needed = tf.strings.join(
         [
             _part(image_bytes, 0, 33),
-            _part(image_bytes, palette, tf.where(palette > 0, palette + size(palette), 0)),
+            _part(image_bytes, palette, tf.where(palette > 0, palette + chunk(palette), 0)),
             _part(image_bytes, first, stop),
             b"\0\0\0\0IEND\xae\x42\x60\x82",
         ]
     )
     # What is left over would be unpacked too, a thousand bytes out of one.
-    most = 8 * tf.reduce_prod(_size_in_header(image_bytes)) + SLACK
+    most = 8 * tf.reduce_prod(size) + SLACK
     sane = tf.cast(stop - first, tf.int64) <= most
+    is_gray16 = (header[24] == 16) & (header[25] == 0)
+    decode = functools.partial(_png_pixels, is_gray16=is_gray16) if exact else _stock
     return _where(sane, lambda: _attempt(decode, needed))
 
 
-def _png_pixels(image_bytes: tf.Tensor) -> tf.Tensor:
-    header = _header(image_bytes)
-
+def _png_pixels(image_bytes: tf.Tensor, is_gray16: tf.Tensor) -> tf.Tensor:
     def gray16() -> tf.Tensor:
         # Pillow clips its 16-bit gray mode to 8 bits; all others lose their low byte.
         gray = tf.io.decode_png(image_bytes, channels=1, dtype=tf.uint16)
         gray = tf.cast(tf.minimum(gray, tf.constant(255, tf.uint16)), tf.uint8)
         return tf.repeat(gray, 3, axis=-1)
 
-    return tf.cond(
-        (header[24] == 16) & (header[25] == 0),
-        gray16,
-        lambda: tf.io.decode_png(image_bytes, channels=3),
-    )
+    return tf.cond(is_gray16, gray16, lambda: tf.io.decode_png(image_bytes, channels=3))
 
 
 # --- GIF -----------------------------------------------------------------------------------
 
 
-def _decode_gif(image_bytes: tf.Tensor) -> tf.Tensor:
+def _decode_gif(image_bytes: tf.Tensor, header: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Decodes the first frame alone, from a file rewritten to hold nothing else."""
-    header = _header(image_bytes)
+    size = tf.cast(size, tf.int32)  # of the canvas
     has_palette, palette_size = _gif_palette(header[10])
     first = 13 + palette_size
     start, transparent = _skip_extensions(image_bytes, first)
     descriptor = _read(image_bytes, start, 10)
     has_own, own_size = _gif_palette(descriptor[9])
-    size = tf.cast([_little(header, 8, 2), _little(header, 6, 2)], tf.int32)  # of the canvas
     # top, left, height, width
-    frame = tf.cast(tf.stack([_little(descriptor, i, 2) for i in (3, 1, 7, 5)]), tf.int32)
+    frame = tf.cast(_little(descriptor, [3, 1, 7, 5], 2), tf.int32)
     sane = (descriptor[0] == ord(",")) & (has_own | has_palette)
     sane &= tf.reduce_all(frame[:2] + frame[2:] <= size)
 
@@ -506,16 +506,14 @@ def _on_canvas(pixels: tf.Tensor, color: tf.Tensor, size: tf.Tensor, frame: tf.T
 # --- BMP -----------------------------------------------------------------------------------
 
 
-def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
+def _decode_bmp(image_bytes: tf.Tensor, header: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Decodes a BMP that is not run-length encoded, of 1, 4, 8, 16, 24 or 32 bits a pixel."""
-    header = _header(image_bytes)
     header_size, compression = _little(header, 14, 4), _little(header, 30, 4)
     core = header_size == 12  # the oldest kind, with short fields
     depth = tf.where(core, header[24], header[28])
     has_masks = ~core & (compression == 3)
     known = tf.reduce_any(header_size == [12, 40, 52, 56, 64, 108, 124])
     plain = core | (compression == 0) | (has_masks & (depth > 8))
-    size = _size_in_header(image_bytes)
     height, width = tf.unstack(size)
     stride = (width * tf.cast(depth, tf.int64) + 31) // 32 * 4
     entry = tf.where(core, 3, 4)  # blue, green, red and, in all but the oldest kind, a zero
@@ -539,7 +537,7 @@ def _decode_bmp(image_bytes: tf.Tensor) -> tf.Tensor:
         palette = tf.pad(palette, [[0, (1 << depth) - tf.shape(palette)[0]], [0, 0]])
         return _bmp_palette_colors(rows(), depth, palette)
 
-    masks = tf.stack([_little(header, at, 4) for at in (54, 58, 62)])  # red, green, blue
+    masks = _little(header, [54, 58, 62], 4)  # red, green, blue
     masks = tf.where(has_masks, masks, tf.zeros_like(masks))  # zeros: in the usual order
     depths = (1, 4, 8, 16, 24, 32)
     branch = tf.reduce_sum(tf.where(depth == depths, range(6), 0))
@@ -601,13 +599,12 @@ def _bmp_true_colors(rows: tf.Tensor, masks: tf.Tensor) -> tf.Tensor:
 # --- WebP ----------------------------------------------------------------------------------
 
 
-def _decode_webp(image_bytes: tf.Tensor) -> tf.Tensor:
-    header = _header(image_bytes)
+def _decode_webp(image_bytes: tf.Tensor, header: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     animated = _starts(header, 12, b"VP8X") & (tf.bitwise.bitwise_and(header[20], 2) > 0)
 
     return tf.cond(
         animated,
-        lambda: _decode_first_webp_frame(image_bytes),
+        lambda: _decode_first_webp_frame(image_bytes, size),
         lambda: _attempt(_still_webp, image_bytes),
     )
 
@@ -617,7 +614,7 @@ def _still_webp(image_bytes: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(image, [None, None, None])[..., :3]
 
 
-def _decode_first_webp_frame(image_bytes: tf.Tensor) -> tf.Tensor:
+def _decode_first_webp_frame(image_bytes: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
     """Decodes an animation's first frame, from a file rewritten as a still image.
 
     Chunks and their fields: developers.google.com/speed/webp/docs/riff_container.
@@ -636,10 +633,9 @@ def _decode_first_webp_frame(image_bytes: tf.Tensor) -> tf.Tensor:
         [tf.constant(12)],
         maximum_iterations=MAX_BLOCKS,
     )
-    header = _header(image_bytes)
-    size = tf.cast([1 + _little(header, 27, 3), 1 + _little(header, 24, 3)], tf.int32)
+    size = tf.cast(size, tf.int32)  # of the canvas
     fields = _read(image_bytes, at, 24)
-    place = tf.cast(tf.stack([_little(fields, i, 3) for i in (11, 8, 17, 14)]), tf.int32)
+    place = tf.cast(_little(fields, [11, 8, 17, 14], 3), tf.int32)
     frame = place * [2, 2, 1, 1] + [0, 0, 1, 1]  # top, left, height, width
     sane = is_frame(at) & (at + 24 < end) & tf.reduce_all(frame[:2] + frame[2:] <= size)
     length = tf.maximum(size_of(at) - 16, 0)
@@ -710,7 +706,7 @@ def exif_orientation(image_bytes: tf.Tensor) -> tf.Tensor:
         return tf.where((value >= 1) & (value <= 8), value, 1)
 
     upright = tf.constant(1)
-    is_jpeg = image_format(image_bytes) == FORMATS.index("JPEG")
+    is_jpeg = _starts(data, 0, JPEG_MAGIC)
     found = tf.cond(is_jpeg & (at < end), lambda: is_exif(at), lambda: tf.constant(False))
     return tf.cond(found, orientation, lambda: upright)
 
