@@ -4,10 +4,9 @@ Architecture: arXiv 1810.04805; relative positions: arXiv 1803.02155 (relative_k
 arXiv 2009.13658, method 4 (relative_key_query), as Hugging Face's transformers 4 has them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from keras import activations, layers, ops
+from keras import layers, ops
 
 from align_tf.activation import get_activation
 from align_tf.configuration import AlignTextConfig
@@ -42,15 +41,13 @@ def look_up(table: layers.Embedding, ids: Any, training: bool) -> Any:
     return ops.cast(rows, table.compute_dtype)
 
 
-def per_token(layer: layers.Dense, x: Any, activation: Callable = activations.linear) -> Any:
-    """Applies a dense layer and an activation to each token.
+def flat(x: Any) -> Any:
+    """Puts the tokens of (n, t, width) in one dimension.
 
-    As a product of two matrices, which TensorFlow's kernels fuse with the bias and the activation;
-    of three dimensions Keras leaves them apart.
+    A dense layer is then a product of two matrices, which TensorFlow's kernels fuse with the bias
+    and the activation; of three dimensions Keras leaves them apart.
     """
-    length = ops.shape(x)[1]
-    flat = activation(layer(ops.reshape(x, (-1, x.shape[-1]))))
-    return ops.reshape(flat, (-1, length, flat.shape[-1]))
+    return ops.reshape(x, (-1, x.shape[-1]))
 
 
 class TextEmbeddings(layers.Layer):
@@ -153,9 +150,9 @@ class SelfAttention(layers.Layer):
         training: bool = False,
     ) -> tuple[Any, Any]:
         asking = inputs[:, :1] if first_token_only else inputs
-        query = self._split_heads(per_token(self.query, asking))  # (n, heads, t or 1, head_size)
-        key = self._split_heads(per_token(self.key, inputs))
-        value = self._split_heads(per_token(self.value, inputs))
+        query = self._in_heads(self.query, asking)  # (n, heads, t or 1, head_size)
+        key = self._in_heads(self.key, inputs)
+        value = self._in_heads(self.value, inputs)
 
         scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t or 1, t)
         if self.config.position_embedding_type != "absolute":
@@ -167,12 +164,12 @@ class SelfAttention(layers.Layer):
         x = ops.matmul(self.dropout(probs, training=training), value)
 
         x = ops.transpose(x, (0, 2, 1, 3))  # (n, t or 1, heads, head_size)
-        x = ops.reshape(x, (-1, ops.shape(x)[1], self.num_heads * self.config.head_size))
-        return per_token(self.output_dense, x), probs
+        x = self.output_dense(ops.reshape(x, (-1, self.num_heads * self.config.head_size)))
+        return ops.reshape(x, ops.shape(asking)), probs
 
-    def _split_heads(self, x: Any) -> Any:
+    def _in_heads(self, layer: layers.Dense, x: Any) -> Any:
         heads = (-1, ops.shape(x)[1], self.num_heads, self.config.head_size)
-        return ops.transpose(ops.reshape(x, heads), (0, 2, 1, 3))
+        return ops.transpose(ops.reshape(layer(flat(x)), heads), (0, 2, 1, 3))
 
     def _relative_scores(self, query: Any, key: Any, training: bool) -> Any:
         asking, asked = (ops.arange(ops.shape(x)[2], dtype="int32") for x in (query, key))
@@ -221,6 +218,7 @@ class EncoderLayer(layers.Layer):
         x = inputs[:, :1] if first_token_only else inputs
         x = self.attention_norm(x + self.dropout(attended, training=training))
         activation = gelu_for(self.activation, x) if training else self.activation
-        forwarded = per_token(self.output_dense, per_token(self.intermediate, x, activation))
-        x = self.output_norm(x + self.dropout(forwarded, training=training))
+        forwarded = self.output_dense(activation(self.intermediate(flat(x))))
+        forwarded = self.dropout(ops.reshape(forwarded, ops.shape(x)), training=training)
+        x = self.output_norm(x + forwarded)
         return x, probs

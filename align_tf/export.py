@@ -145,8 +145,7 @@ def _next_version(directory: pathlib.Path) -> int:
 def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
     images, tokenizer = processor.image_processor, processor.tokenizer
     max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    # What several signatures call is traced once: half the time of an export, and of a server's
-    # first answers.
+    # What several signatures call is traced once: tracing is most of an export's time.
     traced_once = functools.partial(tf.function, autograph=False)
 
     @traced_once

@@ -158,7 +158,8 @@ def normalize_swish(
 
 def area(x: Any) -> Any:
     """The pixels of each image of (n, h, w, c), float32."""
-    return ops.cast(ops.shape(x)[1] * ops.shape(x)[2], "float32")
+    height, width = x.shape[1:3] if None not in x.shape[1:3] else ops.shape(x)[1:3]
+    return ops.cast(height * width, "float32")
 
 
 def area_mean(x: Any) -> Any:

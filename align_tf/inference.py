@@ -47,7 +47,8 @@ def _fold_batch_norms(source: AlignVisionModel, target: AlignVisionModel) -> Non
 
 
 def _use_fast_kernels(tower: AlignVisionModel) -> None:
-    for owner in (tower, *tower.blocks):
+    reduces = [block.se_reduce for block in tower.blocks]
+    for owner in (tower, *tower.blocks, *reduces):
         if owner.activation is get_activation("swish"):
             owner.activation = swish_product
     for block in tower.blocks:
