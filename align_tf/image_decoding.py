@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WebP")
 EXPECTED = "JPEG, PNG, GIF, WebP, or BMP without run-length encoding"
 
 HEADER_BYTES = 72  # holds every field that says how large an image is, except JPEG's
@@ -59,8 +58,7 @@ def _big(data: tf.Tensor, at: Any, count: int) -> tf.Tensor:
 
 def _number(data: tf.Tensor, at: Any, places: range) -> tf.Tensor:
     """Reads numbers whose digits, the lowest first, are at such places behind `at`."""
-    fixed = not tf.is_tensor(at)
-    index = np.add.outer(at, places) if fixed else at + tf.constant([*places])
+    index = at + tf.constant([*places]) if tf.is_tensor(at) else np.add.outer(at, places)
     digits = tf.cast(tf.gather(data, index), tf.int64)
     return tf.reduce_sum(digits * [1 << 8 * i for i in range(len(places))], axis=-1)
 
@@ -70,7 +68,7 @@ def _starts(header: tf.Tensor, at: int, magic: bytes) -> tf.Tensor:
 
 
 def _format(header: tf.Tensor) -> tf.Tensor:
-    """Returns the place in FORMATS of what the first bytes say, len(FORMATS) for anything else."""
+    """Returns what the first bytes say: 0 to 4 for JPEG, PNG, GIF, BMP, WebP, 5 for all else."""
     matches = tf.stack(
         [
             _starts(header, 0, JPEG_MAGIC),

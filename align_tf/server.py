@@ -336,7 +336,8 @@ class ModelServer:
         with _stop_signals() as received:
             if announce:
                 announce()
-            _wait_for(received)
+            while not received:  # a lock that the handler takes too could be held when it runs
+                time.sleep(0.1)
 
     def __enter__(self) -> "ModelServer":
         self.start()
@@ -519,9 +520,8 @@ def serve(server: ModelServer) -> None:
 
     Raises: what its start() does.
     """
-    with server, _stop_signals() as received:
-        print(server.summary, file=sys.stderr, flush=True)
-        _wait_for(received)
+    with server:
+        server.wait(lambda: print(server.summary, file=sys.stderr, flush=True))
         print("Stopping ...", file=sys.stderr, flush=True)
 
 
@@ -536,8 +536,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
-
-
-def _wait_for(received: list[int]) -> None:
-    while not received:  # a lock that the handler takes too could be held when it runs
-        time.sleep(0.1)
