@@ -32,6 +32,9 @@ def placeholder(index: int) -> str:
     return chr(FIRST_PLACEHOLDER + index)
 
 
+PLACEHOLDERS = [placeholder(index) for index in range(MAX_TOKENS)]
+
+
 class BertNormalizer:
     """Normalizes text and sets its words apart, as Hugging Face's BertNormalizer and
     BertPreTokenizer do together.
@@ -158,45 +161,36 @@ def _marks() -> dict[str, int]:
 
 
 def _changes(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> dict[str, str]:
-    """Returns what normalizing makes of each code point that does not stay as it is."""
+    """Returns what normalizing makes of each code point that is neither kept, deleted nor, whole,
+    a word of its own."""
     stripped = _mapping("decomposed") if strip_accents else {}
     lowered = _mapping("lower") if lowercase else {}
     changes = {}
     for character in {*stripped, *lowered}:
         out = stripped.get(character, character)
         changes[character] = "".join(lowered.get(c, c) for c in out)
-    if handle_chinese_chars:
-        for character in _characters("chinese"):
-            changes[character] = f" {changes.get(character, character)} "
-    # Cleaning comes first, and what it deletes or blanks is left alone by the rest.
-    changes.update(dict.fromkeys(_characters("blank"), " "))
-    changes.update(dict.fromkeys(_characters("deleted"), ""))
-    return {k: v for k, v in changes.items() if k != v}
+    changes = {k: v for k, v in changes.items() if k != v}
+    for character in changes.keys() & _ideographs(handle_chinese_chars):
+        changes[character] = f" {changes[character]} "
+    return {**changes, **dict.fromkeys(_characters("blank"), " ")}
 
 
-def _set_apart(changes: Mapping[str, str]) -> dict[str, str]:
-    """Returns changes with blanks around each character that is a word of its own."""
-    isolated = {c: f" {c} " for c in _characters("isolated")}
-    return {
-        **{c: blanks for c, blanks in isolated.items() if c not in changes},
-        **{c: "".join(isolated.get(o, o) for o in out) for c, out in changes.items()},
-    }
+def _ideographs(handle_chinese_chars: bool) -> list[str]:
+    return _characters("chinese") if handle_chinese_chars else []
 
 
 def _reorder_changes() -> dict[str, str]:
-    """Returns what has to happen to a text before its marks are sorted.
+    """Returns what has to happen to a text before its marks are sorted, deletion aside.
 
     What is deleted in the end goes at once, except for what marks do not move across; characters
     whose decomposition holds a mark that stays are decomposed.
     """
     barriers, marks = set(_characters("barriers")), _marks()
-    changes = {
+    return {
         character: out
         for character, out in _mapping("decomposed").items()
         if (not out and character not in barriers) or any(c in marks for c in out)
     }
-    changes.update(dict.fromkeys(_characters("deleted"), ""))
-    return changes
 
 
 def _mark_ranges() -> tuple[np.ndarray, np.ndarray]:
@@ -217,40 +211,49 @@ def _character_class(characters: Iterable[str]) -> str:
 @functools.cache
 def _whole_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
     changes = _changes(lowercase, strip_accents, handle_chinese_chars)
-    return _model({**_set_apart(changes), **_placeholder_words()})
+    isolated = {c: f" {c} " for c in _characters("isolated")}
+    changes = {c: "".join(isolated.get(o, o) for o in out) for c, out in changes.items()}
+    words = [*_ideographs(handle_chinese_chars), *isolated]
+    return _model(changes, [*(c for c in words if c not in changes), *PLACEHOLDERS], delete=True)
 
 
 @functools.cache
 def _unsplit_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
-    return _model(_but_placeholders(_changes(lowercase, strip_accents, handle_chinese_chars)))
+    changes = _changes(lowercase, strip_accents, handle_chinese_chars)
+    words = [c for c in _ideographs(handle_chinese_chars) if c not in changes]
+    return _model(changes, words, delete=True)
 
 
 @functools.cache
 def _split_model() -> np.ndarray:
-    return _model({**_set_apart({}), **_placeholder_words()})
+    return _model({}, [*_characters("isolated"), *PLACEHOLDERS], delete=False)
 
 
 @functools.cache
 def _reorder_model() -> np.ndarray:
-    return _model(_but_placeholders(_reorder_changes()))
+    return _model(_reorder_changes(), [], delete=True)
 
 
-def _placeholder_words() -> dict[str, str]:
-    return {placeholder(i): f" {placeholder(i)} " for i in range(MAX_TOKENS)}
-
-
-def _but_placeholders(changes: Mapping[str, str]) -> dict[str, str]:
-    words = _placeholder_words()
-    return {k: v for k, v in changes.items() if k not in words}
-
-
-def _model(changes: Mapping[str, str]) -> np.ndarray:
-    """Builds a model of tf-text's FastBertNormalize from what each character becomes.
+def _model(changes: Mapping[str, str], words: Sequence[str], *, delete: bool) -> np.ndarray:
+    """Builds a model of tf-text's FastBertNormalize.
 
     Its layout: tensorflow_text/core/kernels/fast_bert_normalizer_model.fbs.
+
+    Args:
+        changes: what a character becomes.
+        words: characters that get a blank on either side; none of them in `changes`.
+        delete: deletes what normalizing deletes, but for placeholders.
     """
     data = np.zeros(0x110000, np.int64)
-    pool, offsets = bytearray(), {}
+    if delete:
+        data[_table()["deleted"]] = CHANGED
+        data[FIRST_PLACEHOLDER : FIRST_PLACEHOLDER + MAX_TOKENS] = 0
+    # In the pool two words share the blank between them.
+    pool = bytearray(f" {' '.join(words)} ".encode())
+    points = np.array([ord(word) for word in words], np.int64)
+    sizes = 3 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)  # bytes, blanks included
+    data[points] = CHANGED | np.cumsum(sizes - 1) - (sizes - 1) << LENGTH_BITS | sizes
+    offsets = {}
     for character, out in changes.items():
         if out not in offsets:
             encoded = out.encode("utf-8")
@@ -302,11 +305,13 @@ def _trie(data: np.ndarray) -> np.ndarray:
     def add_regions(rows: np.ndarray, unit) -> np.ndarray:
         """Adds one region for each distinct row (n, 64) and returns where each row's is."""
         nonlocal size
-        unique, inverse = np.unique(rows, axis=0, return_inverse=True)
+        numbers: dict[bytes, int] = {}
+        inverse = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
+        unique = np.frombuffer(b"".join(numbers), rows.dtype).reshape(-1, 64)
         at = size + np.arange(unique.size).reshape(unique.shape)
         cells.append(unit(at, byte, unique).astype(np.uint32).reshape(-1))
         size += unique.size
-        return np.where(rows.any(axis=1), at[inverse.reshape(-1), 0], 0)
+        return np.where(rows.any(axis=1), at[inverse, 0], 0)
 
     root = 256 ^ np.arange(256)
     last = add_regions(data.reshape(-1, 64), key_ends)  # by code point >> 6
