@@ -150,22 +150,35 @@ class SelfAttention(layers.Layer):
         training: bool = False,
     ) -> tuple[Any, Any]:
         asking = inputs[:, :1] if first_token_only else inputs
-        query = self._in_heads(self.query, asking)  # (n, heads, t or 1, head_size)
-        key = self._in_heads(self.key, inputs)
-        value = self._in_heads(self.value, inputs)
+        query = self._in_heads(self.query, asking)
+        key, value = self._in_heads(self.key, inputs), self._in_heads(self.value, inputs)
+        x, probs = self.attend(query, key, value, attention_mask, training=training)
+        x = ops.transpose(x, (0, 2, 1, 3))  # (n, t or 1, heads, head_size)
+        x = self.output_dense(ops.reshape(x, (-1, self.num_heads * self.config.head_size)))
+        return ops.reshape(x, ops.shape(asking)), probs
 
+    def attend(
+        self, query: Any, key: Any, value: Any, attention_mask: Any, training: bool = False
+    ) -> tuple[Any, Any]:
+        """Attends with the heads apart.
+
+        Args:
+            query: (n, heads, t, head_size), or t = 1 for the first token alone.
+            key, value: (n, heads, t, head_size).
+            attention_mask: bool, as (n, 1, 1, t).
+            training: apply dropout.
+
+        Returns:
+            What the queries get, in their shape, and the attentions (n, heads, t or 1, t).
+        """
         scores = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2)))  # (n, heads, t or 1, t)
         if self.config.position_embedding_type != "absolute":
             scores = scores + self._relative_scores(query, key, training)
         # The softmax runs in float32 whatever the policy, as in the reference.
         scores = ops.cast(scores, "float32") * self.config.head_size**-0.5
         scores = ops.where(attention_mask, scores, MASKED)
-        probs = ops.cast(ops.softmax(scores, axis=-1), inputs.dtype)
-        x = ops.matmul(self.dropout(probs, training=training), value)
-
-        x = ops.transpose(x, (0, 2, 1, 3))  # (n, t or 1, heads, head_size)
-        x = self.output_dense(ops.reshape(x, (-1, self.num_heads * self.config.head_size)))
-        return ops.reshape(x, ops.shape(asking)), probs
+        probs = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
+        return ops.matmul(self.dropout(probs, training=training), value), probs
 
     def _in_heads(self, layer: layers.Dense, x: Any) -> Any:
         heads = (-1, ops.shape(x)[1], self.num_heads, self.config.head_size)
@@ -216,9 +229,12 @@ class EncoderLayer(layers.Layer):
             inputs, attention_mask, first_token_only=first_token_only, training=training
         )
         x = inputs[:, :1] if first_token_only else inputs
+        return self.after_attention(x, attended, training=training), probs
+
+    def after_attention(self, x: Any, attended: Any, training: bool = False) -> Any:
+        """Adds what attention gave to the states of as many tokens, and feeds them forward."""
         x = self.attention_norm(x + self.dropout(attended, training=training))
         activation = gelu_for(self.activation, x) if training else self.activation
         forwarded = self.output_dense(activation(self.intermediate(flat(x))))
         forwarded = self.dropout(ops.reshape(forwarded, ops.shape(x)), training=training)
-        x = self.output_norm(x + forwarded)
-        return x, probs
+        return self.output_norm(x + forwarded)

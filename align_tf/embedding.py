@@ -23,10 +23,13 @@ class Embedder:
     """
 
     def __init__(self, model: AlignModel):
+        text_features = AlignModel.get_text_features
+        if keras.backend.backend() == "tensorflow":
+            from align_tf.packing import text_features
         self._images = _compiled(
             model, lambda x: ops.normalize(model.get_image_features(x), axis=-1)
         )
-        self._texts = _compiled(model, lambda x: ops.normalize(model.get_text_features(x), axis=-1))
+        self._texts = _compiled(model, lambda x: ops.normalize(text_features(model, x), axis=-1))
 
     def images(self, pixel_values: Any) -> np.ndarray:
         """Embeds images.

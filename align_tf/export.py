@@ -17,6 +17,7 @@ import align_tf
 from align_tf.embedding import TEXT_INPUTS
 from align_tf.inference import inference_copy
 from align_tf.model import AlignModel
+from align_tf.packing import text_features
 from align_tf.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
@@ -154,7 +155,7 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
 
     @traced_once
     def embed_tokens(tokens):
-        return tf.math.l2_normalize(model.get_text_features(tokens), axis=-1)
+        return tf.math.l2_normalize(text_features(model, tokens), axis=-1)
 
     @traced_once
     def embed_image(image_bytes):

@@ -325,11 +325,7 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         if ("input_ids" in given) == ("inputs_embeds" in given):
             raise ValueError("expected input_ids or inputs_embeds, not both and not neither")
         length = ops.shape(given.get("input_ids", given.get("inputs_embeds")))[1]
-        if isinstance(length, int) and length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a text of {length} tokens: expected at most max_position_embeddings="
-                f"{self.config.max_position_embeddings}"
-            )
+        self._check_length(length)
         if attention_mask is None:
             attention_mask = ops.ones((1, length), dtype="bool")
         attention_mask = ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2))  # (m, 1, 1, t)
@@ -350,6 +346,13 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
         if output_attentions:
             output["attentions"] = tuple(attentions)
         return output
+
+    def _check_length(self, length: Any) -> None:
+        if isinstance(length, int) and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a text of {length} tokens: expected at most max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
 
     def resize_token_embeddings(self, vocab_size: int) -> None:
         """Cuts the word embeddings, or adds rows drawn as new ones are; compile again after it.
