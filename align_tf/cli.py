@@ -1,8 +1,10 @@
 """The command `align-tf`."""
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -63,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     # TensorFlow takes oneDNN's kernels by itself on newer processors alone (AVX512_VNNI), and they
     # are faster with AVX2 too.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    # TensorFlow, models and graphs are a million objects that stay. Python's collector would go
+    # through them again and again while they are made, and once more at the end.
+    gc.set_threshold(100_000, 20, 10)
+    atexit.register(gc.freeze)
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
