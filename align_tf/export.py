@@ -49,8 +49,9 @@ def export_saved_model(
 ) -> pathlib.Path:
     """Writes a SavedModel for TensorFlow Serving, warmup requests included.
 
-    BatchNorm is folded into the convolutions. The weights stay variables: constants were 1.05 times
-    as fast at align-base's size, but took 17 GB to write, and several times the memory to serve.
+    BatchNorm is folded into the convolutions, and texts go through their tower without padding.
+    The weights stay variables: constants were 1.05 times as fast at align-base's size, but took
+    17 GB to write, and several times the memory to serve.
 
     Where Keras runs on another backend than TensorFlow, as on a Colab TPU, a process on
     TensorFlow and the CPU gets the model in a temporary checkpoint and writes it.
