@@ -213,15 +213,14 @@ def _whole_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: boo
     changes = _changes(lowercase, strip_accents, handle_chinese_chars)
     isolated = {c: f" {c} " for c in _characters("isolated")}
     changes = {c: "".join(isolated.get(o, o) for o in out) for c, out in changes.items()}
-    words = [*_ideographs(handle_chinese_chars), *isolated]
-    return _model(changes, [*(c for c in words if c not in changes), *PLACEHOLDERS], delete=True)
+    words = [*_ideographs(handle_chinese_chars), *isolated, *PLACEHOLDERS]
+    return _model(changes, words, delete=True)
 
 
 @functools.cache
 def _unsplit_model(lowercase: bool, strip_accents: bool, handle_chinese_chars: bool) -> np.ndarray:
     changes = _changes(lowercase, strip_accents, handle_chinese_chars)
-    words = [c for c in _ideographs(handle_chinese_chars) if c not in changes]
-    return _model(changes, words, delete=True)
+    return _model(changes, _ideographs(handle_chinese_chars), delete=True)
 
 
 @functools.cache
@@ -241,13 +240,10 @@ def _model(changes: Mapping[str, str], words: Sequence[str], *, delete: bool) ->
 
     Args:
         changes: what a character becomes.
-        words: characters that get a blank on either side; none of them in `changes`.
+        words: characters that get a blank on either side, unless `changes` has them.
         delete: deletes what normalizing deletes, but for placeholders.
     """
     data = np.zeros(0x110000, np.int64)
-    if delete:
-        data[_table()["deleted"]] = CHANGED
-        data[FIRST_PLACEHOLDER : FIRST_PLACEHOLDER + MAX_TOKENS] = 0
     # In the pool two words share the blank between them.
     pool = bytearray(f" {' '.join(words)} ".encode())
     points = np.array([ord(word) for word in words], np.int64)
@@ -260,6 +256,9 @@ def _model(changes: Mapping[str, str], words: Sequence[str], *, delete: bool) ->
             offsets[out] = CHANGED | len(pool) << LENGTH_BITS | len(encoded)
             pool += encoded
         data[ord(character)] = offsets[out]
+    if delete:  # what cleaning deletes is left alone by the rest
+        placeholders = [ord(character) for character in PLACEHOLDERS]
+        data[np.setdiff1d(_table()["deleted"], placeholders)] = CHANGED
 
     builder = flatbuffers.Builder(1 << 20)
     pool_at = builder.CreateByteVector(bytes(pool))
