@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from align_tf import checkpoint, data, image_processing
+from align_tf import data, image_processing
+from align_tf.checkpoints import tensors
 from align_tf.data_readers import open_source
 from align_tf.data_records import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
@@ -415,7 +416,7 @@ def write_shard(
         arrays[name] = pa.FixedSizeListArray.from_arrays(values, settings.dim, mask=mask)
     about = {**dataclasses.asdict(settings), "shard": dataclasses.asdict(shard)}
     table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps(about)})
-    with checkpoint.replacing(output / NAME.format(shard.number)) as temporary:
+    with tensors.replacing(output / NAME.format(shard.number)) as temporary:
         pq.write_table(table, temporary)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.checkpoint import BUNDLED
+from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.client import AlignClient, AlignServerError
 from align_tf.collection import Settings, Shard, write_shard
 from align_tf.data_records import IMAGE

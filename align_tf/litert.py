@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
-from align_tf.checkpoint import BUNDLED
+from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.embedding import TEXT_INPUTS
 from align_tf.extras import extra
 from align_tf.initialization import no_init_weights

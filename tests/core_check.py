@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
-from align_tf.checkpoint import BUNDLED
+from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.data import make_dataset
 from align_tf.data_writers import write_tfrecords
 

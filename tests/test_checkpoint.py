@@ -17,8 +17,9 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel, checkpoint
-from align_tf.checkpoint import CheckpointError
+from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
+from align_tf.checkpoints import tensors as tensors_module
+from align_tf.checkpoints.tensors import CheckpointError
 
 BLOCK = "vision_model.encoder.blocks.1."
 LAYER = "text_model.encoder.layer.1."
@@ -118,14 +119,18 @@ def test_names_and_shapes_are_those_of_the_reference(folder):
 )
 def test_axes_turn_and_turn_back(transform, hugging_face, expected):
     array = np.arange(np.prod(hugging_face)).reshape(hugging_face)
-    turned = checkpoint.permute(array, transform, to_keras=True)
+    turned = tensors_module.permute(array, transform, to_keras=True)
     assert turned.shape == expected
-    np.testing.assert_array_equal(checkpoint.permute(turned, transform, to_keras=False), array)
+    np.testing.assert_array_equal(tensors_module.permute(turned, transform, to_keras=False), array)
 
 
 def test_the_table_is_one_to_one():
-    for table in (checkpoint.TEXT_TABLE, checkpoint.VISION_TABLE, checkpoint.JOINT_TABLE):
-        rows = list(checkpoint._rows(table))
+    for table in (
+        tensors_module.TEXT_TABLE,
+        tensors_module.VISION_TABLE,
+        tensors_module.JOINT_TABLE,
+    ):
+        rows = list(tensors_module._rows(table))
         for column in (0, 1):
             names = [row[column] for row in rows]
             assert len(names) == len(set(names))
@@ -133,8 +138,8 @@ def test_the_table_is_one_to_one():
 
 def test_a_weight_outside_the_table_is_an_error():
     with pytest.raises(CheckpointError, match="head/kernel: a weight that stands in no row"):
-        checkpoint.to_hugging_face(
-            ["text_projection/kernel", "head/kernel"], checkpoint.JOINT_TABLE
+        tensors_module.to_hugging_face(
+            ["text_projection/kernel", "head/kernel"], tensors_module.JOINT_TABLE
         )
 
 
@@ -201,7 +206,7 @@ def test_bfloat16_is_read_by_value(tmp_path):
     values = [1.0, -3.140625, 2.0**100, 0.0]  # each of them a bfloat16
     stored = {"x": np.array(values, ml_dtypes.bfloat16)}
     safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
-    ((name, array),) = checkpoint.read_tensors(tmp_path / "model.safetensors", ["x"])
+    ((name, array),) = tensors_module.read_tensors(tmp_path / "model.safetensors", ["x"])
     assert name == "x"
     np.testing.assert_array_equal(array.astype("float32"), np.array(values, "float32"))
 
@@ -268,7 +273,7 @@ def test_old_names_and_leftover_buffers(folder, pairs):
 @pytest.mark.parametrize("size", [1, 3000])
 def test_a_file_larger_than_what_one_opening_reads(size, folder, monkeypatch, pairs):
     expected = logits(AlignModel.from_pretrained(folder), pairs)
-    monkeypatch.setattr(checkpoint, "BYTES_PER_OPENING", size)
+    monkeypatch.setattr(tensors_module, "BYTES_PER_OPENING", size)
     np.testing.assert_array_equal(logits(AlignModel.from_pretrained(folder), pairs), expected)
 
 
@@ -468,10 +473,12 @@ def test_weights_that_the_cache_does_not_hold_are_told(cache):
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "../up/here", ""])
 def test_a_name_that_is_no_folder_and_no_id(name):
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint folder, align-tiny, or a"):
-        checkpoint.resolve_folder(name or "/nowhere")
+        tensors_module.resolve_folder(name or "/nowhere")
 
 
-RESOLVE = "import sys; from align_tf.checkpoint import resolve_folder as f; print(f(sys.argv[1]))"
+RESOLVE = (
+    "import sys; from align_tf.checkpoints.tensors import resolve_folder; print(f(sys.argv[1]))"
+)
 
 
 def resolve(name: str, **environment: str) -> subprocess.CompletedProcess:
@@ -514,7 +521,7 @@ def test_an_id_that_the_hub_does_not_know(tmp_path):
     assert "Repository Not Found for url" in last
 
 
-AVAILABLE = "import sys; from align_tf.checkpoint import is_available as f; "
+AVAILABLE = "import sys; from align_tf.checkpoints.tensors import is_available; "
 AVAILABLE += "print([f(name, timeout=2.0) for name in sys.argv[1:]])"
 
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from align_tf import AlignConfig, AlignTextConfig, AlignVisionConfig
-from align_tf.checkpoint import CheckpointError
+from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.configuration import PRESETS
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"

@@ -11,7 +11,7 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli, conversion
-from align_tf.checkpoint import CheckpointError
+from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.conversion import convert
 
 if keras.backend.backend() != "tensorflow":

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from align_tf import AlignModel, AlignProcessor, cli, evaluate_command
-from align_tf.checkpoint import BUNDLED
+from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.evaluate_command import class_folders, class_labels, read_templates
 
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))

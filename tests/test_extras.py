@@ -8,17 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import (
-    checkpoint,
-    collection,
-    data_readers,
-    demo,
-    evaluation,
-    plots,
-    ray_engine,
-    search,
-    training,
-)
+from align_tf import collection, data_readers, demo, evaluation, plots, ray_engine, search, training
+from align_tf.checkpoints import tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -28,7 +19,7 @@ EMBEDS = np.eye(4, dtype=np.float32)
 ABSENT = [
     (
         "torch",
-        lambda folder: checkpoint.read_header(folder / "pytorch_model.bin"),
+        lambda folder: tensors.read_header(folder / "pytorch_model.bin"),
         'pytorch_model.bin needs PyTorch to be read: pip install "align-tf[torch]"',
     ),
     (

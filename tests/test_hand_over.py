@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from align_tf import AlignModel, AlignProcessor, export, export_saved_model
-from align_tf.checkpoint import BUNDLED
+from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.embedding import Embedder
 
 if keras.backend.backend() != "jax":

@@ -14,9 +14,10 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel, original_checkpoint
-from align_tf import checkpoint as files
-from align_tf.checkpoint import CheckpointError
+from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
+from align_tf.checkpoints import original
+from align_tf.checkpoints import tensors as files
+from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.configuration import AlignVisionConfig
 from align_tf.efficientnet import block_table
 from align_tf.initialization import no_init_weights
@@ -187,11 +188,11 @@ def weights_of(vision: AlignVisionConfig, hidden_size: int = 768) -> dict[str, t
     return shapes
 
 
-@pytest.mark.parametrize("scaling", original_checkpoint.SCALINGS)
+@pytest.mark.parametrize("scaling", original.SCALINGS)
 def test_an_efficientnet_is_known_by_its_scaling(scaling):
     width, depth = scaling
     given = AlignVisionConfig(width_coefficient=width, depth_coefficient=depth)
-    values = original_checkpoint.infer_config(weights_of(given), {})["vision_config"]
+    values = original.infer_config(weights_of(given), {})["vision_config"]
     # B1 and B2 differ in width alone.
     assert (values["width_coefficient"], values["depth_coefficient"]) == scaling
     assert not values["first_block_residual"]
@@ -201,9 +202,9 @@ def test_stages_of_another_kind_have_to_be_given():
     vision = AlignVisionConfig(strides=[2, 2, 1, 2, 1, 2, 1], expand_ratios=[1, 4, 6, 6, 6, 6, 6])
     shapes = weights_of(vision)
     with pytest.raises(CheckpointError, match=r"55 blocks .* stem of 64 .* 640 after .* a config"):
-        original_checkpoint.infer_config(shapes, {})
+        original.infer_config(shapes, {})
     given = {"strides": vision.strides, "expand_ratios": vision.expand_ratios}
-    values = original_checkpoint.infer_config(shapes, {"vision_config": given})["vision_config"]
+    values = original.infer_config(shapes, {"vision_config": given})["vision_config"]
     assert values["strides"] == [2, 2, 1, 2, 1, 2, 1]
     assert (values["width_coefficient"], values["depth_coefficient"]) == (2.0, 3.1)
 
@@ -263,13 +264,13 @@ def test_what_is_left_out_is_named():
         "loss_t2i_tracker": 2,
     }
     assert len(files.read_header(index)) == 1395
-    assert len(original_checkpoint.hugging_face_names(index)) == 1395 - 830
+    assert len(original.hugging_face_names(index)) == 1395 - 830
 
 
 def test_the_published_layout_at_full_size():
     """B7 and BERT-base: each key of the object graph is one weight of the full-size model."""
     index = B7 / "model-weights.index"
-    names = original_checkpoint.hugging_face_names(index)
+    names = original.hugging_face_names(index)
     with no_init_weights():
         model = AlignModel(AlignConfig.from_preset("align-base"))
     weights = model._relative_weights()
@@ -277,7 +278,7 @@ def test_the_published_layout_at_full_size():
     weights = {hf: weights[path] for path, (hf, _) in table.items()}
     assert sorted(names.values()) == sorted(weights)
     assert len(names) == 1232  # image tower 1030, BERT 199, projection 2, temperature
-    graph = original_checkpoint._full_names(index)
+    graph = original._full_names(index)
     leftovers = {key.split("/")[0] for key in graph if key not in names}
     assert leftovers == {"optimizer", "loss_tracker", "loss_i2t_tracker", "loss_t2i_tracker"}
 
@@ -292,7 +293,7 @@ def test_the_published_layout_at_full_size():
             shapes[name] = tuple(weights[name].shape)
     assert efficientnet == {}
     assert shapes["text_model.encoder.layer.11.output.dense.weight"] == (3072, 768)
-    inferred = AlignConfig.from_dict(original_checkpoint.infer_config(shapes, {}))
+    inferred = AlignConfig.from_dict(original.infer_config(shapes, {}))
     assert inferred == AlignConfig.from_preset("align-base")
 
 
@@ -448,7 +449,7 @@ def test_a_hub_id_is_fetched(tmp_path):
             pass
 
     script = (
-        "from align_tf.checkpoint import resolve_folder, weight_files\n"
+        "from align_tf.checkpoints.tensors import resolve_folder, weight_files\n"
         "print(*weight_files(resolve_folder('someone/coyo', weights=True)))"
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
@@ -465,6 +466,4 @@ def test_a_hub_id_is_fetched(tmp_path):
     index = pathlib.Path(done.stdout.strip())
     assert index.name == "model-weights.index", done.stderr
     assert index.read_bytes() == contents["/model-weights.index"]
-    assert original_checkpoint.read_header(index) == original_checkpoint.read_header(
-        B3 / "model-weights.index"
-    )
+    assert original.read_header(index) == original.read_header(B3 / "model-weights.index")

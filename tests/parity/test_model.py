@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from align_tf import AlignModel, checkpoint
+from align_tf import AlignModel
+from align_tf.checkpoints import tensors as tensors_module
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
@@ -286,11 +287,11 @@ def by_name(model: AlignModel, arrays: list[np.ndarray]) -> dict[str, np.ndarray
     """Arrays of the trainable weights under their Hugging Face names and layouts."""
     weights = model._relative_weights()
     paths = {id(weight): path for path, weight in weights.items()}
-    names = checkpoint.to_hugging_face(weights, model.table)
+    names = tensors_module.to_hugging_face(weights, model.table)
     named = {}
     for weight, array in zip(model.trainable_weights, arrays, strict=True):
         name, transform = names[paths[id(weight)]]
-        named[name] = checkpoint.permute(array, transform, to_keras=False)
+        named[name] = tensors_module.permute(array, transform, to_keras=False)
     return named
 
 

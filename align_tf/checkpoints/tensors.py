@@ -18,7 +18,7 @@ import numpy as np
 
 from align_tf.extras import extra
 
-BUNDLED = {"align-tiny": pathlib.Path(__file__).parent / "pretrained" / "align-tiny"}
+BUNDLED = {"align-tiny": pathlib.Path(__file__).parents[1] / "pretrained" / "align-tiny"}
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
@@ -350,9 +350,9 @@ def read_header(file: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         CheckpointError: the file is truncated or is no weight file.
     """
     if is_original(file):
-        from align_tf import original_checkpoint
+        from align_tf.checkpoints import original
 
-        return original_checkpoint.read_header(file)
+        return original.read_header(file)
     if file.suffix != ".safetensors":
         tensors = _torch_tensors(file)
         return {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
@@ -397,9 +397,9 @@ def _open(file: pathlib.Path) -> Iterator[Callable[[str], np.ndarray]]:
         with _open_safetensors(file) as tensors:
             yield tensors.get_tensor
     elif is_original(file):
-        from align_tf import original_checkpoint
+        from align_tf.checkpoints import original
 
-        with original_checkpoint.opened(file) as get:
+        with original.opened(file) as get:
             yield get
     else:
         tensors = _torch_tensors(file)
@@ -552,9 +552,9 @@ def _names_and_leftovers(file: pathlib.Path) -> tuple[dict[str, str], tuple[str,
     """Finds what a file calls otherwise than Hugging Face does, and what it may hold beside."""
     if not is_original(file):
         return {}, UNUSED
-    from align_tf import original_checkpoint
+    from align_tf.checkpoints import original
 
-    return original_checkpoint.hugging_face_names(file), original_checkpoint.UNUSED
+    return original.hugging_face_names(file), original.UNUSED
 
 
 def unused_tensors(files: list[pathlib.Path]) -> collections.Counter:

@@ -1,0 +1,1 @@
+"""Checkpoints: tensors in files, and the names they go by."""
