@@ -175,7 +175,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
             The steps it has taken, 0 where there is no checkpoint.
 
         Raises:
-            align_tf.checkpoints.tensors.CheckpointError: there are checkpoints, and none is whole or of
+            CheckpointError: there are checkpoints, and none is whole or of
                 this model.
         """
         model.optimizer.build(model.trainable_variables)

@@ -510,7 +510,7 @@ def _evaluate(arguments: Any) -> int:
         raise ValueError(f"--output {output}: a folder, expected a file")
     model, processor = _load(arguments.model)
     from align_tf import evaluate_command
-    from align_tf.checkpoints.tensors import write_text
+    from align_tf.files import write_text
 
     report = {
         "task": arguments.task,
@@ -589,10 +589,9 @@ def _export_litert(model: Any, processor: Any, output: str, quantize: str | None
 def _convert(arguments: Any) -> int:
     _say(f"Converting {arguments.source} ...")
     _import_tensorflow()
-    from align_tf import conversion
-    from align_tf.checkpoints import tensors
+    from align_tf import conversion, files
 
-    config = arguments.config and tensors.read_json(pathlib.Path(arguments.config))
+    config = arguments.config and files.read_json(pathlib.Path(arguments.config))
     summary = conversion.convert(
         arguments.source,
         arguments.to,
@@ -813,7 +812,7 @@ def _demo(arguments: Any) -> int:
 def _quickstart(arguments: Any) -> int:
     _import_tensorflow()
     from align_tf import export_saved_model, server  # first, so that a missing extra is told
-    from align_tf.checkpoints.tensors import BUNDLED
+    from align_tf.hub import BUNDLED
 
     pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
     names = [picture.stem.replace("_", " ") for picture in pictures]

@@ -15,11 +15,11 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import data, image_processing
-from align_tf.checkpoints import tensors
 from align_tf.data_readers import open_source
 from align_tf.data_records import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
 from align_tf.extras import extra
+from align_tf.files import replacing
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor
 from align_tf.progress import Rate
@@ -416,7 +416,7 @@ def write_shard(
         arrays[name] = pa.FixedSizeListArray.from_arrays(values, settings.dim, mask=mask)
     about = {**dataclasses.asdict(settings), "shard": dataclasses.asdict(shard)}
     table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps(about)})
-    with tensors.replacing(output / NAME.format(shard.number)) as temporary:
+    with replacing(output / NAME.format(shard.number)) as temporary:
         pq.write_table(table, temporary)
 
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from align_tf.checkpoints import tensors
+from align_tf import files, hub
 
 CONFIG_NAME = "config.json"
 
@@ -139,19 +139,19 @@ class _ConfigFile:
             FileNotFoundError: there is no such checkpoint, or it has no config.json.
             ValueError: config.json is not valid.
         """
-        folder = tensors.resolve_folder(
+        folder = hub.resolve_folder(
             name_or_path,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls.from_dict(tensors.read_json(folder / CONFIG_NAME))
+        return cls.from_dict(files.read_json(folder / CONFIG_NAME))
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` into `folder`, which is made if it is not there."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        tensors.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
+        files.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from align_tf.checkpoints import tensors
-from align_tf.checkpoints.tensors import CheckpointError
+from align_tf import hub
+from align_tf.checkpoints import import_plan, tensors
 from align_tf.efficientnet import block_table
 from align_tf.export import export_saved_model
+from align_tf.files import CheckpointError
 from align_tf.image_processing import AlignImageProcessor
 from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel
@@ -61,7 +62,7 @@ def convert(
     Raises:
         FileNotFoundError: there is no such checkpoint, or a file of it is missing.
         FileExistsError: the output is there already.
-        align_tf.checkpoints.tensors.CheckpointError: the source is broken or is no ALIGN.
+        CheckpointError: the source is broken or is no ALIGN.
         ValueError: the model cannot be had in that format or dtype, or a setting is wrong.
     """
     output, notes = pathlib.Path(output).expanduser(), []
@@ -127,14 +128,14 @@ def _read(source: str | os.PathLike, config: Any) -> tuple[AlignModel, dict[str,
             raise ValueError(f"{path}: a .keras file holds its configuration: give no config")
         found = {"format": "keras", "folder": None, "unused": collections.Counter()}
         return _read_keras(path), found
-    index = tensors.original_index(path)
-    path = index or tensors.resolve_folder(source, weights=True)
+    index = hub.original_index(path)
+    path = index or hub.resolve_folder(source, weights=True)
     files = tensors.weight_files(path)
     model = AlignModel.from_pretrained(path, config=config)
     return model, {
         "format": "original" if tensors.is_original(files[0]) else "hf",
         "folder": files[0].parent,
-        "unused": tensors.unused_tensors(files),
+        "unused": import_plan.unused_tensors(files),
     }
 
 
@@ -222,8 +223,8 @@ def _check_transformers_has(model: AlignModel, source: str | os.PathLike) -> Non
 
 
 def _check_range(model: AlignModel, dtype: str) -> None:
-    if dtype not in tensors.DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(tensors.DTYPES)}")
+    if dtype not in tensors.WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(tensors.WEIGHT_DTYPES)}")
     largest = float(ml_dtypes.finfo(dtype).max)
     for weight in model.weights:
         values = np.abs(ops.convert_to_numpy(weight).astype("float64"))
@@ -258,7 +259,7 @@ def _write_hf(
             folder.rename(output)
             return output
         # The weights come last: where they are new, the rest is.
-        for file in sorted(folder.iterdir(), key=lambda f: f.name == tensors.WEIGHTS_NAME):
+        for file in sorted(folder.iterdir(), key=lambda f: f.name == hub.WEIGHTS_NAME):
             file.replace(output / file.name)
     return output
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-from align_tf.checkpoints import tensors
+from align_tf.files import replacing
 from align_tf.progress import track
 
 PAIRS_PER_FILE = 4096
@@ -53,7 +53,7 @@ def write_tfrecords(
     files = []
     while some := list(itertools.islice(records, pairs_per_file)):
         files.append(folder / f"{len(files):05}.tfrecord")
-        with tensors.replacing(files[-1]) as path, tf.io.TFRecordWriter(str(path)) as writer:
+        with replacing(files[-1]) as path, tf.io.TFRecordWriter(str(path)) as writer:
             for number, pair in some:
                 writer.write(_example(number, *pair))
     if not files:

@@ -10,7 +10,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from align_tf.checkpoints import tensors
+from align_tf import files
 from align_tf.search import Hit
 from align_tf.thumbnail import thumbnail, to_jpeg
 
@@ -64,7 +64,7 @@ def write_html(path: str | os.PathLike, query: str, hits: Sequence[Hit]) -> None
         f"<title>{html.escape(query)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{html.escape(query)}</h1>\n<ol>\n{cards}\n</ol>\n</body>\n</html>\n"
     )
-    tensors.write_text(pathlib.Path(path), page)
+    files.write_text(pathlib.Path(path), page)
 
 
 def _card(place: int, hit: Hit) -> str:
@@ -107,7 +107,7 @@ def montage(query: str, hits: Sequence[Hit], columns: int = COLUMNS) -> PIL.Imag
 
 def write_montage(path: str | os.PathLike, query: str, hits: Sequence[Hit]) -> None:
     """Writes a montage as a PNG file."""
-    with tensors.replacing(pathlib.Path(path)) as temporary:
+    with files.replacing(pathlib.Path(path)) as temporary:
         montage(query, hits).save(temporary, "PNG")
 
 

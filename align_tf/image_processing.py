@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import image_decoding
-from align_tf.checkpoints import tensors
+from align_tf import files, hub, image_decoding
 
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
@@ -163,7 +162,7 @@ class AlignImageProcessor:
             FileNotFoundError: the folder has neither file.
             ValueError: the file cannot be read, or a setting is not supported.
         """
-        folder = tensors.resolve_folder(
+        folder = hub.resolve_folder(
             name_or_path,
             revision=revision,
             token=token,
@@ -172,8 +171,8 @@ class AlignImageProcessor:
         )
         nested = folder / PROCESSOR_NAME
         if (folder / CONFIG_NAME).is_file() or not nested.is_file():
-            return cls.from_dict(tensors.read_json(folder / CONFIG_NAME))
-        values = tensors.read_json(nested).get("image_processor")
+            return cls.from_dict(files.read_json(folder / CONFIG_NAME))
+        values = files.read_json(nested).get("image_processor")
         if not isinstance(values, dict):
             raise ValueError(f"{nested}: expected the key 'image_processor'")
         return cls.from_dict(values)
@@ -200,7 +199,7 @@ class AlignImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes preprocessor_config.json."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        tensors.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
+        files.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
 
     # --- the graph -------------------------------------------------------------------------
 

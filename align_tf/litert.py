@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
-from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.embedding import TEXT_INPUTS
 from align_tf.extras import extra
+from align_tf.hub import BUNDLED
 from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel
 from align_tf.processor import AlignProcessor

@@ -15,11 +15,12 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from align_tf import fused_training, grad_cache
+from align_tf import files, fused_training, grad_cache, hub
 from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
-from align_tf.checkpoints import original
-from align_tf.checkpoints import tensors as tensors_module
+from align_tf.checkpoints import name_table, original
+from align_tf.checkpoints.import_plan import plan_import
+from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
 from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
 from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
 from align_tf.initialization import no_init_weights
@@ -94,10 +95,10 @@ class _Checkpoint:
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or a file of it is missing.
-            align_tf.checkpoints.tensors.CheckpointError: a file is broken, a weight is missing, a tensor
+            CheckpointError: a file is broken, a weight is missing, a tensor
                 is left over, or a shape or a size differs; the message names each.
         """
-        folder = tensors_module.resolve_folder(
+        folder = hub.resolve_folder(
             name_or_path,
             revision=revision,
             token=token,
@@ -105,7 +106,7 @@ class _Checkpoint:
             local_files_only=local_files_only,
             weights=True,
         )
-        source = tensors_module.original_index(name_or_path) or folder
+        source = hub.original_index(name_or_path) or folder
         config = cls._read_config(source, config)
         with no_init_weights():
             model = cls(config, dtype=dtype)
@@ -115,15 +116,15 @@ class _Checkpoint:
 
     @classmethod
     def _read_config(cls, source: pathlib.Path, given: Any) -> Any:
-        file = tensors_module.weight_files(source)[0]
+        file = weight_files(source)[0]
         if isinstance(given, cls.config_class):
             return given
         path, values = file.parent / CONFIG_NAME, {}
-        if path.is_file() or not tensors_module.is_original(file):
-            values = tensors_module.read_json(path)
+        if path.is_file() or not is_original(file):
+            values = files.read_json(path)
         for key, value in (given or {}).items():
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-        if tensors_module.is_original(file):
+        if is_original(file):
             values = original.read_config(file, values)
         return cls.config_class.from_dict(values)
 
@@ -158,9 +159,9 @@ class _Checkpoint:
         """
         weights = self._relative_weights()
         shapes = {path: tuple(weight.shape) for path, weight in weights.items()}
-        plan, left_out, kept = tensors_module.plan_import(
+        plan, left_out, kept = plan_import(
             shapes,
-            tensors_module.weight_files(folder),
+            weight_files(folder),
             self.table,
             prefix=prefix,
             unused=unused,
@@ -169,9 +170,9 @@ class _Checkpoint:
         for file, rows in plan.items():
             # Largest first: what reading it takes beside is over before the others come.
             names = sorted(rows, key=lambda name: -math.prod(shapes[rows[name][0]]))
-            for name, array in tensors_module.read_tensors(file, names):
+            for name, array in read_tensors(file, names):
                 path, transform = rows[name]
-                array = tensors_module.permute(array, transform, to_keras=True)
+                array = name_table.permute(array, transform, to_keras=True)
                 weights[path].assign(array.astype(weights[path].dtype, copy=False))
                 del array  # before the next one is read
         if kept:
@@ -186,17 +187,15 @@ class _Checkpoint:
             dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
         """
         weights = self._relative_weights()
-        names = tensors_module.to_hugging_face(weights, self.table)
+        names = name_table.to_hugging_face(weights, self.table)
         tensors = {
-            hf: tensors_module.permute(
-                ops.convert_to_numpy(weights[path]), transform, to_keras=False
-            )
+            hf: name_table.permute(ops.convert_to_numpy(weights[path]), transform, to_keras=False)
             for path, (hf, transform) in names.items()
         }
         extra = {"architectures": [type(self).__name__], "dtype": dtype or self.variable_dtype}
         config = dataclasses.replace(self.config, extra={**self.config.extra, **extra})
         folder = pathlib.Path(folder)
-        tensors_module.write_tensors(folder, tensors, dtype)
+        write_tensors(folder, tensors, dtype)
         config.save_pretrained(folder)
 
     def get_config(self) -> dict[str, Any]:
@@ -265,9 +264,9 @@ class AlignTextModel(_Checkpoint, _Tower, keras.Model):
     """
 
     config_class = AlignTextConfig
-    table = tensors_module.TEXT_TABLE
+    table = name_table.TEXT_TABLE
     prefix = "text_model."
-    unused = tensors_module.UNUSED_BY_TEXT_TOWER
+    unused = name_table.UNUSED_BY_TEXT_TOWER
 
     def __init__(
         self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
@@ -448,9 +447,9 @@ class AlignVisionModel(_Checkpoint, _Tower, keras.Model):
     """
 
     config_class = AlignVisionConfig
-    table = tensors_module.VISION_TABLE
+    table = name_table.VISION_TABLE
     prefix = "vision_model."
-    unused = tensors_module.UNUSED_BY_VISION_TOWER
+    unused = name_table.UNUSED_BY_VISION_TOWER
 
     def __init__(
         self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
@@ -574,7 +573,7 @@ class AlignModel(_Checkpoint, keras.Model):
     """
 
     config_class = AlignConfig
-    table = tensors_module.JOINT_TABLE
+    table = name_table.JOINT_TABLE
     tower_inputs = ("pixel_values", *TEXT_INPUTS)
 
     def __init__(
@@ -1002,10 +1001,10 @@ class AlignModel(_Checkpoint, keras.Model):
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            align_tf.checkpoints.tensors.CheckpointError: a checkpoint does not fit.
+            CheckpointError: a checkpoint does not fit.
         """
-        text_folder = tensors_module.resolve_folder(text, weights=True)
-        vision_folder = tensors_module.resolve_folder(vision, weights=True)
+        text_folder = hub.resolve_folder(text, weights=True)
+        vision_folder = hub.resolve_folder(vision, weights=True)
         text_config = _tower_config(AlignTextConfig, text_folder, "bert")
         vision_config = _tower_config(AlignVisionConfig, vision_folder, "efficientnet")
         projection_dim = projection_dim or vision_config.embed_dim
@@ -1020,11 +1019,11 @@ class AlignModel(_Checkpoint, keras.Model):
         text_left_out = model.text_model._load(
             text_folder,
             prefix="bert.",
-            unused=tensors_module.UNUSED_OF_BERT,
+            unused=name_table.UNUSED_OF_BERT,
             optional=(r"^pooler/",),
         )
         vision_left_out = model.vision_model._load(
-            vision_folder, prefix="efficientnet.", unused=tensors_module.UNUSED_OF_EFFICIENTNET
+            vision_folder, prefix="efficientnet.", unused=name_table.UNUSED_OF_EFFICIENTNET
         )
         for source, left_out in ((text, text_left_out), (vision, vision_left_out)):
             if left_out:
@@ -1045,7 +1044,7 @@ class _TemperatureBounds(keras.constraints.Constraint):
 
 def _tower_config(config_class: type, folder: pathlib.Path, model_type: str) -> Any:
     """Takes the keys that a tower knows out of the config.json of another model."""
-    values = tensors_module.read_json(folder / CONFIG_NAME)
+    values = files.read_json(folder / CONFIG_NAME)
     if values.get("model_type") != model_type:
         raise ValueError(
             f"{folder}: model_type={values.get('model_type')!r}: expected {model_type!r}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.checkpoints import tensors
+from align_tf import files
 from align_tf.extras import extra
 
 SUFFIXES = (".png", ".svg")
@@ -244,7 +244,7 @@ def save(figure: Any, path: str | os.PathLike) -> None:
     """
     path = pathlib.Path(path)
     check_suffix(path)
-    with tensors.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches="tight")
 
 

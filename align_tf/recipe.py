@@ -158,10 +158,10 @@ class Recipe:
         """Writes the settings as YAML that `read_recipe` reads."""
         import yaml
 
-        from align_tf.checkpoints import tensors  # here, for it loads numpy
+        from align_tf import files  # here, for it loads numpy
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        tensors.write_text(pathlib.Path(path), text)
+        files.write_text(pathlib.Path(path), text)
 
 
 def read_recipe(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.checkpoints import tensors
+from align_tf import files
 from align_tf.client import AlignClient, Classification
 from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
 from align_tf.embedding import Embedder
@@ -203,7 +203,7 @@ def _write(folder: pathlib.Path, index: Any, collection: Collection, about: dict
     with pa.ipc.new_file(folder / RECORDS_NAME, schema) as file:
         for table in collection.tables(schema.names):
             file.write_table(table.cast(schema))
-    tensors.write_text(folder / ABOUT_NAME, json.dumps(about, indent=2) + "\n")
+    files.write_text(folder / ABOUT_NAME, json.dumps(about, indent=2) + "\n")
 
 
 # --- recall --------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ class Index:
         self.folder = pathlib.Path(folder)
         if not (self.folder / ABOUT_NAME).is_file():
             raise FileNotFoundError(f"{folder}: no index; expected what `align-tf index` wrote")
-        self.about = tensors.read_json(self.folder / ABOUT_NAME)
+        self.about = files.read_json(self.folder / ABOUT_NAME)
         flags = faiss.IO_FLAG_MMAP if self.about["kind"] == "ivf" else faiss.IO_FLAG_MMAP_IFC
         try:
             self._index = faiss.read_index(str(self.folder / INDEX_NAME), flags)

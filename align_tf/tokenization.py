@@ -14,9 +14,8 @@ from tensorflow_text.core.pybinds import (
     pywrap_fast_wordpiece_tokenizer_model_builder as wordpiece_model,
 )
 
-from align_tf import tokenizer_files
+from align_tf import files, hub, tokenizer_files
 from align_tf.bert_normalizer import BertNormalizer, placeholder
-from align_tf.checkpoints import tensors
 
 MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
@@ -139,7 +138,7 @@ class AlignTokenizer:
             FileNotFoundError: the folder holds no vocabulary.
             ValueError: a file cannot be read, or its vocabulary lacks a special token.
         """
-        folder = tensors.resolve_folder(
+        folder = hub.resolve_folder(
             name_or_path,
             revision=revision,
             token=token,
@@ -163,14 +162,14 @@ class AlignTokenizer:
             "added_tokens_decoder": {str(i): t for i, t in self.added_tokens_decoder.items()},
         }
         vocab = "".join(f"{token}\n" for token in self.vocab)
-        tensors.write_text(folder / tokenizer_files.VOCAB_NAME, vocab)
+        files.write_text(folder / tokenizer_files.VOCAB_NAME, vocab)
         for name, values in (
             (tokenizer_files.CONFIG_NAME, config),
             (tokenizer_files.SPECIAL_TOKENS_NAME, special),
             (tokenizer_files.TOKENIZER_NAME, self._tokenizer_json()),
         ):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            tensors.write_text(folder / name, text)
+            files.write_text(folder / name, text)
 
     def _tokenizer_json(self) -> dict[str, Any]:
         """Describes the tokenizer in the format of Hugging Face's tokenizers library."""

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from align_tf.checkpoints import tensors
+from align_tf import files
 
 VOCAB_NAME = "vocab.txt"
 TOKENIZER_NAME = "tokenizer.json"
@@ -97,7 +97,7 @@ def _added_tokens(
 
 
 def _read_if_there(path: pathlib.Path) -> dict[str, Any]:
-    return tensors.read_json(path) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def _read_vocab(path: pathlib.Path) -> list[str]:

@@ -18,9 +18,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from align_tf import devices, training_state
+from align_tf import devices, files, training_state
 from align_tf.callbacks import RetrievalEvaluation
-from align_tf.checkpoints import tensors
 from align_tf.configuration import AlignConfig
 from align_tf.data import make_dataset
 from align_tf.extras import extra
@@ -309,7 +308,7 @@ class Log(keras.callbacks.Callback):
         self.first: tuple[int, float] | None = None  # step and time when the model is compiled
         self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        tensors.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
+        files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.step += 1

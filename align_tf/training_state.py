@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from keras import ops
 
-from align_tf.checkpoints import tensors
+from align_tf import files
 from align_tf.progress import say
 
 STATE_NAME = "training_state.safetensors"
@@ -43,7 +43,7 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
     temporary = _hidden(folder)
     temporary.mkdir(parents=True)
     state = {name: ops.convert_to_numpy(value) for name, value in _variables(model).items()}
-    with tensors.replacing(temporary / STATE_NAME) as path:  # for its file mode
+    with files.replacing(temporary / STATE_NAME) as path:  # for its file mode
         safetensors.numpy.save_file(state, path)
     del state
     summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME)}
@@ -82,17 +82,17 @@ def restore(folder: pathlib.Path, model: Any) -> int:
         The step that the state is of.
 
     Raises:
-        align_tf.checkpoints.tensors.CheckpointError: a file is missing, broken or of another model.
+        CheckpointError: a file is missing, broken or of another model.
     """
     path = folder / STATE_NAME
     try:
-        summary = tensors.read_json(folder / SUMMARY_NAME)
+        summary = files.read_json(folder / SUMMARY_NAME)
         if not isinstance(summary.get("step"), int):
-            raise tensors.CheckpointError(f"{folder / SUMMARY_NAME}: expected a step")
+            raise files.CheckpointError(f"{folder / SUMMARY_NAME}: expected a step")
         if _sha256(path) != summary.get("sha256"):
-            raise tensors.CheckpointError(f"{path}: not as it was written")
+            raise files.CheckpointError(f"{path}: not as it was written")
     except OSError as error:
-        raise tensors.CheckpointError(str(error)) from error
+        raise files.CheckpointError(str(error)) from error
     variables = _variables(model)
     with safetensors.safe_open(path, framework="numpy") as file:
         names = file.keys()
@@ -100,7 +100,7 @@ def restore(folder: pathlib.Path, model: Any) -> int:
         wanted = {name: tuple(variable.shape) for name, variable in variables.items()}
         if found != wanted:
             differing = sorted(set(found.items()) ^ set(wanted.items()))
-            raise tensors.CheckpointError(f"{path}: of another model: {differing[0]} differs")
+            raise files.CheckpointError(f"{path}: of another model: {differing[0]} differs")
         for name, variable in variables.items():
             variable.assign(file.get_tensor(name))
     return summary["step"]
@@ -117,20 +117,20 @@ def restore_last(output: pathlib.Path, model: Any) -> int:
         The step that the state is of; 0 where there is no checkpoint.
 
     Raises:
-        align_tf.checkpoints.tensors.CheckpointError: there are some, and none is whole.
+        CheckpointError: there are some, and none is whole.
     """
     clear_unfinished(output)
     found = list_checkpoints(output)
     for folder in reversed(found):
         try:
             step = restore(folder, model)
-        except tensors.CheckpointError as error:
+        except files.CheckpointError as error:
             say(f"{folder.name} is broken, so the one before it is taken: {error}")
             continue
         say(f"Going on from step {step}, {folder}")
         return step
     if found:
-        raise tensors.CheckpointError(
+        raise files.CheckpointError(
             f"{output}: none of its checkpoints is whole; another output starts anew"
         )
     return 0

@@ -28,7 +28,7 @@ def main() -> None:
     sys.path.insert(0, str(PLACE.parent))
     from side_by_side import describe
 
-    from align_tf.checkpoints.tensors import write_text
+    from align_tf.files import write_text
 
     done: dict[str, list[dict[str, Any]]] = {}
     failed = []

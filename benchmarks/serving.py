@@ -40,7 +40,7 @@ from side_by_side import compare, show
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 from align_tf.metrics import Metrics
 from align_tf.servables import Servable
 

@@ -14,7 +14,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from align_tf.checkpoints.tensors import write_text
+from align_tf.files import write_text
 
 
 def compare(

@@ -12,9 +12,9 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
-from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.data import make_dataset
 from align_tf.data_writers import write_tfrecords
+from align_tf.hub import BUNDLED
 
 PICTURES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 CAPTIONS = [f"a picture of a {path.stem.replace('_', ' ')}" for path in PICTURES]

@@ -11,9 +11,9 @@ from align_tf.callbacks import (
     RetrievalEvaluation,
     ZeroShotEvaluation,
 )
-from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.embedding import Embedder
 from align_tf.evaluation import retrieval_metrics
+from align_tf.files import CheckpointError
 from align_tf.tokenization import AlignTokenizer
 
 RETRIEVAL = {

@@ -18,8 +18,10 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
+from align_tf.checkpoints import name_table
 from align_tf.checkpoints import tensors as tensors_module
-from align_tf.checkpoints.tensors import CheckpointError
+from align_tf.files import CheckpointError
+from align_tf.hub import resolve_folder
 
 BLOCK = "vision_model.encoder.blocks.1."
 LAYER = "text_model.encoder.layer.1."
@@ -119,18 +121,18 @@ def test_names_and_shapes_are_those_of_the_reference(folder):
 )
 def test_axes_turn_and_turn_back(transform, hugging_face, expected):
     array = np.arange(np.prod(hugging_face)).reshape(hugging_face)
-    turned = tensors_module.permute(array, transform, to_keras=True)
+    turned = name_table.permute(array, transform, to_keras=True)
     assert turned.shape == expected
-    np.testing.assert_array_equal(tensors_module.permute(turned, transform, to_keras=False), array)
+    np.testing.assert_array_equal(name_table.permute(turned, transform, to_keras=False), array)
 
 
 def test_the_table_is_one_to_one():
     for table in (
-        tensors_module.TEXT_TABLE,
-        tensors_module.VISION_TABLE,
-        tensors_module.JOINT_TABLE,
+        name_table.TEXT_TABLE,
+        name_table.VISION_TABLE,
+        name_table.JOINT_TABLE,
     ):
-        rows = list(tensors_module._rows(table))
+        rows = list(name_table._rows(table))
         for column in (0, 1):
             names = [row[column] for row in rows]
             assert len(names) == len(set(names))
@@ -138,8 +140,8 @@ def test_the_table_is_one_to_one():
 
 def test_a_weight_outside_the_table_is_an_error():
     with pytest.raises(CheckpointError, match="head/kernel: a weight that stands in no row"):
-        tensors_module.to_hugging_face(
-            ["text_projection/kernel", "head/kernel"], tensors_module.JOINT_TABLE
+        name_table.to_hugging_face(
+            ["text_projection/kernel", "head/kernel"], name_table.JOINT_TABLE
         )
 
 
@@ -473,7 +475,7 @@ def test_weights_that_the_cache_does_not_hold_are_told(cache):
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "../up/here", ""])
 def test_a_name_that_is_no_folder_and_no_id(name):
     with pytest.raises(FileNotFoundError, match=r"expected a checkpoint folder, align-tiny, or a"):
-        tensors_module.resolve_folder(name or "/nowhere")
+        resolve_folder(name or "/nowhere")
 
 
 RESOLVE = (

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from align_tf import cli
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)

@@ -11,8 +11,8 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli, conversion
-from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.conversion import convert
+from align_tf.files import CheckpointError
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)

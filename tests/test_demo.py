@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from align_tf import AlignModel, AlignProcessor, cli
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 
 pytest.importorskip("gradio", reason='pip install "align-tf[demo]"')
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

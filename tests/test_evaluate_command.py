@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from align_tf import AlignModel, AlignProcessor, cli, evaluate_command
-from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.evaluate_command import class_folders, class_labels, read_templates
+from align_tf.hub import BUNDLED
 
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 BROKEN = EXAMPLES[0].read_bytes()[:200]

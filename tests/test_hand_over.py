@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from align_tf import AlignModel, AlignProcessor, export, export_saved_model
-from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.embedding import Embedder
+from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "jax":
     pytest.skip("from TensorFlow there is nothing to hand over", allow_module_level=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, cli
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 
 pytest.importorskip("ai_edge_litert")
 if keras.backend.backend() != "tensorflow":

@@ -15,11 +15,11 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
-from align_tf.checkpoints import original
+from align_tf.checkpoints import import_plan, name_table, original
 from align_tf.checkpoints import tensors as files
-from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.configuration import AlignVisionConfig
 from align_tf.efficientnet import block_table
+from align_tf.files import CheckpointError
 from align_tf.initialization import no_init_weights
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "coyo_align"
@@ -257,7 +257,7 @@ def test_a_config_beside_the_checkpoint_is_read_and_checked(folder):
 
 def test_what_is_left_out_is_named():
     index = B3 / "model-weights.index"
-    assert files.unused_tensors([index]) == {
+    assert import_plan.unused_tensors([index]) == {
         "optimizer": 824,
         "loss_tracker": 2,
         "loss_i2t_tracker": 2,
@@ -274,7 +274,7 @@ def test_the_published_layout_at_full_size():
     with no_init_weights():
         model = AlignModel(AlignConfig.from_preset("align-base"))
     weights = model._relative_weights()
-    table = files.to_hugging_face(weights, model.table)
+    table = name_table.to_hugging_face(weights, model.table)
     weights = {hf: weights[path] for path, (hf, _) in table.items()}
     assert sorted(names.values()) == sorted(weights)
     assert len(names) == 1232  # image tower 1030, BERT 199, projection 2, temperature
@@ -331,7 +331,7 @@ def test_slots_and_counters_of_other_runs_are_left_out(tmp_path):
             tensors[f"{key}{VALUE}"] = np.zeros((32,), "float32")
 
     AlignTextModel.from_pretrained(rewrite(B3, tmp_path, change), config=HEADS[B3])
-    unused = files.unused_tensors([tmp_path / "model-weights.index"])
+    unused = import_plan.unused_tensors([tmp_path / "model-weights.index"])
     assert (unused["OPTIMIZER_SLOT"], unused["optimizer"], unused["save_counter"]) == (1, 1, 1)
 
 

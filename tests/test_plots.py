@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from align_tf import cli, plots
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 
 pytest.importorskip("matplotlib")
 

@@ -37,8 +37,8 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tensorflow_serving.config import model_server_config_pb2
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
-from align_tf.checkpoints.tensors import BUNDLED
 from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
+from align_tf.hub import BUNDLED
 from align_tf.server import ModelServer
 from align_tf.serving_protos import BatchingParameters, MonitoringConfig
 

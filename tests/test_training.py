@@ -26,7 +26,7 @@ from align_tf import (
     cli,
     configuration,
 )
-from align_tf.checkpoints.tensors import CheckpointError
+from align_tf.files import CheckpointError
 from align_tf.recipe import Recipe, read_recipe
 from align_tf.training import train
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.checkpoints.tensors import CheckpointError
 from align_tf.configuration import AlignVisionConfig
 from align_tf.efficientnet import block_table
+from align_tf.files import CheckpointError
 
 # {} is a block's stage and letter, such as 2a, or a layer's index.
 _IMAGE = "image_encoder/layer_with_weights-0"

@@ -12,7 +12,7 @@ from captions import draw_caption, train_vocabulary
 from emoji import RENDERINGS, Concept, Split, read_picture
 
 from align_tf import AlignTokenizer
-from align_tf.checkpoints.tensors import write_text
+from align_tf.files import write_text
 
 SOURCE_SIDE = 64  # pixels of the pictures in the packages
 CAPTIONS_PER_PICTURE = 16

@@ -19,7 +19,7 @@ from evaluate import evaluate
 
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor
 from align_tf.callbacks import ResumableCheckpoint
-from align_tf.checkpoints.tensors import BUNDLED
+from align_tf.hub import BUNDLED
 from align_tf.optimization import WarmupDecay
 
 BATCH_SIZE = 128

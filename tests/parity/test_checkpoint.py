@@ -13,7 +13,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionConfig, AlignVisionModel
-from align_tf.checkpoints.tensors import CheckpointError
+from align_tf.files import CheckpointError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignModel
-from align_tf.checkpoints import tensors as tensors_module
+from align_tf.checkpoints import name_table as tensors_module
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
