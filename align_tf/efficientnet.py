@@ -11,7 +11,7 @@ from keras import layers
 
 from align_tf import fused_training
 from align_tf.activation import get_activation
-from align_tf.configuration import AlignVisionConfig
+from align_tf.configuration.align import AlignVisionConfig
 from align_tf.initialization import kernel_initializer
 
 

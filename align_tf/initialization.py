@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import keras
 from keras import ops
 
-from align_tf.configuration import AlignTextConfig, AlignVisionConfig
+from align_tf.configuration.align import AlignTextConfig, AlignVisionConfig
 
 _blank: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("blank", default=None)
 

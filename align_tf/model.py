@@ -21,7 +21,12 @@ from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
 from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
-from align_tf.configuration import CONFIG_NAME, AlignConfig, AlignTextConfig, AlignVisionConfig
+from align_tf.configuration.align import (
+    CONFIG_NAME,
+    AlignConfig,
+    AlignTextConfig,
+    AlignVisionConfig,
+)
 from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
 from align_tf.initialization import no_init_weights
 from align_tf.loss import (

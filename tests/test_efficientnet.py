@@ -9,7 +9,7 @@ from keras import ops
 
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
 from align_tf.activation import get_activation
-from align_tf.configuration import VISION_ACTIVATIONS
+from align_tf.configuration.align import VISION_ACTIVATIONS
 from align_tf.efficientnet import BlockSpec, MBConvBlock, block_table
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.configuration import AlignVisionConfig
+from align_tf.configuration.align import AlignVisionConfig
 from align_tf.efficientnet import block_table
 from align_tf.files import CheckpointError
 
