@@ -9,7 +9,7 @@ from typing import Any
 from keras import layers, ops
 
 from align_tf.activation import get_activation
-from align_tf.configuration.align import AlignTextConfig
+from align_tf.configuration.text import AlignTextConfig
 from align_tf.fused_training import gelu_for
 from align_tf.initialization import kernel_initializer
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import keras
 from keras import ops
 
-from align_tf.configuration.align import AlignTextConfig, AlignVisionConfig
+from align_tf.configuration.text import AlignTextConfig
+from align_tf.configuration.vision import AlignVisionConfig
 
 _blank: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("blank", default=None)
 

@@ -21,13 +21,12 @@ from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
 from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
-from align_tf.configuration.align import (
-    CONFIG_NAME,
-    AlignConfig,
-    AlignTextConfig,
-    AlignVisionConfig,
-)
-from align_tf.efficientnet import MBConvBlock, batch_norm, block_table, conv
+from align_tf.configuration.align import AlignConfig
+from align_tf.configuration.blocks import block_table
+from align_tf.configuration.config_file import CONFIG_NAME
+from align_tf.configuration.text import AlignTextConfig
+from align_tf.configuration.vision import AlignVisionConfig
+from align_tf.efficientnet import MBConvBlock, batch_norm, conv
 from align_tf.initialization import no_init_weights
 from align_tf.loss import (
     REDUCTIONS,

@@ -240,7 +240,7 @@ def image_flops(config: Any, side: int) -> int:
         config: an AlignVisionConfig.
         side: of the image, in pixels.
     """
-    from align_tf.efficientnet import block_table
+    from align_tf.configuration.blocks import block_table
 
     side = (side + 1 - 3) // 2 + 1
     total = 2 * side**2 * 9 * config.num_channels * config.stem_channels

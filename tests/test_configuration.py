@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from align_tf import AlignConfig, AlignTextConfig, AlignVisionConfig
-from align_tf.configuration.align import PRESETS
+from align_tf.configuration.presets import PRESETS
 from align_tf.files import CheckpointError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"

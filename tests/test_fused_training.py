@@ -7,7 +7,8 @@ import pytest
 from align_tf import fused_training
 from align_tf.activation import get_activation
 from align_tf.bert import EncoderLayer
-from align_tf.efficientnet import BlockSpec, MBConvBlock
+from align_tf.configuration.blocks import BlockSpec
+from align_tf.efficientnet import MBConvBlock
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="elsewhere the layers are Keras's own"

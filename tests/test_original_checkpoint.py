@@ -17,8 +17,8 @@ from keras import ops
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
 from align_tf.checkpoints import import_plan, name_table, original
 from align_tf.checkpoints import tensors as files
-from align_tf.configuration.align import AlignVisionConfig
-from align_tf.efficientnet import block_table
+from align_tf.configuration.blocks import block_table
+from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.files import CheckpointError
 from align_tf.initialization import no_init_weights
 

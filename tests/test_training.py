@@ -25,7 +25,7 @@ from align_tf import (
     AlignTokenizer,
     cli,
 )
-from align_tf.configuration import align
+from align_tf.configuration import presets
 from align_tf.files import CheckpointError
 from align_tf.recipe import Recipe, read_recipe
 from align_tf.training import train
@@ -313,7 +313,7 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     """A preset, epochs for steps, a smaller image, frozen blocks, TensorBoard."""
     pytest.importorskip("tensorboard")
     towers = (tiny_config.text_config.to_dict(), tiny_config.vision_config.to_dict())
-    monkeypatch.setitem(align.PRESETS, "mine", (*towers, {"projection_dim": 8}))
+    monkeypatch.setitem(presets.PRESETS, "mine", (*towers, {"projection_dim": 8}))
     del settings["model"], settings["steps"], settings["ema_momentum"]
     settings |= {"preset": "mine", "processor": str(place / "tiny"), "epochs": 2, "seed": 5}
     settings |= {"validation_data": settings["data"], "tensorboard": True, "log_every": 2}

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.configuration.align import AlignVisionConfig
-from align_tf.efficientnet import block_table
+from align_tf.configuration.blocks import block_table
+from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.files import CheckpointError
 
 # {} is a block's stage and letter, such as 2a, or a layer's index.
