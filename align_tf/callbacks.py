@@ -17,8 +17,8 @@ from align_tf.evaluation import (
     retrieval_metrics,
     zero_shot_metrics,
 )
-from align_tf.processor import AlignProcessor
-from align_tf.tokenization import AlignTokenizer
+from align_tf.preprocessing.processor import AlignProcessor
+from align_tf.preprocessing.tokenization import AlignTokenizer
 
 # What JAX tells of a compilation, and the name that Keras's training step has there.
 COMPILATION, TRAIN_STEP = "/jax/core/compile/backend_compile_duration", "jit(train_step)"

@@ -14,14 +14,15 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from align_tf import data, image_processing
+from align_tf import data
 from align_tf.data_readers import open_source
 from align_tf.data_records import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
 from align_tf.extras import extra
 from align_tf.files import replacing
 from align_tf.model import AlignModel
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing import image_processing
+from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
 from align_tf.thumbnail import thumbnail, to_jpeg
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import image_decoding
 from align_tf.data_readers import open_source
 from align_tf.data_records import Source
 from align_tf.data_streams import CHUNK
-from align_tf.image_processing import BROKEN, FINE, TOO_LARGE
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing.decoding import reading
+from align_tf.preprocessing.image_processing import BROKEN, FINE, TOO_LARGE
+from align_tf.preprocessing.processor import AlignProcessor
 
 LENGTH_BUCKETS = (8, 16, 32, 64)
 MAX_ERRORS = 100
@@ -25,7 +25,7 @@ ID_RANGE = 2**31 - 1  # of the fingerprints
 # Why a record is left out, beside what AlignImageProcessor.try_pixel_values tells.
 NO_IMAGE, NO_CAPTION = TOO_LARGE + 1, TOO_LARGE + 2
 REASONS = {
-    BROKEN: f"not a decodable image ({image_decoding.EXPECTED})",
+    BROKEN: f"not a decodable image ({reading.EXPECTED})",
     TOO_LARGE: "the image declares more pixels than max_image_pixels",
     NO_IMAGE: "no image, or its file cannot be read",
     NO_CAPTION: "no caption",

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import data, data_records, evaluation, image_processing
+from align_tf import data, data_records, evaluation
 from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing import image_processing
+from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
 
 TEST_SHARE = 0.2  # of each class, where no training folder is given

@@ -18,7 +18,7 @@ from align_tf.embedding import TEXT_INPUTS
 from align_tf.inference import inference_copy
 from align_tf.model import AlignModel
 from align_tf.packing import text_features
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"

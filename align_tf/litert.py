@@ -17,7 +17,7 @@ from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.initialization import no_init_weights
 from align_tf.model import AlignModel
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
 
 IMAGE_TOWER, TEXT_TOWER = "image_tower.tflite", "text_tower.tflite"

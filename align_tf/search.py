@@ -18,7 +18,7 @@ from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_mo
 from align_tf.embedding import Embedder
 from align_tf.extras import extra
 from align_tf.model import AlignModel
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
 
 __all__ = ["Hit", "Index", "Searcher", "build_index", "embed"]

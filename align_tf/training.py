@@ -25,7 +25,7 @@ from align_tf.data import make_dataset
 from align_tf.extras import extra
 from align_tf.model import AlignModel
 from align_tf.optimization import make_optimizer
-from align_tf.processor import AlignProcessor
+from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import say
 from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
 

@@ -20,7 +20,7 @@ import transformers
 from side_by_side import compare, show
 
 from align_tf import AlignImageProcessor
-from align_tf.image_processing import FILE_DEFAULTS
+from align_tf.preprocessing.image_processing import FILE_DEFAULTS
 
 HEIGHT, WIDTH = 480, 640
 BATCHES = (1, 8, 32)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
 from align_tf.callbacks import (
     CompilationCount,
     ResumableCheckpoint,
@@ -14,7 +14,6 @@ from align_tf.callbacks import (
 from align_tf.embedding import Embedder
 from align_tf.evaluation import retrieval_metrics
 from align_tf.files import CheckpointError
-from align_tf.tokenization import AlignTokenizer
 
 RETRIEVAL = {
     f"val_{name}_{way}"

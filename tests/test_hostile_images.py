@@ -17,7 +17,7 @@ import tensorflow as tf
 from image_files import png_chunk
 
 from align_tf import AlignImageProcessor
-from align_tf.image_processing import BROKEN, FINE, TOO_LARGE
+from align_tf.preprocessing.image_processing import BROKEN, FINE, TOO_LARGE
 
 MUTATIONS = int(os.environ.get("ALIGN_TF_FUZZ", "300"))
 PNG_HEADER = image_files.png(2, 8)[:33]

@@ -11,7 +11,9 @@ import tensorflow as tf
 from image_files import HEIGHT, WIDTH, encode
 from test_hostile_images import declare
 
-from align_tf import AlignImageProcessor, AlignProcessor, image_decoding, image_processing
+from align_tf import AlignImageProcessor, AlignProcessor
+from align_tf.preprocessing import image_processing
+from align_tf.preprocessing.decoding import reading
 
 FILES = image_files.all_files(image_files.walk())
 # Pillow 13 resamples the columns of tall images first, earlier ones the rows of any.
@@ -44,7 +46,7 @@ def decode():
 def test_decode_equals_pillow(decode, name):
     expected = image_files.pillow_pixels(FILES[name])
     np.testing.assert_array_equal(decode(FILES[name]), expected)
-    _, size = image_decoding.read(tf.constant(FILES[name]), max_pixels=0)  # decodes nothing
+    _, size = reading.read(tf.constant(FILES[name]), max_pixels=0)  # decodes nothing
     assert size.numpy().tolist() == [*expected.shape[:2]]
 
 

@@ -14,8 +14,9 @@ from tensorflow_text.core.pybinds import (
     pywrap_fast_wordpiece_tokenizer_model_builder as wordpiece_model,
 )
 
-from align_tf import files, hub, tokenizer_files
-from align_tf.bert_normalizer import BertNormalizer, placeholder
+from align_tf import files, hub
+from align_tf.preprocessing import tokenizer_files
+from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
 
 MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import files, hub, image_decoding
+from align_tf import files, hub
+from align_tf.preprocessing.decoding import reading
 
 CONFIG_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
@@ -342,14 +343,12 @@ class AlignImageProcessor:
 
     def _read(self, image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Decodes one image; returns its pixels, its problem and its declared size."""
-        image, size = image_decoding.read(
-            image_bytes, self.max_image_pixels, exact=self.mode == "hf"
-        )
+        image, size = reading.read(image_bytes, self.max_image_pixels, exact=self.mode == "hf")
         is_large = tf.reduce_prod(size) > self.max_image_pixels
         problem = tf.where(is_large, TOO_LARGE, tf.where(tf.size(image) > 0, FINE, BROKEN))
         if self.apply_exif_orientation:
-            orientation = image_decoding.exif_orientation(image_bytes)
-            image = image_decoding.turn_upright(image, orientation)
+            orientation = reading.exif_orientation(image_bytes)
+            image = reading.turn_upright(image, orientation)
         return image, problem, size
 
     def _reason(self, problem: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
@@ -358,7 +357,7 @@ class AlignImageProcessor:
         return tf.where(
             problem == TOO_LARGE,
             declared + f"expected {self.max_image_pixels} at most",
-            f"not a decodable image ({image_decoding.EXPECTED})",
+            f"not a decodable image ({reading.EXPECTED})",
         )
 
     def _scale(self, image: tf.Tensor) -> tf.Tensor:
@@ -484,7 +483,7 @@ def _horizontal_first(
         band = tf.transpose(tf.reshape(image[start:stop], [-1, width * 3]))
         return tf.transpose(_apply(columns, band, resample))
 
-    return _apply(rows, image_decoding.in_bands(resample_rows, height, width), resample)
+    return _apply(rows, reading.in_bands(resample_rows, height, width), resample)
 
 
 def _vertical_first(
@@ -497,7 +496,7 @@ def _vertical_first(
         return tf.transpose(_apply(rows, band, resample))
 
     return tf.transpose(
-        _apply(columns, image_decoding.in_bands(resample_columns, width, height), resample)
+        _apply(columns, reading.in_bands(resample_columns, width, height), resample)
     )
 
 

@@ -11,9 +11,10 @@ import PIL.Image
 import PIL.ImageOps
 import tensorflow as tf
 
-from align_tf import image_decoding, image_processing
-from align_tf.image_processing import AlignImageProcessor
-from align_tf.tokenization import AlignTokenizer
+from align_tf.preprocessing import image_processing
+from align_tf.preprocessing.decoding import reading
+from align_tf.preprocessing.image_processing import AlignImageProcessor
+from align_tf.preprocessing.tokenization import AlignTokenizer
 
 RETURN_TENSORS = ("tf", "np")
 
@@ -217,7 +218,7 @@ def _decode_alone(processor: AlignImageProcessor, name: str, content: bytes) -> 
 
 
 def _broken(name: str) -> str:
-    return f"{name}: not a decodable image ({image_decoding.EXPECTED})"
+    return f"{name}: not a decodable image ({reading.EXPECTED})"
 
 
 def _to_array(image: Any, name: str, upright: bool) -> np.ndarray:
