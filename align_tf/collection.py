@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from align_tf import data
-from align_tf.data_readers import open_source
-from align_tf.data_records import Source
+from align_tf.data import dataset
+from align_tf.data.readers import open_source
+from align_tf.data.sources import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
 from align_tf.extras import extra
 from align_tf.files import replacing
@@ -84,7 +84,7 @@ class Shard:
 
 
 def embed(
-    source: data.PathOrPaths | tf.data.Dataset,
+    source: dataset.PathOrPaths | tf.data.Dataset,
     output: str | os.PathLike,
     *,
     model: str | os.PathLike | AlignModel = "align-tiny",
@@ -323,7 +323,7 @@ class ShardWriter:
             loaded = self.opened.load(elements)
             images = loaded["image_bytes"]
             pixels, problems, _ = self.processor.image_processor.try_pixel_values(images)
-            problems = tf.where(images == "", data.NO_IMAGE, problems)
+            problems = tf.where(images == "", dataset.NO_IMAGE, problems)
             return {**loaded, "pixel_values": pixels, "problem": problems}
 
         batches = elements.ragged_batch(self.batch_size).enumerate()
@@ -359,7 +359,7 @@ class ShardWriter:
             "image_embeds": embeds,
             "text_embeds": self._embed_texts(captions),
             "skipped": {
-                ids[row]: data.REASONS[problems[row]]
+                ids[row]: dataset.REASONS[problems[row]]
                 for row in np.flatnonzero(problems != image_processing.FINE)
             },
         }

@@ -11,7 +11,7 @@ import numpy as np
 
 from align_tf.client import AlignClient, AlignServerError
 from align_tf.collection import Settings, Shard, write_shard
-from align_tf.data_records import IMAGE
+from align_tf.data.sources import IMAGE
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.search import Encoder, Index, Searcher, build_index

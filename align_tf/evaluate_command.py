@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import data, data_records, evaluation
+from align_tf import evaluation
+from align_tf.data import dataset, sources
 from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
@@ -62,7 +63,7 @@ def evaluate(model: Any, processor: AlignProcessor, options: Any) -> dict[str, A
 
 
 def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
-    records = data.records(options.data)
+    records = dataset.records(options.data)
     count = int(records.cardinality())
     images = _embed_images(embedder, processor, captioned_images(records), count, merge=True)
     captions = sorted({caption for captions in images.captions for caption in captions})
@@ -147,9 +148,7 @@ def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     files = {name: _image_files(folder / name) for name in names}
     for name, found in files.items():
         if not found:
-            raise ValueError(
-                f"{folder / name}: no images; expected {', '.join(data_records.IMAGE)}"
-            )
+            raise ValueError(f"{folder / name}: no images; expected {', '.join(sources.IMAGE)}")
     return files
 
 
@@ -222,7 +221,7 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in data_records.IMAGE)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
 
 
 # --- embedding -----------------------------------------------------------------------------
@@ -268,12 +267,12 @@ def _embed_images(
                 captions.append(list(texts))
                 yield content
             else:
-                skipped[key] = data.REASONS[data.NO_CAPTION]
+                skipped[key] = dataset.REASONS[dataset.NO_CAPTION]
 
     def decode(batch: list[bytes]) -> tuple[tf.Tensor, np.ndarray]:
         pixel_values, problems, _ = processor.image_processor.try_pixel_values_of(batch)
         absent = np.array([not content for content in batch])
-        return pixel_values, np.where(absent, data.NO_IMAGE, problems)
+        return pixel_values, np.where(absent, dataset.NO_IMAGE, problems)
 
     embeds, problems = [], []
     batches = None if total < 0 else -(-total // BATCH_SIZE)
@@ -285,7 +284,7 @@ def _embed_images(
         raise ValueError(f"no captions: none of {len(skipped)} images has one")
     problems = np.concatenate(problems)
     fine = problems == image_processing.FINE
-    skipped.update((keys[row], data.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
+    skipped.update((keys[row], dataset.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
     if not fine.any():
         raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}")
     captions = [captions[row] for row in np.flatnonzero(fine)]

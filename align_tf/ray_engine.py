@@ -72,7 +72,7 @@ class _Worker:
     """An actor: it has a model of its own, and takes the numbers of shards."""
 
     def __init__(self, reading: tuple, settings: Settings, output: str, batch_size: int):
-        from align_tf.data_readers import open_source
+        from align_tf.data.readers import open_source
         from align_tf.embedding import Embedder
 
         model, processor = load_model(settings.model, None)

@@ -21,7 +21,7 @@ from keras import ops
 from align_tf import devices, files, training_state
 from align_tf.callbacks import RetrievalEvaluation
 from align_tf.configuration.align import AlignConfig
-from align_tf.data import make_dataset
+from align_tf.data.dataset import make_dataset
 from align_tf.extras import extra
 from align_tf.model import AlignModel
 from align_tf.optimization import make_optimizer

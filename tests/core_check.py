@@ -12,8 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
-from align_tf.data import make_dataset
-from align_tf.data_writers import write_tfrecords
+from align_tf.data import make_dataset, write_tfrecords
 from align_tf.hub import BUNDLED
 
 PICTURES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))

@@ -16,9 +16,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, data
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf.data import dataset as dataset_module
 from align_tf.data import make_dataset, records
-from align_tf.data_readers import open_source
+from align_tf.data.readers import open_source
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "red", "a"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -480,8 +481,8 @@ ORDER = {
 def order(source, size=4, training=True, seed=0, epochs=2, start=0) -> list[list[str]]:
     """Returns the names in each batch, without decoding its images."""
     opened = open_source(source)
-    dataset, _ = data._batches(opened, size, training, seed, epochs, start)
-    keys = dataset.map(lambda step, elements: data._load(opened, elements)["key"])
+    dataset, _ = dataset_module._batches(opened, size, training, seed, epochs, start)
+    keys = dataset.map(lambda step, elements: dataset_module._load(opened, elements)["key"])
     return [[key.decode().split("/")[-1] for key in batch] for batch in keys.as_numpy_iterator()]
 
 
@@ -536,7 +537,7 @@ def test_what_resume_leaves_out_is_not_decoded(batches, tmp_path):
 
 def test_lengths(source):
     def length(name, training=False, epochs=1, start=0):
-        return data._batches(open_source(source(name)), 4, training, 0, epochs, start)[1]
+        return dataset_module._batches(open_source(source(name)), 4, training, 0, epochs, start)[1]
 
     assert length("folder") == length("tar") == 3
     assert length("folder", epochs=3) == 9

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf.data import records
-from align_tf.data_writers import write_tfrecords
+from align_tf.data import records, write_tfrecords
 
 
 def png(number: int) -> bytes:

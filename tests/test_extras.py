@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import collection, data_readers, demo, evaluation, plots, ray_engine, search, training
+from align_tf import collection, demo, evaluation, plots, ray_engine, search, training
 from align_tf.checkpoints import tensors
+from align_tf.data import readers
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -24,7 +25,7 @@ ABSENT = [
     ),
     (
         "pyarrow.parquet",
-        lambda folder: data_readers.open_source(folder / "a.parquet"),
+        lambda folder: readers.open_source(folder / "a.parquet"),
         'a.parquet needs pyarrow to be read: pip install "align-tf[data]"',
     ),
     (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.data_readers import open_source
-from align_tf.data_records import Source
-from align_tf.data_streams import CHUNK
+from align_tf.data.readers import open_source
+from align_tf.data.sources import Source
+from align_tf.data.streams import CHUNK
 from align_tf.preprocessing.decoding import reading
 from align_tf.preprocessing.image_processing import BROKEN, FINE, TOO_LARGE
 from align_tf.preprocessing.processor import AlignProcessor

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from align_tf.data_records import (
+from align_tf.data.sources import (
     CAPTION,
     CAPTION_KEYS,
     IMAGE,
@@ -23,7 +23,7 @@ from align_tf.data_records import (
     read_captions,
     strings_in,
 )
-from align_tf.data_streams import (
+from align_tf.data.streams import (
     image_column,
     open_dataset,
     open_image_tables,

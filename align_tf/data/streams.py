@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.data_records import (
+from align_tf.data.sources import (
     CAPTION,
     CAPTION_KEYS,
     IMAGE,
