@@ -20,7 +20,7 @@ from align_tf.data.sources import Source
 from align_tf.embedding import BATCH_SIZE, Embedder
 from align_tf.extras import extra
 from align_tf.files import replacing
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate

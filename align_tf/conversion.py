@@ -17,8 +17,8 @@ from align_tf.checkpoints import import_plan, tensors
 from align_tf.configuration.blocks import block_table
 from align_tf.export import export_saved_model
 from align_tf.files import CheckpointError
-from align_tf.initialization import no_init_weights
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
+from align_tf.models.initialization import no_init_weights
 from align_tf.preprocessing.image_processing import AlignImageProcessor
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer

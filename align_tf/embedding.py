@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
 from align_tf.progress import track
 
 BATCH_SIZE = 64
@@ -25,7 +25,7 @@ class Embedder:
     def __init__(self, model: AlignModel):
         text_features = AlignModel.get_text_features
         if keras.backend.backend() == "tensorflow":
-            from align_tf.packing import text_features
+            from align_tf.models.packing import text_features
         self._images = _compiled(
             model, lambda x: ops.normalize(model.get_image_features(x), axis=-1)
         )

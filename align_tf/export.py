@@ -15,9 +15,9 @@ import tensorflow as tf
 
 import align_tf
 from align_tf.embedding import TEXT_INPUTS
-from align_tf.inference import inference_copy
-from align_tf.model import AlignModel
-from align_tf.packing import text_features
+from align_tf.models.align import AlignModel
+from align_tf.models.inference_copy import inference_copy
+from align_tf.models.packing import text_features
 from align_tf.preprocessing.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"

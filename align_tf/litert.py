@@ -15,8 +15,8 @@ import align_tf
 from align_tf.embedding import TEXT_INPUTS
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
-from align_tf.initialization import no_init_weights
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
+from align_tf.models.initialization import no_init_weights
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
 

@@ -17,7 +17,7 @@ from align_tf.client import AlignClient, Classification
 from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
 from align_tf.embedding import Embedder
 from align_tf.extras import extra
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
 

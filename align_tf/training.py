@@ -23,7 +23,7 @@ from align_tf.callbacks import RetrievalEvaluation
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
 from align_tf.extras import extra
-from align_tf.model import AlignModel
+from align_tf.models.align import AlignModel
 from align_tf.optimization import make_optimizer
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import say

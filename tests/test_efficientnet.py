@@ -8,10 +8,10 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignVisionConfig, AlignVisionModel
-from align_tf.activation import get_activation
 from align_tf.configuration.blocks import BlockSpec, block_table
 from align_tf.configuration.vision import VISION_ACTIVATIONS
-from align_tf.efficientnet import MBConvBlock
+from align_tf.models.activation import get_activation
+from align_tf.models.efficientnet import MBConvBlock
 
 
 def test_block_table_of_a_tiny_tower(tiny_config):

@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import fused_training
-from align_tf.activation import get_activation
-from align_tf.bert import EncoderLayer
 from align_tf.configuration.blocks import BlockSpec
-from align_tf.efficientnet import MBConvBlock
+from align_tf.models import fused_training
+from align_tf.models.activation import get_activation
+from align_tf.models.bert import EncoderLayer
+from align_tf.models.efficientnet import MBConvBlock
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="elsewhere the layers are Keras's own"

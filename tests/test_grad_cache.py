@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-import align_tf.model
+import align_tf.models.align
 from align_tf import AlignModel
-from align_tf.loss import contrastive_rows
+from align_tf.models.loss import contrastive_rows
 
 
 class PartByPart(AlignModel):
@@ -102,7 +102,7 @@ def test_no_part_compares_all_pairs(tiny_config, batch, monkeypatch):
         made.add(tuple(logits.shape))
         return contrastive_rows(logits, *options)
 
-    monkeypatch.setattr(align_tf.model, "contrastive_rows", record)
+    monkeypatch.setattr(align_tf.models.align, "contrastive_rows", record)
     train(lambda: AlignModel(steady(tiny_config)), batch, accumulation=4)
     assert made == {(2, 8)}
 

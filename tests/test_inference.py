@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from align_tf import AlignModel, AlignTextModel, packing
-from align_tf.inference import inference_copy
+from align_tf import AlignModel, AlignTextModel
+from align_tf.models import packing
+from align_tf.models.inference_copy import inference_copy
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel
-from align_tf.loss import (
+from align_tf.models.loss import (
     align_loss,
     contrastive_loss,
     gather_across_replicas,

@@ -20,7 +20,7 @@ from align_tf.checkpoints import tensors as files
 from align_tf.configuration.blocks import block_table
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.files import CheckpointError
-from align_tf.initialization import no_init_weights
+from align_tf.models.initialization import no_init_weights
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "coyo_align"
 B3, B7 = GOLDENS / "b3-narrow", GOLDENS / "b7-narrow"

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 from keras import activations, layers, ops
 
-from align_tf.activation import get_activation
+from align_tf.models.activation import get_activation
 
 COLUMNS = 3  # of a depthwise filter, that oneDNN has a fast gradient for
 

@@ -15,9 +15,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from align_tf import files, fused_training, grad_cache, hub
-from align_tf.activation import get_activation
-from align_tf.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf import files, hub
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
 from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
@@ -26,9 +24,13 @@ from align_tf.configuration.blocks import block_table
 from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
-from align_tf.efficientnet import MBConvBlock, batch_norm, conv
-from align_tf.initialization import no_init_weights
-from align_tf.loss import (
+from align_tf.models import accumulation as accumulation_module
+from align_tf.models import fused_training
+from align_tf.models.activation import get_activation
+from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
+from align_tf.models.initialization import no_init_weights
+from align_tf.models.loss import (
     REDUCTIONS,
     contrastive_rows,
     gather_across_replicas,
@@ -42,8 +44,8 @@ from align_tf.loss import (
     sigmoid_rows,
     weighted_mean,
 )
-from align_tf.outputs import ModelOutput
-from align_tf.remat import rematerialize
+from align_tf.models.outputs import ModelOutput
+from align_tf.models.remat import rematerialize
 
 logger = logging.getLogger(__name__)
 
@@ -773,7 +775,7 @@ class AlignModel(_Checkpoint, keras.Model):
             auto_scale_loss: scale the loss of a mixed_float16 model.
             accumulation: parts that a batch goes through the towers in, one after the other, to
                 the step of the whole batch with the activations of one part (GradCache,
-                arXiv 2101.06983); see `align_tf.grad_cache`.
+                arXiv 2101.06983); see `align_tf.models.accumulation`.
             remat: compute the activations inside a block again for its gradient instead of
                 keeping them: less memory, more time.
 
@@ -840,7 +842,7 @@ class AlignModel(_Checkpoint, keras.Model):
         """
         ids = [gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids")]
         weight = gather_across_replicas(_product(x.get("sample_weight"), sample_weight))
-        images, texts = (gather_across_replicas(y_pred[key]) for key in grad_cache.EMBEDS)
+        images, texts = (gather_across_replicas(y_pred[key]) for key in accumulation_module.EMBEDS)
         values = {}
         for name, rows, columns in (("t2i", texts, images), ("i2t", images, texts)):
             loss, accuracy = self._compare(rows, columns, ids, weight)
@@ -865,7 +867,7 @@ class AlignModel(_Checkpoint, keras.Model):
 
         # As values: what is computed again for the gradient takes no variables.
         scale = [ops.convert_to_tensor(variable.value) for variable in self._scale()]
-        of_rows = grad_cache.map_rows(
+        of_rows = accumulation_module.map_rows(
             compare, rows, (columns, *scale), self.accumulation, num_outputs=2
         )
         return tuple(weighted_mean(values, weight) for values in of_rows)
@@ -886,7 +888,7 @@ class AlignModel(_Checkpoint, keras.Model):
     def train_step(self, *state_and_data: Any) -> Any:
         if self.accumulation == 1:
             return _over_workers(super().train_step(*state_and_data))
-        return _over_workers(grad_cache.train_step(self, *state_and_data))
+        return _over_workers(accumulation_module.train_step(self, *state_and_data))
 
     def test_step(self, *state_and_data: Any) -> Any:
         return _over_workers(super().test_step(*state_and_data))

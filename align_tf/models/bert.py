@@ -8,10 +8,10 @@ from typing import Any
 
 from keras import layers, ops
 
-from align_tf.activation import get_activation
 from align_tf.configuration.text import AlignTextConfig
-from align_tf.fused_training import gelu_for
-from align_tf.initialization import kernel_initializer
+from align_tf.models.activation import get_activation
+from align_tf.models.fused_training import gelu_for
+from align_tf.models.initialization import kernel_initializer
 
 # The lowest float32: a row whose every key is masked attends evenly instead of to NaN.
 MASKED = -3.4028235e38

@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow as tf
 from keras import layers
 
-from align_tf.bert import SelfAttention
-from align_tf.model import AlignModel, AlignTextModel
+from align_tf.models.align import AlignModel, AlignTextModel
+from align_tf.models.bert import SelfAttention
 
 # The row is rounded up to a multiple of so many tokens: kernels are prepared for each length of it.
 MULTIPLE = 16

@@ -17,8 +17,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from align_tf.loss import num_replicas
-from align_tf.state import step_variables
+from align_tf.models.loss import num_replicas
+from align_tf.models.step_state import step_variables
 
 EMBEDS = ("image_embeds", "text_embeds")
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from align_tf.state import step_variables
+from align_tf.models.step_state import step_variables
 
 
 def rematerialize(layer: layers.Layer) -> Callable:

@@ -8,11 +8,11 @@ from typing import Any
 
 from keras import layers
 
-from align_tf import fused_training
-from align_tf.activation import get_activation
 from align_tf.configuration.blocks import BlockSpec
 from align_tf.configuration.vision import AlignVisionConfig
-from align_tf.initialization import kernel_initializer
+from align_tf.models import fused_training
+from align_tf.models.activation import get_activation
+from align_tf.models.initialization import kernel_initializer
 
 
 def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: Any) -> layers.Layer:
