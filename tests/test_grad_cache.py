@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-import align_tf.models.align
+import align_tf.models.contrastive
 from align_tf import AlignModel
 from align_tf.models.loss import contrastive_rows
 
@@ -102,7 +102,7 @@ def test_no_part_compares_all_pairs(tiny_config, batch, monkeypatch):
         made.add(tuple(logits.shape))
         return contrastive_rows(logits, *options)
 
-    monkeypatch.setattr(align_tf.models.align, "contrastive_rows", record)
+    monkeypatch.setattr(align_tf.models.contrastive, "contrastive_rows", record)
     train(lambda: AlignModel(steady(tiny_config)), batch, accumulation=4)
     assert made == {(2, 8)}
 

@@ -23,7 +23,7 @@ from align_tf.models.step_state import step_variables
 EMBEDS = ("image_embeds", "text_embeds")
 
 
-def train_step(model: keras.Model, *state_and_data: Any) -> Any:
+def accumulated_step(model: keras.Model, *state_and_data: Any) -> Any:
     """Takes the step of a whole batch in `model.accumulation` parts; as Keras's `train_step`.
 
     Args:

@@ -9,9 +9,11 @@ import tensorflow as tf
 from keras import layers, ops
 
 from align_tf.models.activation import get_activation
-from align_tf.models.align import AlignModel, AlignVisionModel, open_for_change
+from align_tf.models.align import AlignModel
 from align_tf.models.fused_training import area_mean
 from align_tf.models.initialization import no_init_weights
+from align_tf.models.surgery import open_for_change
+from align_tf.models.vision import AlignVisionModel
 
 # Convolutions that a BatchNorm follows: of the tower, and of a block as far as it has them.
 CONVOLUTIONS = ("stem", "expand", "depthwise", "project")

@@ -6,8 +6,9 @@ from typing import Any
 import tensorflow as tf
 from keras import layers
 
-from align_tf.models.align import AlignModel, AlignTextModel
+from align_tf.models.align import AlignModel
 from align_tf.models.bert import SelfAttention
+from align_tf.models.text import AlignTextModel
 
 # The row is rounded up to a multiple of so many tokens: kernels are prepared for each length of it.
 MULTIPLE = 16

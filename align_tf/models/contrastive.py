@@ -1,0 +1,239 @@
+"""Contrastive training: the loss of a batch's pairs, inside Keras's compile, fit and evaluate."""
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
+from align_tf.models.loss import (
+    contrastive_rows,
+    gather_across_replicas,
+    has_workers,
+    initial_logit_bias,
+    num_replicas,
+    own_pairs,
+    positive_pairs,
+    reduce_directions,
+    right_rows,
+    sigmoid_rows,
+    weighted_mean,
+)
+from align_tf.models.surgery import open_for_change
+
+METRICS = ("loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
+
+
+class ContrastiveTraining:
+    """What a model of two towers needs to be trained by the loss of its pairs."""
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: None = None,
+        *,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+        auto_scale_loss: bool = True,
+        accumulation: int = 1,
+        remat: bool = False,
+    ) -> None:
+        """Prepares the model for `fit`; the loss and the metrics are its own.
+
+        Args:
+            optimizer: as Keras takes it, like the next four.
+            loss: None; see `use_sigmoid_loss` for the other loss.
+            run_eagerly: do not compile the step.
+            steps_per_execution: batches that one call runs.
+            jit_compile: compile the step by XLA.
+            auto_scale_loss: scale the loss of a mixed_float16 model.
+            accumulation: parts that a batch goes through the towers in, one after the other, to
+                the step of the whole batch with the activations of one part (GradCache,
+                arXiv 2101.06983); see `align_tf.models.accumulation`.
+            remat: compute the activations inside a block again for its gradient instead of
+                keeping them: less memory, more time.
+
+        Raises:
+            ValueError: a loss is given, or accumulation is not a positive integer.
+        """
+        if loss is not None:
+            raise ValueError(
+                f"loss={loss!r}: expected None; AlignModel minimises its contrastive loss, or "
+                "after use_sigmoid_loss(batch_size) the pairwise sigmoid loss"
+            )
+        if not isinstance(accumulation, int) or accumulation < 1:
+            raise ValueError(f"accumulation={accumulation!r}: expected a positive integer")
+        super().compile(
+            optimizer=optimizer,
+            run_eagerly=run_eagerly,
+            steps_per_execution=steps_per_execution,
+            jit_compile=jit_compile,
+            auto_scale_loss=auto_scale_loss,
+        )
+        self.accumulation = accumulation
+        self.text_model.remat = self.vision_model.remat = remat
+
+    def get_compile_config(self) -> dict[str, Any]:
+        options = {"accumulation": self.accumulation, "remat": self.vision_model.remat}
+        return {**super().get_compile_config(), **options}
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        config = keras.saving.deserialize_keras_object(config)
+        for key in ("loss_weights", "metrics", "weighted_metrics"):  # Keras's own, unused here
+            config.pop(key, None)
+        self.compile(**config)
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any):
+        """As Keras's `fit`, which drops the sample_weight of arrays that come without targets."""
+        return super().fit(*_with_weight(x, y, sample_weight), *args, **kw)
+
+    def evaluate(
+        self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any
+    ):
+        """As Keras's `evaluate`; see `fit`."""
+        return super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The loss of a batch of pairs, against the negatives of all replicas.
+
+        Each replica takes the whole loss of the global batch and its share of it, so that the
+        gradients that a distribution strategy sums are those of one device.
+
+        Args:
+            x: the batch; its `image_ids`, `text_ids` and `sample_weight` count, see `call`.
+            y: not used.
+            y_pred: what `call` returns.
+            sample_weight: (n,), times the one in `x`.
+            training: not used.
+        """
+        ids = [gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids")]
+        weight = gather_across_replicas(product(x.get("sample_weight"), sample_weight))
+        images, texts = (gather_across_replicas(y_pred[key]) for key in EMBEDS)
+        values = {}
+        for name, rows, columns in (("t2i", texts, images), ("i2t", images, texts)):
+            loss, accuracy = self._compare(rows, columns, ids, weight)
+            values |= {f"loss_{name}": loss, f"accuracy_{name}": accuracy}
+        self._update_metrics(values, ops.shape(images)[0] if weight is None else ops.sum(weight))
+        loss = reduce_directions(values["loss_t2i"], values["loss_i2t"], self.loss_reduction)
+        return (loss + sum(self.losses)) / num_replicas()
+
+    def _compare(self, rows: Any, columns: Any, ids: list, weight: Any) -> tuple[Any, Any]:
+        """Returns the loss and the accuracy of one direction, of all (n, d) by all (n, d).
+
+        An accumulated batch makes its (n, n) logits part by part too.
+        """
+
+        def compare(index: Any, part: Any, columns: Any, *scale: Any) -> tuple[Any, Any]:
+            logits = similarities(part, columns, *scale)
+            positives = positive_pairs(*ids, rows=index)
+            if positives is None:
+                positives = own_pairs(logits, index)
+            losses = self._loss_rows(logits, positives, weight)
+            return losses, right_rows(logits, positives, weight)
+
+        # As values: what is computed again for the gradient takes no variables.
+        scale = [ops.convert_to_tensor(variable.value) for variable in self._scale()]
+        of_rows = map_rows(compare, rows, (columns, *scale), self.accumulation, num_outputs=2)
+        return tuple(weighted_mean(values, weight) for values in of_rows)
+
+    def _loss_rows(self, logits: Any, positives: Any, weight: Any) -> Any:
+        """Returns the loss of each row, (r,)."""
+        if self.has_logit_bias:
+            return sigmoid_rows(logits, positives, weight)
+        return contrastive_rows(logits, positives, weight, self.label_smoothing)
+
+    def _update_metrics(self, values: dict[str, Any], total: Any) -> None:
+        for name, value in values.items():
+            self.batch_metrics[name].update_state(value, sample_weight=total)
+        # Of the temperature the last value is wanted, not the mean.
+        self.batch_metrics["temperature"].reset_state()
+        self.batch_metrics["temperature"].update_state(self.temperature)
+
+    def train_step(self, *state_and_data: Any) -> Any:
+        if self.accumulation == 1:
+            return _over_workers(super().train_step(*state_and_data))
+        return _over_workers(accumulated_step(self, *state_and_data))
+
+    def test_step(self, *state_and_data: Any) -> Any:
+        return _over_workers(super().test_step(*state_and_data))
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        # The model is built as it is made, so that only the optimizer is left. Keras would take
+        # a batch first and average its replicas, which of a dict fails between workers
+        # (keras issue 20329).
+        optimizer = self.optimizer
+        if self._distribute_strategy is None or optimizer is None or optimizer.built:
+            return
+        with self._distribute_strategy.scope():
+            optimizer.build(self.trainable_variables)
+
+    def predict_step(self, *state_and_data: Any) -> Any:
+        """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot."""
+        output = super().predict_step(*state_and_data)
+        output, *state = output if isinstance(output, tuple) else (output,)
+        embeds = {key: output[key] for key in ("image_embeds", "text_embeds")}
+        return (embeds, *state) if state else embeds
+
+    @property
+    def has_logit_bias(self) -> bool:
+        """Whether the model has the learned bias of the sigmoid loss."""
+        return self.config.logit_bias_init_value is not None
+
+    def use_sigmoid_loss(self, batch_size: int) -> None:
+        """Takes the pairwise sigmoid loss (SigLIP, arXiv 2303.15343); compile again after it.
+
+        The logits get a learned bias, the weight `logit_bias`, which is saved with the model:
+        from then on it trains by this loss, also after it is loaded again.
+
+        Args:
+            batch_size: pairs in a batch, over all replicas: the bias starts at
+                log(p / (1 - p)), p = 1 / batch_size.
+
+        Raises:
+            ValueError: batch_size is not an integer of 2 or more.
+        """
+        value = initial_logit_bias(batch_size)
+        added = not self.has_logit_bias
+        self.config.logit_bias_init_value = value
+        if not added:
+            self.logit_bias.assign(value)
+            return
+        with open_for_change(self):
+            self._add_logit_bias()
+
+
+def _with_weight(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+    """Moves the sample weight of arrays into the batch."""
+    if sample_weight is None:
+        return x, y
+    if not isinstance(x, dict):
+        raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
+    return {**x, "sample_weight": product(x.get("sample_weight"), sample_weight)}, y
+
+
+def product(*weights: Any) -> Any:
+    """Multiplies those of the sample weights that are given, (n,) or (n, 1); None for none."""
+    given = [ops.reshape(ops.cast(w, "float32"), (-1,)) for w in weights if w is not None]
+    return math.prod(given[1:], start=given[0]) if given else None
+
+
+def _over_workers(logs: Any) -> Any:
+    """Gives the logs of one of several workers the axis that Keras averages them over."""
+    # `fit` reduces scalars over axis 0, an error (keras issue 20585).
+    return {key: value[None] for key, value in logs.items()} if has_workers() else logs
+
+
+def similarities(rows: Any, columns: Any, temperature: Any, bias: Any = None) -> Any:
+    """Compares (r, d) with (n, d): cosines divided by the temperature, plus the bias if any."""
+    logits = ops.matmul(rows, ops.transpose(columns)) / temperature
+    return logits if bias is None else logits + bias

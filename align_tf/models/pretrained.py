@@ -1,0 +1,225 @@
+"""What the models share: reading and writing checkpoints, and freezing a tower by block."""
+
+import dataclasses
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from align_tf import files, hub
+from align_tf.checkpoints import name_table, original
+from align_tf.checkpoints.import_plan import plan_import
+from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
+from align_tf.configuration.config_file import CONFIG_NAME
+from align_tf.models.initialization import no_init_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Pretrained:
+    """Reading and writing of weights, shared by the three models."""
+
+    config_class: type
+    table: tuple  # this model's rows of the name table
+    prefix = ""  # what a larger checkpoint puts before this model's names
+    unused: tuple[str, ...] = ()  # what a larger checkpoint holds beside this model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        config: Any = None,
+        dtype: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> "keras.Model":
+        """Builds the model of a checkpoint and fills every weight from it.
+
+        Args:
+            name_or_path: a folder with `config.json` and `model.safetensors` (whole or in
+                shards) or `pytorch_model.bin`; `align-tiny`; or a Hugging Face id such as
+                `kakaobrain/align-base`. A tower also loads from a joint checkpoint. Also a
+                folder, id or prefix of a checkpoint of the original training code
+                (`model-weights.index` and `.data-*`), such as
+                `kakaobrain/coyo-align-b7-base`. That one needs no `config.json`: sizes come
+                from the shapes of the weights, and what these cannot say from EfficientNet's
+                stages and strides, BERT's heads of width 64, images of 289 pixels and the
+                defaults of the configurations (activations, epsilons, dropout, padding).
+            config: a configuration of this model, or some keys of `config.json`, nested as
+                there, that go before those of the checkpoint. A size that is not that of the
+                weights is an error.
+            dtype: a dtype or policy of the model, such as `mixed_bfloat16`.
+            revision: branch, tag or commit on the hub.
+            token: access token of the hub.
+            cache_dir: the hub's cache folder.
+            local_files_only: never ask the hub, use its cache.
+
+        Returns:
+            The model.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint, or a file of it is missing.
+            CheckpointError: a file is broken, a weight is missing, a tensor
+                is left over, or a shape or a size differs; the message names each.
+        """
+        folder = hub.resolve_folder(
+            name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            weights=True,
+        )
+        source = hub.original_index(name_or_path) or folder
+        config = cls._read_config(source, config)
+        with no_init_weights():
+            model = cls(config, dtype=dtype)
+        model._load(source, prefix=cls.prefix, unused=cls.unused)
+        model._start_fine_tuning()
+        return model
+
+    @classmethod
+    def _read_config(cls, source: pathlib.Path, given: Any) -> Any:
+        file = weight_files(source)[0]
+        if isinstance(given, cls.config_class):
+            return given
+        path, values = file.parent / CONFIG_NAME, {}
+        if path.is_file() or not is_original(file):
+            values = files.read_json(path)
+        for key, value in (given or {}).items():
+            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+        if is_original(file):
+            values = original.read_config(file, values)
+        return cls.config_class.from_dict(values)
+
+    def _vision_tower(self) -> Any:
+        return None
+
+    def _start_fine_tuning(self) -> None:
+        """Freezes BatchNorm, unless the configuration says which it is."""
+        tower = self._vision_tower()
+        if tower is not None and tower.config.freeze_batch_norm is None:
+            tower._set_batch_norm(frozen=True)
+
+    def _relative_weights(self) -> dict[str, Any]:
+        return {weight.path.removeprefix(f"{self.path}/"): weight for weight in self.weights}
+
+    def _load(
+        self,
+        folder: pathlib.Path,
+        *,
+        prefix: str = "",
+        unused: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+    ) -> list[str]:
+        """Fills the weights from a checkpoint folder: all of them, or none and an error.
+
+        Args:
+            folder: as `checkpoint.weight_files` takes it.
+            prefix, unused, optional: as `checkpoint.plan_import` takes them.
+
+        Returns:
+            The parts of the checkpoint that `unused` left out.
+        """
+        weights = self._relative_weights()
+        shapes = {path: tuple(weight.shape) for path, weight in weights.items()}
+        plan, left_out, kept = plan_import(
+            shapes,
+            weight_files(folder),
+            self.table,
+            prefix=prefix,
+            unused=unused,
+            optional=optional,
+        )
+        for file, rows in plan.items():
+            # Largest first: what reading it takes beside is over before the others come.
+            names = sorted(rows, key=lambda name: -math.prod(shapes[rows[name][0]]))
+            for name, array in read_tensors(file, names):
+                path, transform = rows[name]
+                array = name_table.permute(array, transform, to_keras=True)
+                weights[path].assign(array.astype(weights[path].dtype, copy=False))
+                del array  # before the next one is read
+        if kept:
+            logger.warning("%s: %s has no %s: new", self.name, folder, ", ".join(kept))
+        return left_out
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` as transformers reads them.
+
+        Args:
+            folder: made if it is not there.
+            dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
+        """
+        weights = self._relative_weights()
+        names = name_table.to_hugging_face(weights, self.table)
+        tensors = {
+            hf: name_table.permute(ops.convert_to_numpy(weights[path]), transform, to_keras=False)
+            for path, (hf, transform) in names.items()
+        }
+        extra = {"architectures": [type(self).__name__], "dtype": dtype or self.variable_dtype}
+        config = dataclasses.replace(self.config, extra={**self.config.extra, **extra})
+        folder = pathlib.Path(folder)
+        write_tensors(folder, tensors, dtype)
+        config.save_pretrained(folder)
+
+    def get_config(self) -> dict[str, Any]:
+        layers = self._flatten_layers(include_self=False)
+        frozen = [layer.path for layer in layers if layer.weights and not layer.trainable]
+        state = {"frozen": frozen}
+        if self._vision_tower() is not None:
+            state["batch_norm"] = self._vision_tower().batch_norm
+        return {**super().get_config(), "config": self.config.to_dict(), **state}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
+        config = dict(config)
+        frozen, trainable = config.pop("frozen"), config.pop("trainable")
+        batch_norm = config.pop("batch_norm", None)
+        model = cls(cls.config_class.from_dict(config.pop("config")), **config)
+        if batch_norm is not None:
+            model._vision_tower()._set_batch_norm(**batch_norm)
+        for layer in model._flatten_layers(include_self=False):
+            if layer.path in frozen:
+                layer.trainable = False
+        if not trainable:
+            model.trainable = False
+        return model
+
+
+class Tower:
+    """Freezing by block, shared by the two towers."""
+
+    def freeze(self, blocks: Iterable[int] | None = None) -> None:
+        """Stops the tower from training.
+
+        Args:
+            blocks: indices of the blocks to freeze; None freezes the whole tower.
+
+        Raises:
+            ValueError: there is no block of that index.
+        """
+        self._set_trainable(blocks, False)
+
+    def unfreeze(self, blocks: Iterable[int] | None = None) -> None:
+        """Lets the tower train; takes what `freeze` takes."""
+        self._set_trainable(blocks, True)
+
+    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
+        # The tower itself stays trainable: Keras asks the parent before the child.
+        chosen = self.layers if blocks is None else [self._block(index) for index in blocks]
+        for layer in chosen:
+            layer.trainable = value
+
+    def _block(self, index: int) -> layers.Layer:
+        count = len(self.blocks)
+        if not -count <= index < count:
+            raise ValueError(f"block {index}: {self.name} has blocks 0 to {count - 1}")
+        return self.blocks[index]

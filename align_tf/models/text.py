@@ -1,0 +1,179 @@
+"""The text tower: a BERT encoder."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from align_tf.checkpoints import name_table
+from align_tf.configuration.text import AlignTextConfig
+from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.models.outputs import ModelOutput
+from align_tf.models.pretrained import Pretrained, Tower
+from align_tf.models.remat import rematerialize
+from align_tf.models.surgery import replace_layer
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AlignTextModel(Pretrained, Tower, keras.Model):
+    """The text tower: a BERT encoder.
+
+    Args:
+        config: its configuration.
+        name: the name of the model, and the first part of its weights' paths.
+        dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
+    """
+
+    config_class = AlignTextConfig
+    table = name_table.TEXT_TABLE
+    prefix = "text_model."
+    unused = name_table.UNUSED_BY_TEXT_TOWER
+
+    def __init__(
+        self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config = copy.deepcopy(config)
+        options = {"dtype": self.dtype_policy}
+        self.embeddings = TextEmbeddings(config, **options)
+        self.blocks = [
+            EncoderLayer(
+                config,
+                config.num_attention_heads - len(config.pruned_heads.get(index, ())),
+                name=f"layer_{index}",
+                **options,
+            )
+            for index in range(config.num_hidden_layers)
+        ]
+        self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
+        self.remat = False
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        self.embeddings.build()
+        for block in self.blocks:
+            block.build()
+        self.pooler.build((None, self.config.hidden_size))
+
+    def call(
+        self,
+        inputs: Any,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        first_token_only: bool = False,
+        training: bool = False,
+    ) -> ModelOutput:
+        """Encodes tokens.
+
+        Args:
+            inputs: `input_ids` int (m, t), or a dict of `input_ids` or `inputs_embeds`
+                float (m, t, hidden_size), and if wanted `attention_mask` (m, t), 1 for a token
+                and 0 for padding, `token_type_ids` (m, t) and `position_ids` (m, t).
+            output_hidden_states: also return `hidden_states`, those after the embeddings and
+                after each layer, each (m, t, hidden_size).
+            output_attentions: also return `attentions`, one (m, heads, t, t) for each layer.
+            first_token_only: compute of the last layer what the embedding needs, the state of
+                the first token: `last_hidden_state` is (m, 1, hidden_size).
+            training: apply dropout.
+
+        Returns:
+            `last_hidden_state` (m, t, hidden_size) and `pooler_output` (m, hidden_size).
+
+        Raises:
+            ValueError: both or neither of ids and embeddings are given, or the text is longer
+                than max_position_embeddings.
+        """
+        inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+        given = {key: inputs[key] for key in TEXT_INPUTS if inputs.get(key) is not None}
+        attention_mask = given.pop("attention_mask", None)
+        if ("input_ids" in given) == ("inputs_embeds" in given):
+            raise ValueError("expected input_ids or inputs_embeds, not both and not neither")
+        length = ops.shape(given.get("input_ids", given.get("inputs_embeds")))[1]
+        self._check_length(length)
+        if attention_mask is None:
+            attention_mask = ops.ones((1, length), dtype="bool")
+        attention_mask = ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2))  # (m, 1, 1, t)
+
+        x = self.embeddings(**given, training=training)
+        hidden_states, attentions = [x], []
+        for block in self.blocks:
+            run = rematerialize(block) if self.remat and training else block
+            if first_token_only and block is self.blocks[-1]:
+                run = functools.partial(block, first_token_only=True)
+            x, probs = run(x, attention_mask, training=training)
+            hidden_states.append(x)
+            attentions.append(probs)
+
+        output = ModelOutput(last_hidden_state=x, pooler_output=self.pooler(x[:, 0]))
+        if output_hidden_states:
+            output["hidden_states"] = tuple(hidden_states)
+        if output_attentions:
+            output["attentions"] = tuple(attentions)
+        return output
+
+    def _check_length(self, length: Any) -> None:
+        if isinstance(length, int) and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a text of {length} tokens: expected at most max_position_embeddings="
+                f"{self.config.max_position_embeddings}"
+            )
+
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Cuts the word embeddings, or adds rows drawn as new ones are; compile again after it.
+
+        Args:
+            vocab_size: rows to have.
+        """
+        config = dataclasses.replace(self.config, vocab_size=vocab_size)  # checks the value
+        layer = self.embeddings.word_embeddings
+        new = embedding(
+            config,
+            vocab_size,
+            config.hidden_size,
+            name=layer.name,
+            dtype=layer.dtype_policy,
+        )
+        kept = ops.convert_to_numpy(layer.embeddings)[:vocab_size]
+        added = new.embeddings_initializer((vocab_size - len(kept), config.hidden_size))
+        rows = np.concatenate([kept, ops.convert_to_numpy(added).astype(kept.dtype)])
+        replace_layer(self.embeddings, "word_embeddings", new, [rows])
+        self.config.vocab_size = vocab_size
+
+    def prune_heads(self, heads: dict[int, Iterable[int]]) -> None:
+        """Takes attention heads out; compile again after it.
+
+        Args:
+            heads: layer's index -> heads to take out, numbered as in the unpruned model.
+
+        Raises:
+            ValueError: there is no such layer or head, or none would be left.
+        """
+        before = self.config.pruned_heads
+        after = {**before, **{i: sorted({*before.get(i, ()), *h}) for i, h in heads.items()}}
+        dataclasses.replace(self.config, pruned_heads=after)  # checks the values
+        for index in heads:
+            attention = self.blocks[index].attention
+            left = [
+                h for h in range(self.config.num_attention_heads) if h not in before.get(index, ())
+            ]
+            kept = np.array([head not in after[index] for head in left])
+            columns = np.repeat(kept, self.config.head_size)
+            attention.num_heads = int(kept.sum())
+            for attribute in ("query", "key", "value"):
+                kernel, bias = getattr(attention, attribute).get_weights()
+                self._replace_dense(attention, attribute, kernel[:, columns], bias[columns])
+            kernel, bias = attention.output_dense.get_weights()
+            self._replace_dense(attention, "output_dense", kernel[columns], bias)
+        self.config.pruned_heads = after
+
+    def _replace_dense(self, parent: layers.Layer, attribute: str, kernel: Any, bias: Any) -> None:
+        old = getattr(parent, attribute)
+        new = dense(self.config, kernel.shape[1], name=old.name, dtype=old.dtype_policy)
+        replace_layer(parent, attribute, new, [kernel, bias])

@@ -1,0 +1,135 @@
+"""The image tower: an EfficientNet without top convolution."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from align_tf.checkpoints import name_table
+from align_tf.configuration.blocks import block_table
+from align_tf.configuration.vision import AlignVisionConfig
+from align_tf.models import fused_training
+from align_tf.models.activation import get_activation
+from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
+from align_tf.models.outputs import ModelOutput
+from align_tf.models.pretrained import Pretrained, Tower
+from align_tf.models.remat import rematerialize
+
+
+@keras.saving.register_keras_serializable(package="align_tf")
+class AlignVisionModel(Pretrained, Tower, keras.Model):
+    """The image tower: an EfficientNet without top convolution.
+
+    Args:
+        config: its configuration.
+        name: the name of the model, and the first part of its weights' paths.
+        dtype: a dtype or policy such as `mixed_bfloat16`; None takes Keras's global policy.
+    """
+
+    config_class = AlignVisionConfig
+    table = name_table.VISION_TABLE
+    prefix = "vision_model."
+    unused = name_table.UNUSED_BY_VISION_TOWER
+
+    def __init__(
+        self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
+    ) -> None:
+        super().__init__(name=name, dtype=dtype)
+        self.config = config = copy.deepcopy(config)
+        options = {"dtype": self.dtype_policy}
+        self.activation = get_activation(config.hidden_act)
+        self.stem_pad = layers.ZeroPadding2D(((0, 1), (0, 1)), name="stem_pad", **options)
+        self.stem_conv = conv(
+            config, config.stem_channels, 3, strides=2, use_bias=False, name="stem_conv", **options
+        )
+        self.stem_bn = batch_norm(config, name="stem_bn", **options)
+        self.blocks = [
+            MBConvBlock(config, spec, name=f"block_{index}", **options)
+            for index, spec in enumerate(block_table(config))
+        ]
+        self.remat = False
+        self.build()
+        self._set_batch_norm(frozen=bool(config.freeze_batch_norm))
+
+    def build(self, input_shape: Any = None) -> None:
+        self.stem_pad.build((None, None, None, self.config.num_channels))
+        self.stem_conv.build((None, None, None, self.config.num_channels))
+        self.stem_bn.build((None, None, None, self.config.stem_channels))
+        for block in self.blocks:
+            block.build()
+
+    def call(
+        self, inputs: Any, output_hidden_states: bool = False, training: bool = False
+    ) -> ModelOutput:
+        """Encodes images of any size.
+
+        Args:
+            inputs: `pixel_values` float (n, h, w, 3), or a dict that holds it.
+            output_hidden_states: also return `hidden_states`, those after the stem and after
+                each block, each (n, h', w', c).
+            training: apply drop-connect, and BatchNorm by the batch's statistics.
+
+        Returns:
+            `last_hidden_state` (n, h', w', embed_dim) and `pooler_output` (n, embed_dim),
+            float32.
+        """
+        x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
+        x = self.stem_conv(self.stem_pad(x))
+        if training and fused_training.fits(self.activation, self.stem_bn, x):
+            x = fused_training.normalize_swish(self.stem_bn, x)
+        else:
+            x = self.activation(self.stem_bn(x, training=training))
+        hidden_states = [x]
+        for block in self.blocks:
+            run = rematerialize(block) if self.remat and training else block
+            x = run(x, training=training)
+            hidden_states.append(x)
+
+        pool = ops.mean if self.config.pooling_type == "mean" else ops.max
+        pooled = pool(ops.cast(x, "float32"), axis=(1, 2))
+        output = ModelOutput(last_hidden_state=x, pooler_output=pooled)
+        if output_hidden_states:
+            output["hidden_states"] = tuple(hidden_states)
+        return output
+
+    def freeze_batch_norm(self) -> None:
+        """Keeps every BatchNorm at its moving averages, scale and offset; compile again after it.
+
+        It is the default of a model from `from_pretrained`; in a new one BatchNorm trains. A
+        choice made by this method or by `unfreeze_batch_norm` is kept in `config.json`.
+        """
+        self.config.freeze_batch_norm = True
+        self._set_batch_norm(frozen=True)
+
+    def unfreeze_batch_norm(self, synchronized: bool = False) -> None:
+        """Lets the BatchNorms train of those blocks that do; compile again after it.
+
+        Args:
+            synchronized: under `tf.distribute`, normalise by the statistics of all replicas
+                instead of each by its own. Under JAX they are of the whole batch anyway.
+        """
+        self.config.freeze_batch_norm = False
+        self._set_batch_norm(frozen=False, synchronized=synchronized)
+
+    def _set_batch_norm(self, *, frozen: bool, synchronized: bool = False) -> None:
+        self.batch_norm = {"frozen": frozen, "synchronized": synchronized}
+        for owner, layer in self._batch_norms():
+            layer.trainable = owner.trainable and not frozen
+            layer.synchronized = synchronized and keras.backend.backend() == "tensorflow"
+
+    def _batch_norms(self) -> Iterator[tuple[layers.Layer, layers.Layer]]:
+        """Yields each BatchNorm, after the layer that it freezes and unfreezes with."""
+        yield self.stem_conv, self.stem_bn
+        for block in self.blocks:
+            for layer in block._flatten_layers():
+                if isinstance(layer, layers.BatchNormalization):
+                    yield block, layer
+
+    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
+        super()._set_trainable(blocks, value)
+        self._set_batch_norm(**self.batch_norm)  # a block hands its value down to them
+
+    def _vision_tower(self) -> "AlignVisionModel":
+        return self
