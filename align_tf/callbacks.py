@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from align_tf import training_state
-from align_tf.embedding import Embedder, in_batches
-from align_tf.evaluation import (
+from align_tf.evaluation.embedder import Embedder, in_batches
+from align_tf.evaluation.retrieval import (
     class_embeddings,
     distinct_pairs,
     retrieval_metrics,

@@ -509,14 +509,14 @@ def _evaluate(arguments: Any) -> int:
     if output and output.is_dir():
         raise ValueError(f"--output {output}: a folder, expected a file")
     model, processor = _load(arguments.model)
-    from align_tf import evaluate_command
+    from align_tf.evaluation import tasks as tasks_module
     from align_tf.files import write_text
 
     report = {
         "task": arguments.task,
         "model": arguments.model,
         "data": arguments.data,
-        **evaluate_command.evaluate(model, processor, arguments),
+        **tasks_module.evaluate(model, processor, arguments),
     }
     if output:
         write_text(output, json.dumps(report, indent=2) + "\n")

@@ -17,7 +17,7 @@ from keras import ops
 from align_tf.data import dataset
 from align_tf.data.readers import open_source
 from align_tf.data.sources import Source
-from align_tf.embedding import BATCH_SIZE, Embedder
+from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.extras import extra
 from align_tf.files import replacing
 from align_tf.models.align import AlignModel

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 import align_tf
-from align_tf.embedding import TEXT_INPUTS
+from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.models.align import AlignModel
 from align_tf.models.inference_copy import inference_copy
 from align_tf.models.packing import text_features

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
-from align_tf.embedding import TEXT_INPUTS
+from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel

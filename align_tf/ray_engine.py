@@ -73,7 +73,7 @@ class _Worker:
 
     def __init__(self, reading: tuple, settings: Settings, output: str, batch_size: int):
         from align_tf.data.readers import open_source
-        from align_tf.embedding import Embedder
+        from align_tf.evaluation.embedder import Embedder
 
         model, processor = load_model(settings.model, None)
         found = fingerprint(model, processor)

@@ -15,7 +15,7 @@ import numpy as np
 from align_tf import files
 from align_tf.client import AlignClient, Classification
 from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
-from align_tf.embedding import Embedder
+from align_tf.evaluation.embedder import Embedder
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor

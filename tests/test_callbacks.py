@@ -11,8 +11,7 @@ from align_tf.callbacks import (
     RetrievalEvaluation,
     ZeroShotEvaluation,
 )
-from align_tf.embedding import Embedder
-from align_tf.evaluation import retrieval_metrics
+from align_tf.evaluation import Embedder, retrieval_metrics
 from align_tf.files import CheckpointError
 
 RETRIEVAL = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from align_tf import AlignModel
-from align_tf.embedding import Embedder
+from align_tf.evaluation import Embedder
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import time
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, AlignProcessor, cli, evaluate_command
-from align_tf.evaluate_command import class_folders, class_labels, read_templates
+from align_tf import AlignModel, AlignProcessor, cli
+from align_tf.evaluation import tasks
+from align_tf.evaluation.tasks import class_folders, class_labels, read_templates
 from align_tf.hub import BUNDLED
 
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
@@ -29,7 +30,7 @@ def evaluate():
         options = argparse.Namespace(
             task=task, data=str(data), train_data=train_data, labels=labels, templates=templates
         )
-        return evaluate_command.evaluate(model, processor, options)
+        return tasks.evaluate(model, processor, options)
 
     return run
 

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import evaluation
 from align_tf.evaluation import (
     class_embeddings,
     distinct_pairs,
     holdout,
     knn_metrics,
     linear_probe_metrics,
+    retrieval,
     retrieval_metrics,
     zero_shot_metrics,
 )
@@ -109,7 +109,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     texts += 2 * images[np.arange(90) % 37]
     whole = retrieval_metrics(images, texts, pairs)
     assert 0.2 < whole["r1_i2t"] < 1
-    monkeypatch.setattr(evaluation, "BLOCK", 7)
+    monkeypatch.setattr(retrieval, "BLOCK", 7)
     assert retrieval_metrics(images, texts, pairs, progress=True) == whole
 
 
@@ -191,7 +191,7 @@ def test_class_embeddings_average_directions_not_lengths():
 
 
 def test_class_embeddings_in_parts(monkeypatch):
-    monkeypatch.setattr(evaluation, "PROMPTS", 3)  # one class of two templates at a time
+    monkeypatch.setattr(retrieval, "PROMPTS", 3)  # one class of two templates at a time
     classes = class_embeddings(
         ["cat", "dog"], ["a {}.", "the {}."], lambda texts: [WORDS[text] for text in texts]
     )
@@ -321,10 +321,10 @@ def test_c_is_searched_down_to_an_eighth_of_a_decade():
         tried.append(np.log10(c))
         return -abs(np.log10(c) - 1.3)
 
-    assert np.log10(evaluation._search(score, progress=False)) == pytest.approx(1.25)
+    assert np.log10(retrieval._search(score, progress=False)) == pytest.approx(1.25)
     assert len(tried) == 7 + 4 * 2
-    assert np.log10(evaluation._search(lambda c: c, progress=False)) == pytest.approx(6)
-    assert np.log10(evaluation._search(lambda c: 0, progress=False)) == pytest.approx(0, abs=1)
+    assert np.log10(retrieval._search(lambda c: c, progress=False)) == pytest.approx(6)
+    assert np.log10(retrieval._search(lambda c: 0, progress=False)) == pytest.approx(0, abs=1)
 
 
 def test_holdout_takes_a_share_of_each_class():

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import collection, demo, evaluation, plots, ray_engine, search, training
+from align_tf import collection, demo, plots, ray_engine, search, training
 from align_tf.checkpoints import tensors
 from align_tf.data import readers
+from align_tf.evaluation import retrieval
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -57,7 +58,7 @@ ABSENT = [
     ),
     (
         "sklearn",
-        lambda folder: evaluation.knn_metrics(EMBEDS, range(4), EMBEDS, range(4), k=1),
+        lambda folder: retrieval.knn_metrics(EMBEDS, range(4), EMBEDS, range(4), k=1),
         'kNN and the linear probe need scikit-learn: pip install "align-tf[eval]"',
     ),
     (

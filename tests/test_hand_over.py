@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from align_tf import AlignModel, AlignProcessor, export, export_saved_model
-from align_tf.embedding import Embedder
+from align_tf.evaluation import Embedder
 from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "jax":

@@ -17,7 +17,7 @@ if keras.backend.backend() != "tensorflow":
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from ai_edge_litert.schema_py_generated import BuiltinOperator
 
-from align_tf.embedding import TEXT_INPUTS
+from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.litert import IMAGE_TOWER, SETTINGS_NAME, TEXT_TOWER, export_litert
 
 CLOSE = 2e-6  # between embeddings of unit length, of the two runtimes; measured: 4e-7

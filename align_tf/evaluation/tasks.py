@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf import evaluation
 from align_tf.data import dataset, sources
-from align_tf.embedding import BATCH_SIZE, Embedder, in_batches
+from align_tf.evaluation import retrieval
+from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -70,7 +70,7 @@ def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
     rows = {caption: row for row, caption in enumerate(captions)}
     pairs = [(i, rows[c]) for i, captions in enumerate(images.captions) for c in captions]
     texts = _text_embedder(embedder, processor, progress=True)(captions)
-    metrics = evaluation.retrieval_metrics(
+    metrics = retrieval.retrieval_metrics(
         images.image_embeds, texts, np.array(pairs), progress=True
     )
     return {
@@ -86,11 +86,11 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
     labels = class_labels(options.labels, list(folders))
     templates = read_templates(options.templates)
     embeds, classes, skipped = _embed_classes(embedder, processor, folders)
-    class_embeds = evaluation.class_embeddings(
+    class_embeds = retrieval.class_embeddings(
         list(labels.values()), templates, _text_embedder(embedder, processor), progress=True
     )
     rows = {name: row for row, name in enumerate(labels)}
-    metrics = evaluation.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
+    metrics = retrieval.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
     return {
         "images": len(classes),
         "classes": len(labels),
@@ -102,7 +102,7 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
 
 def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
     """kNN and the linear probe: classes learned from training images."""
-    evaluation.require_sklearn()
+    retrieval.require_sklearn()
     folders = class_folders(options.data)
     train_folders = class_folders(options.train_data) if options.train_data else None
     embeds, labels, skipped = _embed_classes(embedder, processor, folders)
@@ -110,7 +110,7 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         train_embeds, train_labels, left_out = _embed_classes(embedder, processor, train_folders)
         skipped = {**left_out, **skipped}
     else:
-        test = evaluation.holdout(labels, TEST_SHARE)
+        test = retrieval.holdout(labels, TEST_SHARE)
         train_embeds, train_labels = embeds[~test], labels[~test]
         embeds, labels = embeds[test], labels[test]
     sets = (train_embeds, train_labels, embeds, labels)
@@ -121,9 +121,9 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         "skipped": skipped,
     }
     if options.task == "linear-probe":
-        return {**report, "metrics": evaluation.linear_probe_metrics(*sets, progress=True)}
-    report["neighbors"] = k = min(evaluation.NEIGHBORS, len(train_labels))
-    return {**report, "metrics": evaluation.knn_metrics(*sets, k=k, progress=True)}
+        return {**report, "metrics": retrieval.linear_probe_metrics(*sets, progress=True)}
+    report["neighbors"] = k = min(retrieval.NEIGHBORS, len(train_labels))
+    return {**report, "metrics": retrieval.knn_metrics(*sets, k=k, progress=True)}
 
 
 # --- reading -------------------------------------------------------------------------------
