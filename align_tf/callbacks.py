@@ -11,12 +11,8 @@ import numpy as np
 
 from align_tf import training_state
 from align_tf.evaluation.embedder import Embedder, in_batches
-from align_tf.evaluation.retrieval import (
-    class_embeddings,
-    distinct_pairs,
-    retrieval_metrics,
-    zero_shot_metrics,
-)
+from align_tf.evaluation.retrieval import distinct_pairs, retrieval_metrics
+from align_tf.evaluation.zero_shot import class_embeddings, zero_shot_metrics
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
 

@@ -11,6 +11,7 @@ from align_tf.evaluation import (
     distinct_pairs,
     holdout,
     knn_metrics,
+    linear_probe,
     linear_probe_metrics,
     retrieval,
     retrieval_metrics,
@@ -321,10 +322,10 @@ def test_c_is_searched_down_to_an_eighth_of_a_decade():
         tried.append(np.log10(c))
         return -abs(np.log10(c) - 1.3)
 
-    assert np.log10(retrieval._search(score, progress=False)) == pytest.approx(1.25)
+    assert np.log10(linear_probe._search(score, progress=False)) == pytest.approx(1.25)
     assert len(tried) == 7 + 4 * 2
-    assert np.log10(retrieval._search(lambda c: c, progress=False)) == pytest.approx(6)
-    assert np.log10(retrieval._search(lambda c: 0, progress=False)) == pytest.approx(0, abs=1)
+    assert np.log10(linear_probe._search(lambda c: c, progress=False)) == pytest.approx(6)
+    assert np.log10(linear_probe._search(lambda c: 0, progress=False)) == pytest.approx(0, abs=1)
 
 
 def test_holdout_takes_a_share_of_each_class():

@@ -11,7 +11,7 @@ import pytest
 from align_tf import collection, demo, plots, ray_engine, search, training
 from align_tf.checkpoints import tensors
 from align_tf.data import readers
-from align_tf.evaluation import retrieval
+from align_tf.evaluation import nearest_neighbors
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -58,7 +58,7 @@ ABSENT = [
     ),
     (
         "sklearn",
-        lambda folder: retrieval.knn_metrics(EMBEDS, range(4), EMBEDS, range(4), k=1),
+        lambda folder: nearest_neighbors.knn_metrics(EMBEDS, range(4), EMBEDS, range(4), k=1),
         'kNN and the linear probe need scikit-learn: pip install "align-tf[eval]"',
     ),
     (

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf.data import dataset, sources
-from align_tf.evaluation import retrieval
+from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retrieval, zero_shot
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
@@ -86,11 +86,11 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
     labels = class_labels(options.labels, list(folders))
     templates = read_templates(options.templates)
     embeds, classes, skipped = _embed_classes(embedder, processor, folders)
-    class_embeds = retrieval.class_embeddings(
+    class_embeds = zero_shot.class_embeddings(
         list(labels.values()), templates, _text_embedder(embedder, processor), progress=True
     )
     rows = {name: row for row, name in enumerate(labels)}
-    metrics = retrieval.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
+    metrics = zero_shot.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
     return {
         "images": len(classes),
         "classes": len(labels),
@@ -102,7 +102,7 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
 
 def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
     """kNN and the linear probe: classes learned from training images."""
-    retrieval.require_sklearn()
+    examples.require_sklearn()
     folders = class_folders(options.data)
     train_folders = class_folders(options.train_data) if options.train_data else None
     embeds, labels, skipped = _embed_classes(embedder, processor, folders)
@@ -110,7 +110,7 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         train_embeds, train_labels, left_out = _embed_classes(embedder, processor, train_folders)
         skipped = {**left_out, **skipped}
     else:
-        test = retrieval.holdout(labels, TEST_SHARE)
+        test = examples.holdout(labels, TEST_SHARE)
         train_embeds, train_labels = embeds[~test], labels[~test]
         embeds, labels = embeds[test], labels[test]
     sets = (train_embeds, train_labels, embeds, labels)
@@ -121,9 +121,9 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         "skipped": skipped,
     }
     if options.task == "linear-probe":
-        return {**report, "metrics": retrieval.linear_probe_metrics(*sets, progress=True)}
-    report["neighbors"] = k = min(retrieval.NEIGHBORS, len(train_labels))
-    return {**report, "metrics": retrieval.knn_metrics(*sets, k=k, progress=True)}
+        return {**report, "metrics": linear_probe.linear_probe_metrics(*sets, progress=True)}
+    report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
+    return {**report, "metrics": nearest_neighbors.knn_metrics(*sets, k=k, progress=True)}
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def read_templates(name: str | None) -> list[str]:
     if name is None:
         return ["{}"]
     if name == "imagenet":
-        file = importlib.resources.files("align_tf") / "imagenet_templates.txt"
+        file = importlib.resources.files("align_tf.evaluation") / "imagenet_templates.txt"
         return [line for line in _lines(file) if not line.startswith("#")]
     templates = [line for line in _lines(name) if not line.startswith("#")]
     for template in templates:
