@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from align_tf.limits import Limits
-from align_tf.recipe import Recipe, read_recipe
+from align_tf.training.recipe import Recipe, read_recipe
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
 
@@ -489,7 +489,7 @@ def _train(arguments: Any) -> int:
     given = {key: value for key, value in flags.items() if value is not None}
     recipe = read_recipe(arguments.recipe, given)
     _import_tensorflow()
-    from align_tf.training import train
+    from align_tf.training.run import train
 
     print(train(recipe))
     return 0

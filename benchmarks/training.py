@@ -58,7 +58,7 @@ def tensorflow_step(
     import tensorflow as tf
 
     from align_tf import AlignModel
-    from align_tf.optimization import make_optimizer
+    from align_tf.training import make_optimizer
 
     model = AlignModel.from_pretrained(source, dtype=dtype)
     model.unfreeze_batch_norm()

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from align_tf import AlignConfig, AlignModel
-from align_tf.optimization import make_optimizer
+from align_tf.training import make_optimizer
 
 rng = np.random.default_rng(0)
 BATCH = {

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
-from align_tf.callbacks import (
+from align_tf.evaluation import Embedder, retrieval_metrics
+from align_tf.files import CheckpointError
+from align_tf.training import (
     CompilationCount,
     ResumableCheckpoint,
     RetrievalEvaluation,
     ZeroShotEvaluation,
 )
-from align_tf.evaluation import Embedder, retrieval_metrics
-from align_tf.files import CheckpointError
 
 RETRIEVAL = {
     f"val_{name}_{way}"

@@ -17,7 +17,7 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
     devices = [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1])
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
-from align_tf.devices import data_parallel, describe_devices
+from align_tf.training import data_parallel; from align_tf.training.devices import describe_devices
 print(describe_devices())
 print(type(data_parallel()).__name__)
 """

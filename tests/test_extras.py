@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import collection, demo, plots, ray_engine, search, training
+from align_tf import collection, demo, plots, ray_engine, search
 from align_tf.checkpoints import tensors
 from align_tf.data import readers
 from align_tf.evaluation import nearest_neighbors
+from align_tf.training import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -73,7 +74,7 @@ ABSENT = [
     ),
     (
         "tensorboard",
-        training._summary_writer,
+        run._summary_writer,
         'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"',
     ),
 ]

@@ -8,7 +8,8 @@ import pytest
 from keras import ops
 
 from align_tf import AlignModel
-from align_tf.optimization import AdamW, Lamb, WarmupDecay, learning_rates, make_optimizer
+from align_tf.training import make_optimizer
+from align_tf.training.optimization import AdamW, Lamb, WarmupDecay, learning_rates
 
 WEIGHTS = [1.0, -2.0, 2.0]
 GRADIENTS = ([0.1, 0.2, -0.3], [0.3, 0.1, 0.1])

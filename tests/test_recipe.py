@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from align_tf.recipe import Recipe, read_recipe
+from align_tf.training import Recipe, read_recipe
 
 RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
 LEAST = {"model": "align-tiny", "data": "pairs", "output": "out", "steps": 100}

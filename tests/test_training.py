@@ -27,8 +27,7 @@ from align_tf import (
 )
 from align_tf.configuration import presets
 from align_tf.files import CheckpointError
-from align_tf.recipe import Recipe, read_recipe
-from align_tf.training import train
+from align_tf.training import Recipe, read_recipe, train
 
 WORDS = [
     "[PAD]",

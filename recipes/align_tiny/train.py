@@ -18,9 +18,9 @@ from emoji import CACHE, read_concepts, split
 from evaluate import evaluate
 
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor
-from align_tf.callbacks import ResumableCheckpoint
 from align_tf.hub import BUNDLED
-from align_tf.optimization import WarmupDecay
+from align_tf.training import ResumableCheckpoint
+from align_tf.training.optimization import WarmupDecay
 
 BATCH_SIZE = 128
 WARMUP_STEPS = 200

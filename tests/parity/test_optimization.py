@@ -8,7 +8,7 @@ from keras import ops
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from align_tf.optimization import AdamW, WarmupDecay  # noqa: E402
+from align_tf.training.optimization import AdamW, WarmupDecay  # noqa: E402
 
 WARMUP, STEPS = 3, 12
 SCHEDULES = {

@@ -18,16 +18,17 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from align_tf import devices, files, training_state
-from align_tf.callbacks import RetrievalEvaluation
+from align_tf import files
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
-from align_tf.optimization import make_optimizer
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import say
-from align_tf.recipe import RECIPE_NAME, Recipe, read_recipe
+from align_tf.training import devices, resume
+from align_tf.training.callbacks import RetrievalEvaluation
+from align_tf.training.optimization import make_optimizer
+from align_tf.training.recipe import RECIPE_NAME, Recipe, read_recipe
 
 METRICS_NAME = "metrics.jsonl"
 M_ARENA_MAX = -8  # of glibc's malloc.h
@@ -74,7 +75,7 @@ def train(recipe: Recipe) -> pathlib.Path:
     recipe = _counted(recipe, processor)
     with devices.data_parallel(count).scope() if count > 1 else contextlib.nullcontext():
         model = _make_model(recipe, processor, count)
-        step = training_state.restore_last(output, model)
+        step = resume.restore_last(output, model)
         if step < recipe.steps:
             _fit(model, processor, recipe, output, step)
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
@@ -98,7 +99,7 @@ def _claim(recipe: Recipe) -> pathlib.Path:
     """Takes the output folder, or refuses one that belongs to something else."""
     output = pathlib.Path(recipe.output)
     path = output / RECIPE_NAME
-    if path.is_file() and training_state.list_checkpoints(output):
+    if path.is_file() and resume.list_checkpoints(output):
         before = read_recipe(path)
         for field in dataclasses.fields(Recipe):
             old, new = getattr(before, field.name), getattr(recipe, field.name)
@@ -247,7 +248,7 @@ class Checkpoints(keras.callbacks.Callback):
                 f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
                 "lower learning_rate, a longer warmup or clip_norm may keep it finite"
             )
-        training_state.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
+        resume.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
         if self.stopping:
             say(f"Stopped at step {self.step}; the same command goes on from there.")
             raise KeyboardInterrupt  # past the validation

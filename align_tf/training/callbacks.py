@@ -9,12 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from align_tf import training_state
 from align_tf.evaluation.embedder import Embedder, in_batches
 from align_tf.evaluation.retrieval import distinct_pairs, retrieval_metrics
 from align_tf.evaluation.zero_shot import class_embeddings, zero_shot_metrics
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
+from align_tf.training import resume
 
 # What JAX tells of a compilation, and the name that Keras's training step has there.
 COMPILATION, TRAIN_STEP = "/jax/core/compile/backend_compile_duration", "jit(train_step)"
@@ -175,14 +175,14 @@ class ResumableCheckpoint(keras.callbacks.Callback):
                 this model.
         """
         model.optimizer.build(model.trainable_variables)
-        return training_state.restore_last(self.output, model)
+        return resume.restore_last(self.output, model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         step = int(self.model.optimizer.iterations)  # on JAX, self.model is brought up to date
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss}, so no checkpoint is written")
-        training_state.save(self.output, step, self.model, self.processor, self.keep)
+        resume.save(self.output, step, self.model, self.processor, self.keep)
 
 
 class CompilationCount(keras.callbacks.Callback):
