@@ -571,7 +571,7 @@ def _export(arguments: Any) -> int:
 
 
 def _export_litert(model: Any, processor: Any, output: str, quantize: str | None) -> int:
-    from align_tf import litert
+    from align_tf.export import litert
 
     folder = litert.export_litert(model, processor, output, quantize=quantize, progress=True)
     try:
@@ -589,10 +589,11 @@ def _export_litert(model: Any, processor: Any, output: str, quantize: str | None
 def _convert(arguments: Any) -> int:
     _say(f"Converting {arguments.source} ...")
     _import_tensorflow()
-    from align_tf import conversion, files
+    from align_tf import files
+    from align_tf.export import convert as convert_module
 
     config = arguments.config and files.read_json(pathlib.Path(arguments.config))
-    summary = conversion.convert(
+    summary = convert_module.convert(
         arguments.source,
         arguments.to,
         arguments.output,
@@ -605,7 +606,7 @@ def _convert(arguments: Any) -> int:
     )
     for note in summary["notes"]:
         _say(f"Note: {note}")
-    print(json.dumps(summary, indent=2) if arguments.json else conversion.describe(summary))
+    print(json.dumps(summary, indent=2) if arguments.json else convert_module.describe(summary))
     return 0
 
 

@@ -10,8 +10,9 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli, conversion
-from align_tf.conversion import convert
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
+from align_tf.export import convert as convert_module
+from align_tf.export.convert import convert
 from align_tf.files import CheckpointError
 
 if keras.backend.backend() != "tensorflow":
@@ -151,7 +152,7 @@ def test_image_settings(folder, tmp_path):
         (None, words, None, ("hf", 289)),
     ):
         notes = []
-        processor = conversion._read_processor(source, given, mode, model, notes)
+        processor = convert_module._read_processor(source, given, mode, model, notes)
         images = processor.image_processor
         assert (images.mode, images.crop_size["height"]) == expected
         assert notes == ["no image settings in the source: those of align-base"] * (
@@ -275,7 +276,7 @@ def test_a_write_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(conversion.AlignProcessor, "save_pretrained", fails)
+    monkeypatch.setattr(convert_module.AlignProcessor, "save_pretrained", fails)
     with pytest.raises(OSError, match="no space left"):
         convert(folder, "hf", tmp_path / "hf")
     assert names(tmp_path) == []

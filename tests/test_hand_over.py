@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import AlignModel, AlignProcessor, export, export_saved_model
+from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.evaluation import Embedder
+from align_tf.export import saved_model
 from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "jax":
@@ -38,7 +39,7 @@ def test_the_export_embeds_as_the_model_on_jax(tmp_path):
 
 
 def test_a_failure_on_tensorflow_is_told(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "EXPORT", "raise OSError('no space left on device')")
+    monkeypatch.setattr(saved_model, "EXPORT", "raise OSError('no space left on device')")
     processor = AlignProcessor.from_pretrained("align-tiny")
     with pytest.raises(RuntimeError, match=r"(?s)on TensorFlow failed:.*no space left on device"):
         export_saved_model(AlignModel(tiny_config), processor, tmp_path)

@@ -17,8 +17,9 @@ if keras.backend.backend() != "tensorflow":
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from ai_edge_litert.schema_py_generated import BuiltinOperator
 
+from align_tf import export_litert
 from align_tf.evaluation.embedder import TEXT_INPUTS
-from align_tf.litert import IMAGE_TOWER, SETTINGS_NAME, TEXT_TOWER, export_litert
+from align_tf.export.litert import IMAGE_TOWER, SETTINGS_NAME, TEXT_TOWER
 
 CLOSE = 2e-6  # between embeddings of unit length, of the two runtimes; measured: 4e-7
 INT8_COSINE = 0.9998  # of align-tiny's examples; measured: 0.99996 of images, 0.99998 of texts

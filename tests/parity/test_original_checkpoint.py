@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignVisionModel
-from align_tf.conversion import convert
+from align_tf.export.convert import convert
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")

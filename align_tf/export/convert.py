@@ -15,7 +15,7 @@ from keras import ops
 from align_tf import hub
 from align_tf.checkpoints import import_plan, tensors
 from align_tf.configuration.blocks import block_table
-from align_tf.export import export_saved_model
+from align_tf.export.saved_model import export_saved_model
 from align_tf.files import CheckpointError
 from align_tf.models.align import AlignModel
 from align_tf.models.initialization import no_init_weights
