@@ -651,7 +651,7 @@ def _serve(arguments: Any) -> int:
 def _embed(arguments: Any) -> int:
     _say(f"Loading {arguments.model} ...")
     _import_tensorflow()
-    from align_tf.collection import embed
+    from align_tf.search.collection import embed
 
     names = ("model", "dtype", "engine", "workers", "image_key", "caption_key")
     options = {name: getattr(arguments, name) for name in names}
@@ -670,7 +670,7 @@ def _embed(arguments: Any) -> int:
 
 def _index(arguments: Any) -> int:
     _import_tensorflow()
-    from align_tf.search import build_index
+    from align_tf.search.index import build_index
 
     about = build_index(arguments.embeddings, arguments.output, kind=arguments.kind, progress=True)
     how = "flat: each vector is compared"
@@ -690,8 +690,8 @@ def _search(arguments: Any) -> int:
     if arguments.text is None and arguments.image is None:
         raise ValueError("expected a TEXT or --image, or both")
     _import_tensorflow()
-    from align_tf import gallery
-    from align_tf.search import Index, Searcher
+    from align_tf.search import gallery
+    from align_tf.search.index import Index, Searcher
 
     index = Index(arguments.index)
     _say(f"Loading {arguments.model or index.about['model']} ...")
@@ -725,12 +725,12 @@ def _plot_heatmap(arguments: Any) -> int:
     _check_files(arguments.images)
     plots = _plots(arguments.output)
     model, processor = _load(arguments.model)
-    from align_tf.search import Encoder
+    from align_tf.search.index import Encoder
 
     encoder = Encoder(model, processor)
     images = encoder.embed_images(arguments.images)
     similarities = images @ encoder.embed_texts(arguments.texts).T
-    from align_tf.thumbnail import thumbnail
+    from align_tf.search.thumbnail import thumbnail
 
     pictures = [thumbnail(path, HEATMAP_PICTURE) for path in arguments.images]
     names = [pathlib.Path(path).stem for path in arguments.images]
@@ -741,7 +741,7 @@ def _plot_heatmap(arguments: Any) -> int:
 def _plot_embeddings(arguments: Any) -> int:
     plots = _plots(arguments.output)
     _import_tensorflow()
-    from align_tf.collection import Collection
+    from align_tf.search.collection import Collection
 
     collection = Collection(arguments.embeddings)
     embeds, labels = collection.labelled(arguments.max_images, arguments.color_by)
@@ -777,9 +777,9 @@ def _save_plot(figure: Any, output: str) -> int:
 
 def _demo(arguments: Any) -> int:
     _import_tensorflow()
-    from align_tf import demo
     from align_tf.client import AlignClient, AlignServerError
-    from align_tf.search import Encoder, Searcher
+    from align_tf.search import demo
+    from align_tf.search.index import Encoder, Searcher
 
     demo.require_gradio()
     if arguments.server:

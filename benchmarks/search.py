@@ -16,9 +16,10 @@ import numpy as np
 import rich.console
 import rich.table
 
-from align_tf.collection import Settings, Shard, write_shard
 from align_tf.progress import track
-from align_tf.search import NEIGHBORS, Index, build_index
+from align_tf.search import Index, build_index
+from align_tf.search.collection import Settings, Shard, write_shard
+from align_tf.search.index import NEIGHBORS
 
 SHARD = 20_000
 SPREAD = 0.7  # of a vector around its center, beside the center's length 1
@@ -116,7 +117,7 @@ class Exact:
     """Compares with every vector of a collection, in NumPy."""
 
     def __init__(self, folder: pathlib.Path):
-        from align_tf.collection import Collection
+        from align_tf.search.collection import Collection
 
         self.collection = Collection(folder)
 

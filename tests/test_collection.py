@@ -18,7 +18,8 @@ import tensorflow as tf
 from PIL import Image
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
-from align_tf.collection import Collection, embed, fingerprint
+from align_tf.search import embed
+from align_tf.search.collection import Collection, fingerprint
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -111,7 +112,7 @@ def test_the_fingerprint_is_of_weights_configuration_and_image_settings(tiny_con
 
 def test_a_killed_run_goes_on_to_the_same_files(whole, folder, checkpoint, tmp_path):
     script = (
-        "import sys\nfrom align_tf.collection import embed\n"
+        "import sys\nfrom align_tf.search import embed\n"
         "embed(sys.argv[1], sys.argv[2], model=sys.argv[3], batch_size=3, shard_size=8)"
     )
     output = tmp_path / "embeds"

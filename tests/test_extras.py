@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from align_tf import collection, demo, plots, ray_engine, search
+from align_tf import plots
 from align_tf.checkpoints import tensors
 from align_tf.data import readers
 from align_tf.evaluation import nearest_neighbors
+from align_tf.search import collection, demo, index, ray_engine
 from align_tf.training import run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,12 +45,12 @@ ABSENT = [
     ),
     (
         "faiss",
-        lambda folder: search.build_index(folder, folder / "index"),
+        lambda folder: index.build_index(folder, folder / "index"),
         'an index needs FAISS: pip install "align-tf[search]"',
     ),
     (
         "faiss",
-        lambda folder: search.Index(folder),
+        lambda folder: index.Index(folder),
         'an index needs FAISS: pip install "align-tf[search]"',
     ),
     (

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, cli, gallery
-from align_tf import search as search_module
-from align_tf.collection import Collection, Settings, Shard, embed, write_shard
-from align_tf.search import Encoder, Hit, Index, Searcher, build_index
+from align_tf import AlignModel, cli
+from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery
+from align_tf.search import index as search_module
+from align_tf.search.collection import Collection, Settings, Shard, write_shard
+from align_tf.search.index import Encoder
 
 pytest.importorskip("faiss")
 

@@ -24,7 +24,7 @@ from align_tf.models.align import AlignModel
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
-from align_tf.thumbnail import thumbnail, to_jpeg
+from align_tf.search.thumbnail import thumbnail, to_jpeg
 
 SHARD_SIZE = 4096
 BATCHES_AHEAD = 2
@@ -166,7 +166,7 @@ def embed(
     with Rate("Embedding", settings.records, "images") as rate:
         rate.skip(sum(shard.rows + shard.skipped for shard in shards.values()))
         if engine == "ray":
-            from align_tf import ray_engine
+            from align_tf.search import ray_engine
 
             reading = (source, image_key, caption_key)
             done = ray_engine.write_shards(

@@ -11,8 +11,8 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from align_tf import files
-from align_tf.search import Hit
-from align_tf.thumbnail import thumbnail, to_jpeg
+from align_tf.search.index import Hit
+from align_tf.search.thumbnail import thumbnail, to_jpeg
 
 # The montage: sizes in pixels.
 SIDE, GAP, COLUMNS = 224, 16, 5

@@ -14,12 +14,12 @@ import numpy as np
 
 from align_tf import files
 from align_tf.client import AlignClient, Classification
-from align_tf.collection import COLUMNS, Collection, embed, fingerprint, load_model
 from align_tf.evaluation.embedder import Embedder
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
+from align_tf.search.collection import COLUMNS, Collection, embed, fingerprint, load_model
 
 __all__ = ["Hit", "Index", "Searcher", "build_index", "embed"]
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from align_tf.client import AlignClient, AlignServerError
-from align_tf.collection import Settings, Shard, write_shard
 from align_tf.data.sources import IMAGE
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
-from align_tf.search import Encoder, Index, Searcher, build_index
-from align_tf.thumbnail import thumbnail
+from align_tf.search.collection import Settings, Shard, write_shard
+from align_tf.search.index import Encoder, Index, Searcher, build_index
+from align_tf.search.thumbnail import thumbnail
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
 

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from align_tf.collection import Settings, Shard, ShardWriter, fingerprint, load_model
 from align_tf.extras import extra
+from align_tf.search.collection import Settings, Shard, ShardWriter, fingerprint, load_model
 
 
 def write_shards(
