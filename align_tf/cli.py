@@ -651,7 +651,7 @@ def _serve(arguments: Any) -> int:
 def _embed(arguments: Any) -> int:
     _say(f"Loading {arguments.model} ...")
     _import_tensorflow()
-    from align_tf.search.collection import embed
+    from align_tf.search.embedding import embed
 
     names = ("model", "dtype", "engine", "workers", "image_key", "caption_key")
     options = {name: getattr(arguments, name) for name in names}
@@ -691,7 +691,8 @@ def _search(arguments: Any) -> int:
         raise ValueError("expected a TEXT or --image, or both")
     _import_tensorflow()
     from align_tf.search import gallery
-    from align_tf.search.index import Index, Searcher
+    from align_tf.search.index import Index
+    from align_tf.search.searcher import Searcher
 
     index = Index(arguments.index)
     _say(f"Loading {arguments.model or index.about['model']} ...")
@@ -725,7 +726,7 @@ def _plot_heatmap(arguments: Any) -> int:
     _check_files(arguments.images)
     plots = _plots(arguments.output)
     model, processor = _load(arguments.model)
-    from align_tf.search.index import Encoder
+    from align_tf.search.encoder import Encoder
 
     encoder = Encoder(model, processor)
     images = encoder.embed_images(arguments.images)
@@ -779,7 +780,8 @@ def _demo(arguments: Any) -> int:
     _import_tensorflow()
     from align_tf.client import AlignClient, AlignServerError
     from align_tf.search import demo
-    from align_tf.search.index import Encoder, Searcher
+    from align_tf.search.encoder import Encoder
+    from align_tf.search.searcher import Searcher
 
     demo.require_gradio()
     if arguments.server:

@@ -19,7 +19,7 @@ import rich.table
 from align_tf.progress import track
 from align_tf.search import Index, build_index
 from align_tf.search.collection import Settings, Shard, write_shard
-from align_tf.search.index import NEIGHBORS
+from align_tf.search.index import TOP_K
 
 SHARD = 20_000
 SPREAD = 0.7  # of a vector around its center, beside the center's length 1
@@ -123,13 +123,13 @@ class Exact:
 
     def neighbors(self, queries: np.ndarray) -> np.ndarray:
         """Returns the rows of the nearest ten (q, 10), in any order."""
-        best = np.full((len(queries), NEIGHBORS), -np.inf, np.float32)
-        rows, start = np.zeros((len(queries), NEIGHBORS), np.int64), 0
+        best = np.full((len(queries), TOP_K), -np.inf, np.float32)
+        rows, start = np.zeros((len(queries), TOP_K), np.int64), 0
         for embeds in self.collection.image_embeds():
             scores = np.concatenate([best, queries @ embeds.astype(np.float32).T], axis=1)
             numbers = np.broadcast_to(np.arange(start, start + len(embeds)), scores[:, 10:].shape)
             numbers = np.concatenate([rows, numbers], axis=1)
-            top = np.argpartition(scores, -NEIGHBORS, axis=1)[:, -NEIGHBORS:]
+            top = np.argpartition(scores, -TOP_K, axis=1)[:, -TOP_K:]
             best, rows = (np.take_along_axis(x, top, axis=1) for x in (scores, numbers))
             start += len(embeds)
         return rows

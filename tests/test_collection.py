@@ -19,7 +19,8 @@ from PIL import Image
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
 from align_tf.search import embed
-from align_tf.search.collection import Collection, fingerprint
+from align_tf.search.collection import Collection
+from align_tf.search.fingerprint import fingerprint
 
 pq = pytest.importorskip("pyarrow.parquet")
 

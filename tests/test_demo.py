@@ -16,7 +16,7 @@ pytest.importorskip("gradio", reason='pip install "align-tf[demo]"')
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
 from align_tf.search import demo  # noqa: E402
-from align_tf.search.index import Encoder  # noqa: E402
+from align_tf.search.encoder import Encoder  # noqa: E402
 
 EXAMPLES = BUNDLED["align-tiny"] / "examples"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -15,7 +15,7 @@ from align_tf import AlignModel, cli
 from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery
 from align_tf.search import index as search_module
 from align_tf.search.collection import Collection, Settings, Shard, write_shard
-from align_tf.search.index import Encoder
+from align_tf.search.encoder import Encoder
 
 pytest.importorskip("faiss")
 

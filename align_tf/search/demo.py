@@ -14,7 +14,9 @@ from align_tf.data.sources import IMAGE
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.search.collection import Settings, Shard, write_shard
-from align_tf.search.index import Encoder, Index, Searcher, build_index
+from align_tf.search.encoder import Encoder
+from align_tf.search.index import Index, build_index
+from align_tf.search.searcher import Searcher
 from align_tf.search.thumbnail import thumbnail
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside

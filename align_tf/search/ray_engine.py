@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from align_tf.extras import extra
-from align_tf.search.collection import Settings, Shard, ShardWriter, fingerprint, load_model
+from align_tf.search.collection import Settings, Shard
+from align_tf.search.fingerprint import fingerprint, load_model
+from align_tf.search.shard_writer import ShardWriter
 
 
 def write_shards(

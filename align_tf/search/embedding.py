@@ -1,0 +1,172 @@
+"""Embedding a collection of images, in this process or on Ray: called again, it goes on."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from align_tf.data import dataset
+from align_tf.data.readers import open_source
+from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
+from align_tf.models.align import AlignModel
+from align_tf.preprocessing.processor import AlignProcessor
+from align_tf.progress import Rate
+from align_tf.search.collection import (
+    EMBEDDING_DTYPES,
+    SKIPPED_NAMED,
+    Settings,
+    Shard,
+    read_shards,
+    require_pyarrow,
+)
+from align_tf.search.fingerprint import fingerprint, load_model
+from align_tf.search.shard_writer import ShardWriter
+
+SHARD_SIZE = 4096
+ENGINES = ("default", "ray")
+
+
+def embed(
+    source: dataset.PathOrPaths | tf.data.Dataset,
+    output: str | os.PathLike,
+    *,
+    model: str | os.PathLike | AlignModel = "align-tiny",
+    processor: AlignProcessor | None = None,
+    dtype: str = "float16",
+    batch_size: int = BATCH_SIZE,
+    shard_size: int = SHARD_SIZE,
+    engine: str = "default",
+    workers: int = 2,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> dict[str, Any]:
+    """Embeds a collection of images into Parquet shards; called again, it goes on.
+
+    A shard is written under another name and renamed when it is whole, so that after a kill the
+    next call starts at the first record that is missing, and ends at the files of an unbroken
+    run. Its columns are `id`, the record's key; `path`, the image file where there is one;
+    `caption`, the first; `thumbnail`, a small JPEG where there is no file; `image_embeds` and, of
+    the caption, `text_embeds`, of unit length.
+
+    Args:
+        source: as `data.make_dataset` takes it; captions may be missing.
+        output: the folder of the shards.
+        model: a checkpoint's name, as `AlignModel.from_pretrained` takes it, or the model.
+        processor: the model's processor; None loads it by the model's name.
+        dtype: of the embeddings, `float16` or `float32`.
+        batch_size: images embedded at a time.
+        shard_size: records of a shard, rounded up to whole batches.
+        engine: `default` is this process; `ray` is Ray Data, on the cluster that the variable
+            RAY_ADDRESS names or on this machine, and needs the model by name.
+        workers: processes of Ray that embed.
+        image_key: as `data.make_dataset` takes it.
+        caption_key: as `data.make_dataset` takes it.
+
+    Returns:
+        `output`, the common `Settings` by name, `images`, the number embedded, `skipped`, that of
+        the records left out, and `named`, the first of them: id -> why.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: as `data.make_dataset`.
+        ValueError: an argument is out of range, the folder holds another collection, no image
+            can be decoded, or an embedding is not finite.
+    """
+    if dtype not in EMBEDDING_DTYPES or engine not in ENGINES:
+        raise ValueError(
+            f"dtype={dtype!r}, engine={engine!r}: expected {' or '.join(EMBEDDING_DTYPES)}, and "
+            f"{' or '.join(ENGINES)}"
+        )
+    if batch_size < 1 or shard_size < 1 or workers < 1:
+        raise ValueError(
+            f"batch_size={batch_size}, shard_size={shard_size}, workers={workers}: expected 1 or "
+            "more"
+        )
+    if engine == "ray" and (isinstance(source, tf.data.Dataset) or isinstance(model, AlignModel)):
+        raise ValueError("engine='ray': expected paths and the name of a model, to be read anew")
+    require_pyarrow()
+    source = _absolute(source)
+    opened = open_source(source, image_key, caption_key, need_captions=False)
+    name = ""
+    if not isinstance(model, AlignModel):
+        name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+    model, processor = load_model(model, processor)
+    count = opened.count
+    if count is None:
+        count = int(opened.elements(None).reduce(np.int64(0), lambda n, _: n + 1))
+    settings = Settings(
+        source=os.pathsep.join(source) if isinstance(source, list) else opened.name,
+        records=count,
+        shard_size=-(-shard_size // batch_size) * batch_size,
+        dtype=dtype,
+        dim=model.config.projection_dim,
+        model=name,
+        fingerprint=fingerprint(model, processor),
+    )
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    shards = {shard.number: shard for shard in read_shards(output, settings)}
+    missing = [number for number in range(settings.shards) if number not in shards]
+    with Rate("Embedding", settings.records, "images") as rate:
+        rate.skip(sum(shard.rows + shard.skipped for shard in shards.values()))
+        if engine == "ray":
+            from align_tf.search import ray_engine
+
+            reading = (source, image_key, caption_key)
+            done = ray_engine.write_shards(
+                reading, settings, output, batch_size, missing, workers, rate.advance
+            )
+        else:
+            writer = ShardWriter(opened, settings, output, batch_size, Embedder(model), processor)
+            done = itertools.chain.from_iterable(
+                writer.write(run, rate.advance) for run in _runs(missing)
+            )
+        for shard in done:
+            _tell(shard, sum(one.skipped for one in shards.values()))
+            shards[shard.number] = shard
+    for left in output.glob(".shard-*"):  # of processes that were killed
+        left.unlink(missing_ok=True)
+    return _summary(output, settings, shards)
+
+
+def _absolute(source: Any) -> Any:
+    if isinstance(source, list | tuple):
+        return [os.path.abspath(path) for path in source]
+    return os.path.abspath(source) if isinstance(source, str | os.PathLike) else source
+
+
+def _runs(numbers: list[int]) -> Iterator[range]:
+    """Joins ascending numbers to ranges of those that follow one another."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda item: item[1] - item[0]):
+        run = [number for _, number in run]
+        yield range(run[0], run[-1] + 1)
+
+
+def _tell(shard: Shard, before: int) -> None:
+    for key, reason in list(shard.named.items())[: max(SKIPPED_NAMED - before, 0)]:
+        print(f"left out {key}: {reason}", file=sys.stderr, flush=True)
+
+
+def _summary(output: pathlib.Path, settings: Settings, shards: dict[int, Shard]) -> dict[str, Any]:
+    ordered = [shards[number] for number in sorted(shards)]
+    named = dict(itertools.chain.from_iterable(shard.named.items() for shard in ordered))
+    named = dict(itertools.islice(named.items(), SKIPPED_NAMED))
+    images = sum(shard.rows for shard in ordered)
+    if not images:
+        key, reason = next(iter(named.items()))
+        raise ValueError(
+            f"{settings.source}: none of {settings.records} images can be embedded, "
+            f"such as {key}: {reason}"
+        )
+    return {
+        "output": str(output),
+        **dataclasses.asdict(settings),
+        "images": images,
+        "skipped": sum(shard.skipped for shard in ordered),
+        "named": named,
+    }
