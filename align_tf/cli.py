@@ -778,7 +778,7 @@ def _save_plot(figure: Any, output: str) -> int:
 
 def _demo(arguments: Any) -> int:
     _import_tensorflow()
-    from align_tf.client import AlignClient, AlignServerError
+    from align_tf.client.align_client import AlignClient, AlignServerError
     from align_tf.search import demo
     from align_tf.search.encoder import Encoder
     from align_tf.search.searcher import Searcher
@@ -849,7 +849,7 @@ def _quickstart(arguments: Any) -> int:
 
 
 def _ask(protocol: str, port: int, pictures: list, labels: list[str]) -> Any:
-    from align_tf.client import AlignClient
+    from align_tf.client.align_client import AlignClient
 
     with AlignClient(f"127.0.0.1:{port}", protocol=protocol.lower()) as client:
         return client.classify(pictures, labels).probs

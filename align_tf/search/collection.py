@@ -1,4 +1,4 @@
-"""A collection of images as Parquet shards of embeddings: written resumably, read back."""
+"""A collection of images as Parquet shards of embeddings: what they hold, written and read."""
 
 import dataclasses
 import json

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client import AlignClient, AlignServerError
+from align_tf.client.align_client import AlignClient, AlignServerError
 from align_tf.data.sources import IMAGE
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED

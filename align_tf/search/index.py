@@ -1,4 +1,4 @@
-"""Search over a collection: its FAISS index, and text, image and text+image queries."""
+"""The index over a collection: built with FAISS, and read from its folder."""
 
 import contextlib
 import dataclasses

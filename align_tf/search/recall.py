@@ -6,12 +6,12 @@ import numpy as np
 
 from align_tf.progress import track
 from align_tf.search.collection import Collection
-from align_tf.search.index import TOP_K
 from align_tf.search.vectors import as_float32, evenly_spread
 
 # The fewest lists are searched that find this share of the true neighbors. It is measured on
 # other queries than will come.
 RECALL = 0.96
+RECALL_AT = 10  # neighbors
 QUERIES = 256  # of each kind, for measuring recall
 TIE_MARGIN = 1e-5  # a neighbor this much less near than the last true one is one too
 
@@ -52,14 +52,14 @@ def _least_scores(
     collection: Collection, queries: np.ndarray, left_out: np.ndarray, progress: bool
 ) -> np.ndarray:
     """Finds how near the last of the true neighbors of each query is, by exact search (q,)."""
-    best, start = np.full((len(queries), TOP_K), -np.inf, np.float32), 0
+    best, start = np.full((len(queries), RECALL_AT), -np.inf, np.float32), 0
     shards = collection.image_embeds()
     for embeds in track(shards, "Comparing", collection.settings.shards, show=progress):
         scores = queries @ as_float32(embeds).T  # (q, n)
         inside = np.flatnonzero((left_out >= start) & (left_out < start + len(embeds)))
         scores[inside, left_out[inside] - start] = -np.inf
-        best = np.partition(np.concatenate([best, scores], axis=1), -TOP_K, axis=1)
-        best = best[:, -TOP_K:]
+        best = np.partition(np.concatenate([best, scores], axis=1), -RECALL_AT, axis=1)
+        best = best[:, -RECALL_AT:]
         start += len(embeds)
     return np.where(np.isfinite(best), best, np.inf).min(axis=1)
 
@@ -68,8 +68,8 @@ def _recall(
     index: Any, queries: np.ndarray, left_out: np.ndarray, least_scores: np.ndarray
 ) -> float:
     """Returns the share of the true neighbors that the index finds."""
-    scores, rows = index.search(queries, TOP_K + 1)
+    scores, rows = index.search(queries, RECALL_AT + 1)
     counted = (rows >= 0) & (rows != left_out[:, None])
     near = counted & (scores >= least_scores[:, None] - TIE_MARGIN)
-    wanted = min(TOP_K, index.ntotal - (left_out[0] >= 0))
+    wanted = min(RECALL_AT, index.ntotal - (left_out[0] >= 0))
     return float(np.minimum(near.sum(axis=1) / max(wanted, 1), 1).mean()) if wanted else 1.0

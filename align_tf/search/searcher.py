@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client import AlignClient
+from align_tf.client.align_client import AlignClient
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.search.encoder import Encoder

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from align_tf.client_transport import (
+from align_tf.client.rest import (
     PROTOCOLS,
     AlignServerError,
     AsyncGrpc,
