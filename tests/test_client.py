@@ -27,7 +27,7 @@ from align_tf.client import (
     Tls,
     VersionStatus,
 )
-from align_tf.client.rest import Attempts
+from align_tf.client.endpoint import Attempts
 from align_tf.server import ModelServer
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client.align_client import Classification
+from align_tf.client.batches import Classification
 from align_tf.evaluation.embedder import Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor

@@ -1,0 +1,144 @@
+"""Batches of images and texts, and what a request asks of them."""
+
+import dataclasses
+import io
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+
+from align_tf.client.endpoint import (
+    AlignServerError,
+)
+
+Image = str | os.PathLike | bytes | PIL.Image.Image
+
+# input that the server's messages name by row: what the caller knows it as
+_CALLERS_NAMES = {"image_bytes": "images", "texts": "texts"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Zero-shot classification of n images over m labels.
+
+    Attributes:
+        labels: the m labels as the caller gave them.
+        logits: float32 (n, m).
+        probs: float32 (n, m), each row sums to 1.
+    """
+
+    labels: list[str]
+    logits: np.ndarray
+    probs: np.ndarray
+
+    @property
+    def best(self) -> list[str]:
+        """The most probable label of each image."""
+        return [self.labels[index] for index in self.probs.argmax(axis=1)]
+
+
+class Batch(NamedTuple):
+    start: int  # the place of its first item in the caller's list
+    items: list[Any]
+
+
+class Job(NamedTuple):
+    items: str  # the caller's name for them
+    signature: str
+    inputs: Callable[[Batch], dict[str, Any]]
+    result: Callable[[dict[str, np.ndarray]], Any]
+
+
+def classify_job(labels: list[str], template: str) -> Job:
+    if isinstance(labels, str):
+        raise TypeError(f"labels={labels!r}: expected a list of strings")
+    labels = list(labels)
+    if not labels:
+        raise ValueError("labels: expected at least one")
+    if "{}" not in template:
+        raise ValueError(f"template={template!r}: expected a {{}} for the label")
+    prompts = [template.replace("{}", label) for label in labels]
+
+    def inputs(batch: Batch) -> dict[str, Any]:
+        return {"image_bytes": _all_encoded(batch), "labels": [prompts] * len(batch.items)}
+
+    def result(outputs: dict[str, np.ndarray]) -> Classification:
+        # A server that merges requests answers with the widest of their lists.
+        logits, probs = (outputs[name][:, : len(labels)] for name in ("logits", "probs"))
+        return Classification(labels, logits, probs)
+
+    return Job("images", "serving_default", inputs, result)
+
+
+IMAGES = Job(
+    "images",
+    "embed_image",
+    lambda batch: {"image_bytes": _all_encoded(batch)},
+    lambda outputs: outputs["image_embeds"],
+)
+TEXTS = Job(
+    "texts",
+    "embed_text",
+    lambda batch: {"texts": batch.items},
+    lambda outputs: outputs["text_embeds"],
+)
+
+
+def joined(answers: Iterable[Classification]) -> Classification:
+    answers = list(answers)
+    logits, probs = ([getattr(a, name) for a in answers] for name in ("logits", "probs"))
+    return Classification(answers[0].labels, np.concatenate(logits), np.concatenate(probs))
+
+
+def single_rows(answer: Classification) -> Iterator[Classification]:
+    for row in range(len(answer.probs)):
+        rows = slice(row, row + 1)
+        yield Classification(answer.labels, answer.logits[rows], answer.probs[rows])
+
+
+def several(images: Any) -> Any:
+    one = isinstance(images, (str, os.PathLike, bytes, bytearray, PIL.Image.Image))
+    return [images] if one else images
+
+
+def in_batches(items: Iterable[Any], size: int) -> Iterator[Batch]:
+    items, start = iter(items), 0
+    while batch := list(itertools.islice(items, size)):
+        yield Batch(start, batch)
+        start += size
+
+
+def _all_encoded(batch: Batch) -> list[bytes]:
+    return [_encoded(image, batch.start + row) for row, image in enumerate(batch.items)]
+
+
+def _encoded(image: Image, place: int) -> bytes:
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
+    if isinstance(image, PIL.Image.Image):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        return buffer.getvalue()
+    if isinstance(image, (str, os.PathLike)):
+        return pathlib.Path(image).read_bytes()
+    raise TypeError(
+        f"images[{place}]: expected a path, bytes or a PIL image, got {type(image).__name__}"
+    )
+
+
+def with_callers_row(error: AlignServerError, batch: Batch) -> AlignServerError:
+    """Returns the server's refusal, naming the row as the caller counts it."""
+    found = re.search(rf"\b({'|'.join(_CALLERS_NAMES)})\[(\d+)\]", str(error))
+    if found is None:
+        return error
+    row = int(found[2])
+    if row >= len(batch.items):
+        return AlignServerError(f"{error} (a row of another request in the batch)", error.status)
+    place = batch.start + row
+    named = f"{_CALLERS_NAMES[found[1]]}[{place}]"
+    return AlignServerError(str(error).replace(found[0], named), error.status, place)
