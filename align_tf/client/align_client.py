@@ -200,7 +200,7 @@ class AlignClient(Client):
             except (AlignServerError, ConnectionError) as error:
                 time.sleep(attempts.pause(error))
 
-    def in_batches(self, items: Iterable[Any], job: Job) -> Iterator[Batch]:
+    def _batches(self, items: Iterable[Any], job: Job) -> Iterator[Batch]:
         batches = in_batches(items, self.batch_size)
         first = next(batches, None)
         if first is None:
