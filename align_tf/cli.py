@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from align_tf.limits import Limits
+from align_tf.server.limits import Limits
 from align_tf.training.recipe import Recipe, read_recipe
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
@@ -529,13 +529,13 @@ def _evaluate(arguments: Any) -> int:
 
 
 def _print_figures(report: dict) -> None:
-    metrics = report["metrics"]
+    prometheus = report["metrics"]
     ways = {"_i2t": "image to text", "_t2i": "text to image"}
     if report["task"] != "retrieval":
         ways = {"": report["task"]}
-    shown = [row for row in FIGURES if any(row[0] + way in metrics for way in ways)]
+    shown = [row for row in FIGURES if any(row[0] + way in prometheus for way in ways)]
     rows = [
-        [name, *(form.format(metrics[figure + way]) for figure, _, form in shown)]
+        [name, *(form.format(prometheus[figure + way]) for figure, _, form in shown)]
         for way, name in ways.items()
     ]
     counts = [f"{value} {name}" for name, value in report.items() if isinstance(value, int)]
@@ -616,7 +616,13 @@ def _serve(arguments: Any) -> int:
     if arguments.batching_parameters_file is not None and not arguments.enable_batching:
         raise ValueError("--batching-parameters-file is for --enable-batching")
     _import_tensorflow()
-    from align_tf import batching, metrics, server
+    from align_tf.server.model_server import (
+        batching,
+        prometheus,
+    )
+    from align_tf.server.model_server import (
+        model_server as model_server_module,
+    )
 
     parameters = None
     if arguments.batching_parameters_file is not None:
@@ -625,10 +631,10 @@ def _serve(arguments: Any) -> int:
         parameters = batching.BatchingParameters()
     metrics_path = None
     if arguments.monitoring_config_file is not None:
-        metrics_path = metrics.read_monitoring_config(arguments.monitoring_config_file)
+        metrics_path = prometheus.read_monitoring_config(arguments.monitoring_config_file)
     names = [field.name for field in dataclasses.fields(Limits)]
     limits = Limits(**{name: getattr(arguments, name) for name in names})
-    model_server = server.ModelServer(
+    model_server = model_server_module.ModelServer(
         arguments.directory,
         model_name=arguments.model_name,
         model_config_file=arguments.model_config_file,
@@ -641,7 +647,7 @@ def _serve(arguments: Any) -> int:
     )
     # The weights of what is served stay, so that oneDNN may keep them in the layout it computes in.
     os.environ.setdefault("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS", "1")
-    server.serve(model_server)
+    model_server_module.serve(model_server)
     return 0
 
 
@@ -814,8 +820,11 @@ def _demo(arguments: Any) -> int:
 
 def _quickstart(arguments: Any) -> int:
     _import_tensorflow()
-    from align_tf import export_saved_model, server  # first, so that a missing extra is told
+    from align_tf import export_saved_model
     from align_tf.hub import BUNDLED
+    from align_tf.server.model_server import (
+        model_server as model_server_module,  # first, so that a missing extra is told
+    )
 
     pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
     names = [picture.stem.replace("_", " ") for picture in pictures]
@@ -827,7 +836,7 @@ def _quickstart(arguments: Any) -> int:
     _say("Exporting the SavedModel ...")
     version = export_saved_model(model, processor, output)
     _say("Starting the embedded server ...")
-    with server.ModelServer(output, model_name="align") as running:
+    with model_server_module.ModelServer(output, model_name="align") as running:
         served = {}
         for protocol, port in (("gRPC", running.grpc_port), ("REST", running.rest_port)):
             _say(f"Asking it over {protocol} ...")

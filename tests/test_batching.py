@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from align_tf.batching import Batcher, BatchingParameters, read_batching_parameters
-from align_tf.metrics import Metrics
-from align_tf.status_codes import RequestError
+from align_tf.server.batching import Batcher, BatchingParameters, read_batching_parameters
+from align_tf.server.prometheus import Metrics
+from align_tf.server.status_codes import RequestError
 
 LONG = 300_000_000  # microseconds: a batch that is not full does not run
 

@@ -567,7 +567,7 @@ def test_retries_end():
 
 SERVE = """
 import sys
-from align_tf.server import ModelServer, serve
+from align_tf.server import ModelServer; from align_tf.server.model_server import serve
 serve(ModelServer(sys.argv[1], grpc_port=int(sys.argv[2]), rest_port=int(sys.argv[3])))
 """
 

@@ -28,11 +28,9 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from align_tf import rapidjson, servables
-from align_tf.limits import Limits
-from align_tf.servables import ModelConfig, read_model_config_file
-from align_tf.server import ModelServer
-from align_tf.status_codes import RequestError
+from align_tf.server import Limits, ModelServer, rapidjson, servables
+from align_tf.server.servables import ModelConfig, read_model_config_file
+from align_tf.server.status_codes import RequestError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
 PROBE = GOLDENS / "probe"
@@ -782,7 +780,7 @@ def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatc
 
 SERVE = """
 import sys
-from align_tf.server import ModelServer, serve
+from align_tf.server import ModelServer; from align_tf.server.model_server import serve
 serve(ModelServer(sys.argv[1]))
 """
 

@@ -23,11 +23,11 @@ import tensorflow as tf
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from align_tf import cli, servables
-from align_tf.batching import BatchingParameters
-from align_tf.limits import Limits
-from align_tf.metrics import DEFAULT_PATH, Metrics, read_monitoring_config
-from align_tf.server import ModelServer, _bind
+from align_tf import cli
+from align_tf.server import Limits, ModelServer, servables
+from align_tf.server.batching import BatchingParameters
+from align_tf.server.model_server import _bind
+from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
 PROBE = GOLDENS / "probe"

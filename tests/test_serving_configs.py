@@ -40,7 +40,7 @@ from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
 from align_tf.hub import BUNDLED
 from align_tf.server import ModelServer
-from align_tf.serving_protos import BatchingParameters, MonitoringConfig
+from align_tf.server.protos import BatchingParameters, MonitoringConfig
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
 ENVOY = shutil.which("envoy", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")

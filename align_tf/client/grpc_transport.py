@@ -9,7 +9,7 @@ import numpy as np
 from align_tf.client.endpoint import FIRST_PAUSE, AlignServerError, Endpoint, Tls
 from align_tf.client.signatures import Signature
 from align_tf.extras import extra
-from align_tf.status_codes import HTTP_STATUS
+from align_tf.server.status_codes import HTTP_STATUS
 
 
 class _GrpcMessages:

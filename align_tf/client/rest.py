@@ -1,8 +1,5 @@
 """Requests over REST, in column form, over connections that are kept open."""
 
-The REST part imports neither TensorFlow nor gRPC.
-"""
-
 import base64
 import contextlib
 import functools

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 INDENT = "    "
 FLOAT_MAX = float(np.finfo(np.float32).max)

@@ -21,10 +21,10 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2
 
-from align_tf.batching import Batcher
-from align_tf.metrics import Metrics
-from align_tf.serving_protos import read_text_proto
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server.batching import Batcher
+from align_tf.server.prometheus import Metrics
+from align_tf.server.protos import read_text_proto
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 VersionStatus = get_model_status_pb2.ModelVersionStatus
 

@@ -4,7 +4,7 @@ import dataclasses
 import threading
 from typing import Any
 
-from align_tf.status_codes import Overloaded
+from align_tf.server.status_codes import Overloaded
 
 
 def _limit(default: float, meaning: str) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.rapidjson import FLOAT_MAX, INDENT, decimals, encode, quote, render, stringify
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server.rapidjson import FLOAT_MAX, INDENT, decimals, encode, quote, render, stringify
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 MAX_RANK = 64  # numpy's
 BYTES_SUFFIX = "_bytes"  # string outputs whose name ends so are written as {"b64": ...}

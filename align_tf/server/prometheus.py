@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from align_tf import serving_protos
-from align_tf.status_codes import RequestError
+from align_tf.server import protos
+from align_tf.server.status_codes import RequestError
 
 DEFAULT_PATH = "/monitoring/prometheus/metrics"
 CONTENT_TYPE = "text/plain"
@@ -132,7 +132,7 @@ def read_monitoring_config(path: str | os.PathLike) -> str | None:
         ValueError: the file does not parse, or the path is not one.
     """
     kind = "monitoring config"
-    proto = serving_protos.read_text_proto(path, serving_protos.MonitoringConfig(), kind)
+    proto = protos.read_text_proto(path, protos.MonitoringConfig(), kind)
     if not proto.prometheus_config.enable:
         return None
     served_at = proto.prometheus_config.path or DEFAULT_PATH

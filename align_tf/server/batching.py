@@ -10,9 +10,9 @@ from concurrent import futures
 
 import numpy as np
 
-from align_tf import serving_protos
-from align_tf.metrics import Metrics
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server import protos
+from align_tf.server.prometheus import Metrics
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -89,7 +89,7 @@ def read_batching_parameters(path: str | os.PathLike) -> BatchingParameters:
         ValueError: the file does not parse, or a value is out of range.
     """
     kind = "batching parameters"
-    proto = serving_protos.read_text_proto(path, serving_protos.BatchingParameters(), kind)
+    proto = protos.read_text_proto(path, protos.BatchingParameters(), kind)
     given = {}
     for field, value in proto.ListFields():
         if field.message_type:

@@ -36,17 +36,17 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 
-from align_tf.batching import Batcher, BatchingParameters
-from align_tf.limits import Gate, Limits
-from align_tf.metrics import Metrics
-from align_tf.rest_api import RestApp
-from align_tf.servables import (
+from align_tf.server.batching import Batcher, BatchingParameters
+from align_tf.server.limits import Gate, Limits
+from align_tf.server.prometheus import Metrics
+from align_tf.server.rest_api import RestApp
+from align_tf.server.servables import (
     DEFAULT_SIGNATURE,
     ModelConfig,
     Servables,
     read_model_config_file,
 )
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
 GRACE_SECONDS = 20.0  # that requests in flight have when the server stops

@@ -15,11 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
-from align_tf import rapidjson, rest_json
-from align_tf.limits import Gate
-from align_tf.metrics import CONTENT_TYPE, Metrics
-from align_tf.servables import DEFAULT_SIGNATURE, Servable, Servables
-from align_tf.status_codes import RequestError, invalid_argument
+from align_tf.server import rapidjson, rest_json
+from align_tf.server.limits import Gate
+from align_tf.server.prometheus import CONTENT_TYPE, Metrics
+from align_tf.server.servables import DEFAULT_SIGNATURE, Servable, Servables
+from align_tf.server.status_codes import RequestError, invalid_argument
 
 BODIES_AT_ONCE = 8  # of the largest size, that are kept until they are answered
 LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passed
