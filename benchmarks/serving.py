@@ -42,7 +42,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.hub import BUNDLED
 from align_tf.server.prometheus import Metrics
-from align_tf.server.servables import Servable
+from align_tf.server.servable import Servable
 
 BATCHING = """
 max_batch_size { value: 32 }

@@ -28,8 +28,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from align_tf.server import Limits, ModelServer, rapidjson, servables
-from align_tf.server.servables import ModelConfig, read_model_config_file
+from align_tf.server import Limits, ModelServer, rapidjson, servable, servables
+from align_tf.server.model_config import ModelConfig, read_model_config_file
 from align_tf.server.status_codes import RequestError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
@@ -728,7 +728,7 @@ def test_a_port_in_use_is_named(port):
 
 def test_warmup_requests_are_run_and_must_fit(tmp_path):
     folder = make_versions(tmp_path, 1)
-    records = folder / "1" / servables.WARMUP_REQUESTS
+    records = folder / "1" / servable.WARMUP_REQUESTS
     records.parent.mkdir()
 
     def write(made):

@@ -18,7 +18,8 @@ from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 from align_tf.server import rapidjson, rest_json
 from align_tf.server.limits import Gate
 from align_tf.server.prometheus import CONTENT_TYPE, Metrics
-from align_tf.server.servables import DEFAULT_SIGNATURE, Servable, Servables
+from align_tf.server.servable import DEFAULT_SIGNATURE, Servable
+from align_tf.server.servables import Servables
 from align_tf.server.status_codes import RequestError, invalid_argument
 
 BODIES_AT_ONCE = 8  # of the largest size, that are kept until they are answered

@@ -1,0 +1,77 @@
+"""What to serve: TensorFlow Serving's model_config_list, version policy and labels."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+from tensorflow_serving.config import model_server_config_pb2
+
+from align_tf.server.protos import read_text_proto
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model's folder and the versions of it that are served."""
+
+    name: str
+    base_path: pathlib.Path
+    policy: str = "latest"  # or "all", or "specific"
+    latest: int = 1  # how many, under "latest"
+    specific: tuple[int, ...] = ()
+    labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def folders(self) -> dict[int, pathlib.Path]:
+        """Returns the folders of the versions to serve, newest first.
+
+        base_path holds numbered folders, or is a SavedModel itself.
+        """
+        path = self.base_path
+        if (path / "saved_model.pb").is_file():
+            return {int(path.name) if path.name.isdecimal() else 1: path}
+        found = {
+            int(entry.name): entry
+            for entry in (path.iterdir() if path.is_dir() else ())
+            if entry.name.isdecimal() and entry.is_dir()
+        }
+        versions = sorted(found, reverse=True)
+        if self.policy == "latest":
+            versions = versions[: self.latest]
+        elif self.policy == "specific":
+            versions = [version for version in versions if version in self.specific]
+        return {version: found[version] for version in versions}
+
+
+def read_model_config_file(path: str | os.PathLike) -> list[ModelConfig]:
+    """Reads TensorFlow Serving's model_config_list.
+
+    A base_path that is not absolute is taken from the file's own folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not parse, lists no model, or one that is not TensorFlow's.
+    """
+    path = pathlib.Path(path)
+    proto = read_text_proto(path, model_server_config_pb2.ModelServerConfig(), "model config")
+    configs = [_model_config(entry, path) for entry in proto.model_config_list.config]
+    names = [config.name for config in configs]
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ValueError(f"{path}: expected models with a name of their own each, got {names}")
+    return configs
+
+
+def _model_config(entry, path: pathlib.Path) -> ModelConfig:
+    if entry.model_platform not in ("", "tensorflow"):
+        raise ValueError(
+            f'{path}: model {entry.name}: model_platform is "{entry.model_platform}", '
+            'expected "tensorflow"'
+        )
+    policy = entry.model_version_policy
+    return ModelConfig(
+        name=entry.name,
+        base_path=path.parent / entry.base_path,
+        policy=policy.WhichOneof("policy_choice") or "latest",
+        latest=policy.latest.num_versions or 1,
+        specific=tuple(policy.specific.versions),
+        labels=dict(entry.version_labels),
+    )
