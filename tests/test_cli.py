@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import cli
+from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "tensorflow":
@@ -22,15 +22,15 @@ EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 def test_help_loads_nothing_heavy():
     script = (
-        "import sys, align_tf.cli\n"
-        "try: align_tf.cli.main(['--help'])\n"
+        "import sys, align_tf.cli.main\n"
+        "try: align_tf.main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'tensorflow', 'keras', 'numpy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -161,8 +161,8 @@ def test_an_absent_extra_names_the_pip_command(command):
     script = (
         "import sys\n"
         "sys.modules['tensorflow_serving'] = None\n"
-        "from align_tf import cli\n"
-        f"sys.exit(cli.main({command!r}))"
+        "from align_tf.cli.main import main\n"
+        f"sys.exit(main({command!r}))"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.returncode == 2

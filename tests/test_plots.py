@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import cli, plots
+from align_tf import plots
+from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
 pytest.importorskip("matplotlib")
@@ -96,12 +97,12 @@ def test_a_log_is_read_up_to_a_line_that_is_cut_off(tmp_path):
 def test_the_commands(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in LOG))
     output = tmp_path / "curves.svg"
-    assert cli.main(["plot", "curves", str(tmp_path), "--output", str(output)]) == 0
+    assert main(["plot", "curves", str(tmp_path), "--output", str(output)]) == 0
     assert capsys.readouterr().out.strip() == str(output)
     assert "<svg" in output.read_text()
     arguments = ["plot", "heatmap", "--images", *map(str, sorted(EXAMPLES.glob("*.png"))[:2])]
     arguments += ["--texts", "a panda", "a cupcake", "--output", str(tmp_path / "heat.png")]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     assert Image.open(tmp_path / "heat.png").format == "PNG"
 
 
@@ -115,7 +116,7 @@ def test_the_commands(tmp_path, capsys):
     ],
 )
 def test_a_mistake_ends_in_one_line(capsys, arguments, message):
-    assert cli.main(["plot", *arguments]) == 2
+    assert main(["plot", *arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and message in last
     assert not pathlib.Path("a.png").exists()

@@ -8,7 +8,7 @@ import shutil
 import keras
 import pytest
 
-from align_tf import cli
+from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "tensorflow":
@@ -51,7 +51,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     assert names["result"].probs.shape == (1, 2)
     shutil.rmtree("models")
     command = readme.partition("## On a phone")[2].partition("```sh\n")[2].partition("\n")[0]
-    assert cli.main(shlex.split(command)[1:]) == 0
+    assert main(shlex.split(command)[1:]) == 0
     exec(phone, names)
     embeds = names["tower"](pixel_values=names["inputs"]["pixel_values"].numpy())["image_embeds"]
     assert embeds.shape == (1, 192)
@@ -65,6 +65,6 @@ def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):
     shutil.copytree(BUNDLED["align-tiny"] / "examples", "photos")
     for command in commands:
         program, *arguments = shlex.split(command)
-        assert (program, cli.main(arguments)) == ("align-tf", 0), command
+        assert (program, main(arguments)) == ("align-tf", 0), command
     assert "panda" in capsys.readouterr().out
     assert pathlib.Path("found.png").is_file()

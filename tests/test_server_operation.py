@@ -23,7 +23,7 @@ import tensorflow as tf
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from align_tf import cli
+from align_tf.cli.main import main
 from align_tf.server import Limits, ModelServer, servables
 from align_tf.server.batching import BatchingParameters
 from align_tf.server.model_server import _bind
@@ -667,6 +667,6 @@ def test_kill_loses_what_is_in_flight_and_sigterm_nothing(tmp_path):
     ],
 )
 def test_a_wrong_flag_ends_in_one_line(capsys, flags, message):
-    assert cli.main(["serve", os.fspath(PROBE), *flags]) == 2
+    assert main(["serve", os.fspath(PROBE), *flags]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and message in last

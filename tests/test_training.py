@@ -43,7 +43,7 @@ WORDS = [
     "blue",
 ]
 STEPS = 20
-CLI = [sys.executable, "-c", "import sys; from align_tf.cli import main; sys.exit(main())"]
+CLI = [sys.executable, "-m", "align_tf.cli"]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ with extra("serve", "the server needs extra packages"):
     )
 from align_tf.server.batching import Batcher, BatchingParameters
 from align_tf.server.grpc_services import HealthService, ModelService, PredictionService
-from align_tf.server.http_protocol import HttpProtocol
+from align_tf.server.http_protocol import SILENCE_SECONDS, HttpProtocol
 from align_tf.server.limits import Gate, Limits
 from align_tf.server.model_config import ModelConfig, read_model_config_file
 from align_tf.server.prometheus import Metrics

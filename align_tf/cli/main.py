@@ -890,7 +890,3 @@ def _print_curl(running: Any, picture: pathlib.Path, labels: list[str]) -> None:
         "END\n",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
