@@ -1,36 +1,27 @@
-"""ALIGN for TensorFlow and Keras: load, fine-tune, export and serve."""
+"""ALIGN for TensorFlow and Keras: load, fine-tune, export and serve.
 
-import importlib
-from typing import Any
+The house, from the top down; imports point down:
+
+    cli             the commands
+    search          a collection: embedding it, its index, queries, pages
+    training        the recipe and its run, optimizer, callbacks, resuming, devices
+    export          SavedModel, LiteRT, conversion
+    evaluation      retrieval, zero-shot, nearest neighbors, linear probe
+    models          the two towers and AlignModel
+    data            files to records to batches
+    checkpoints     tensors in files, and the names they go by
+    preprocessing   images and texts to what the models take
+    configuration   config.json, presets, the block table
+    plots           pictures of similarities, embeddings and trainings
+    hub             the name of a checkpoint to a folder
+    files, progress, extras   the ground floor
+
+    server, client  TensorFlow Serving's protocol, apart from the rest
+"""
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that `import align_tf` and the command line start at once.
-# public name: module
-_PUBLIC = {
-    "AlignConfig": "configuration",
-    "AlignTextConfig": "configuration",
-    "AlignVisionConfig": "configuration",
-    "AlignModel": "model",
-    "AlignTextModel": "model",
-    "AlignVisionModel": "model",
-    "AlignProcessor": "processor",
-    "AlignImageProcessor": "image_processing",
-    "AlignTokenizer": "tokenization",
-    "export_litert": "litert",
-    "export_saved_model": "export",
-}
-
-__all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+# The public names stand in __init__.pyi; each is loaded when it is asked for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,7 @@
-"""Checkpoints: tensors in files, and the names they go by."""
+"""Checkpoints: the weights of a model in files.
+
+import_plan     every weight of a model paired with a tensor, or an error
+tensors         the weight files of a folder, read and written
+name_table      what Hugging Face and Keras call each weight
+original        the format of the original training code
+"""

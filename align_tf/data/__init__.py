@@ -1,1 +1,12 @@
-"""Data."""
+"""Image-text data: files to records to batches.
+
+dataset         batches for `fit`, `evaluate` and `predict`
+readers         which files a source is, and those whose records are known by their paths
+streams         records that come in a row: TFRecord, tar, Parquet, a tf.data.Dataset
+sources         what a source of records is
+writers         pairs into TFRecord files
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,14 @@
-"""Evaluation."""
+"""Evaluation: arrays in, numbers out; and over data sets.
+
+tasks               the four tasks of `align-tf evaluate`, over files
+embedder            a model's towers, compiled: batches in, arrays out
+retrieval           ranks and recalls of images and their texts
+zero_shot           classes by their names
+nearest_neighbors   classes by the nearest examples
+linear_probe        classes by a logistic regression
+examples, arrays    what these share
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

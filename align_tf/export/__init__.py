@@ -1,1 +1,10 @@
-"""Export."""
+"""A model made ready to be used elsewhere.
+
+convert         a checkpoint from one format to another
+saved_model     for TensorFlow Serving: raw bytes and strings in
+litert          for phones: a file a tower
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,15 @@
-"""Models."""
+"""The models: an image tower and a text tower trained to agree.
+
+align           AlignModel, over both towers
+contrastive     its training: loss, metrics and steps inside Keras's `fit`
+text, vision    the towers, over the blocks in bert and efficientnet
+pretrained      reading and writing checkpoints, freezing by block
+loss            the losses of all pairs, over all replicas
+accumulation    a batch in parts (GradCache)
+fused_training, remat, packing, inference_copy      what makes them fast or small
+activation, initialization, outputs, step_state, surgery   what they share
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,1 +1,11 @@
-"""Preprocessing."""
+"""Images and texts to what the models take, inside the TensorFlow graph.
+
+processor           both halves
+tokenization        texts to ids, over tokenizer_files and normalizer
+image_processing    pixels to pixel_values, over resampling
+decoding            encoded images to pixels, a file a format
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

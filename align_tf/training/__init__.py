@@ -1,1 +1,13 @@
-"""Training."""
+"""Training by a recipe: what `align-tf train` does, and its parts for `fit`.
+
+run             the run: model, data, steps, log, and going on where it was stopped
+recipe          the settings, from YAML and flags
+callbacks       evaluation, checkpoints and compilations counted, within `fit`
+resume          the state of a training, saved and restored
+optimization    LAMB and AdamW with a rate a tower and depth, and the schedule
+devices         the devices there are, and a batch spread over them
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

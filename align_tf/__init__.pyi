@@ -1,0 +1,20 @@
+from . import client as client
+from . import data as data
+from . import evaluation as evaluation
+from . import plots as plots
+from . import search as search
+from . import server as server
+from . import training as training
+from .configuration.align import AlignConfig as AlignConfig
+from .configuration.text import AlignTextConfig as AlignTextConfig
+from .configuration.vision import AlignVisionConfig as AlignVisionConfig
+from .export.litert import export_litert as export_litert
+from .export.saved_model import export_saved_model as export_saved_model
+from .models.align import AlignModel as AlignModel
+from .models.text import AlignTextModel as AlignTextModel
+from .models.vision import AlignVisionModel as AlignVisionModel
+from .preprocessing.image_processing import AlignImageProcessor as AlignImageProcessor
+from .preprocessing.processor import AlignProcessor as AlignProcessor
+from .preprocessing.tokenization import AlignTokenizer as AlignTokenizer
+
+__version__: str

@@ -1,0 +1,99 @@
+"""What the commands share: loading a model, lines to stderr, tables to stdout, arguments."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+# Nothing heavy is imported here: `align-tf --help` answers at once.
+
+EXIT_USER_ERROR = 2
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default="align-tiny",
+        metavar="DIR_OR_ID",
+        help="a checkpoint folder, a Hugging Face id such as kakaobrain/align-base, or align-tiny",
+    )
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without the lines that its libraries write to stderr as they start."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        with _late_interrupt():
+            import tensorflow  # noqa: F401
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextlib.contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """Has Ctrl-C wait for the end of the block, as some libraries swallow what stops an import."""
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
+def load(name: str) -> tuple[Any, Any]:
+    say(f"Loading {name} ...")
+    import_tensorflow()
+    from align_tf.models.align import AlignModel
+    from align_tf.preprocessing.processor import AlignProcessor
+
+    return AlignModel.from_pretrained(name), AlignProcessor.from_pretrained(name)
+
+
+def probabilities(model: Any, processor: Any, images: list, labels: list[str]) -> Any:
+    """Returns (images, labels), the softmax of each image's logits."""
+    import keras
+
+    output = model(processor(images=images, text=labels, padding="longest"))
+    return keras.ops.convert_to_numpy(keras.ops.softmax(output.logits_per_image, axis=-1))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    rich.console.Console().print(table)
+
+
+def check_files(paths: list[str]) -> None:
+    missing = [path for path in paths if not pathlib.Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file")
+
+
+def setting_help(field: dataclasses.Field) -> str:
+    default = "" if field.default is None else f" ({field.default})"
+    return field.metadata["help"] + default

@@ -1,0 +1,69 @@
+"""`align-tf search`: images by a text, an image, or both."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from align_tf.cli.common import (
+    import_tensorflow,
+    print_table,
+    say,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes."""
+    parser.add_argument("index", metavar="INDEX", help="the folder that index wrote")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
+    parser.add_argument("--image", metavar="FILE", help="a picture like them")
+    for sign, what in (("add", "towards"), ("subtract", "away from")):
+        parser.add_argument(
+            f"--{sign}",
+            nargs="+",
+            default=[],
+            action="extend",
+            metavar="TEXT",
+            help=f"move the query {what} these texts",
+        )
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many (10)")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
+    )
+    parser.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
+    parser.add_argument("--montage", metavar="FILE", help="also write the pictures as a PNG")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def run(arguments: Any) -> int:
+    query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
+    if arguments.text is None and arguments.image is None:
+        raise ValueError("expected a TEXT or --image, or both")
+    import_tensorflow()
+    from align_tf.search import gallery
+    from align_tf.search.index import Index
+    from align_tf.search.searcher import Searcher
+
+    index = Index(arguments.index)
+    say(f"Loading {arguments.model or index.about['model']} ...")
+    hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
+    said = gallery.describe(**query)
+    if arguments.html:
+        gallery.write_html(arguments.html, said, hits)
+    if arguments.montage:
+        gallery.write_montage(arguments.montage, said, hits)
+    if arguments.json:
+        fields = ("score", "id", "path", "caption")
+        results = [{name: getattr(hit, name) for name in fields} for hit in hits]
+        print(json.dumps({"query": said, "results": results}, indent=2))
+    else:
+        rows = [
+            [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
+        ]
+        print_table(said, ["cosine", "id", "caption", "file"], rows)
+    return 0
+
+
+def _short(path: str) -> str:
+    """Writes a path as seen from here, where that is shorter."""
+    return min(path, os.path.relpath(path), key=len) if path else ""

@@ -1,0 +1,3 @@
+from .litert import compare_litert as compare_litert
+from .litert import export_litert as export_litert
+from .saved_model import export_saved_model as export_saved_model
