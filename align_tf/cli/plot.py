@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     kinds = parser.add_subparsers(title="plots", metavar="PLOT", required=True)
 
-    def kind(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    def kind(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
         added = kinds.add_parser(name, help=text, description=text)
-        added.set_defaults(run=run)
+        added.set_defaults(draw=draw)
         added.add_argument("--output", required=True, metavar="FILE", help="a .png or .svg file")
         return added
 
@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     curves = kind("curves", _plot_curves, "the curves of a training")
     curves.add_argument("log", metavar="DIR", help="the folder that train wrote")
+
+
+def run(arguments: Any) -> int:
+    return arguments.draw(arguments)
 
 
 def _plot_heatmap(arguments: Any) -> int:

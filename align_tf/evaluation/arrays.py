@@ -1,11 +1,16 @@
 """What the measures take: embeddings and labels, checked, and accuracies out of ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align_tf.evaluation.retrieval import _blocks
+# Side of a block of similarities: 64 MiB of float32.
+BLOCK = 4096
+
+
+def row_blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
 
 
 def checked_embeddings(name: str, embeds: ArrayLike, width: int | None = None) -> np.ndarray:
@@ -17,7 +22,7 @@ def checked_embeddings(name: str, embeds: ArrayLike, width: int | None = None) -
         )
     if embeds.dtype != np.float64:
         embeds = embeds.astype(np.float32, copy=False)
-    for rows in _blocks(len(embeds)):
+    for rows in row_blocks(len(embeds)):
         finite = np.isfinite(embeds[rows]).all(axis=1)
         if not finite.all():
             row = rows.start + int(np.argmin(finite))

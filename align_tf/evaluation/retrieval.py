@@ -1,16 +1,14 @@
 """Image-text retrieval: how near images and their texts are, as ranks and recalls."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align_tf.evaluation.arrays import checked_embeddings
+from align_tf.evaluation.arrays import checked_embeddings, row_blocks
 from align_tf.progress import track
 
-# Side of a block of similarities: 64 MiB of float32.
-BLOCK = 4096
 # Similarities are tied where they differ by this many roundings of their size: a matrix product
 # may give two equal columns numbers that differ in the last bits.
 TIE = 16
@@ -105,10 +103,6 @@ def _pairs(pairs: ArrayLike | None, images: int, texts: int) -> np.ndarray:
     return pairs
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
-
-
 def _ranks(
     left: np.ndarray, right: np.ndarray, pairs: np.ndarray, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +115,7 @@ def _ranks(
     left_best, right_best = _best(left, right, pairs)
     left_ranks, right_ranks = np.ones(len(left), int), np.ones(len(right), int)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    blocks = list(itertools.product(_blocks(len(left)), _blocks(len(right))))
+    blocks = list(itertools.product(row_blocks(len(left)), row_blocks(len(right))))
     for rows, columns in track(blocks, "Comparing", show=progress and len(blocks) > 1):
         scores = left[rows] @ right[columns].T  # (rows, columns)
         first, last = np.searchsorted(pairs[:, 0], (rows.start, rows.stop))
@@ -140,7 +134,7 @@ def _best(left: np.ndarray, right: np.ndarray, pairs: np.ndarray) -> tuple[np.nd
     """Finds from which similarity on a wrong answer ranks before the best right one, (n,), (m,)."""
     dtype = np.result_type(left, right)
     bests = np.full(len(left), -np.inf, dtype), np.full(len(right), -np.inf, dtype)
-    for some in _blocks(len(pairs)):
+    for some in row_blocks(len(pairs)):
         rows, columns = pairs[some].T
         scores = np.einsum("pd,pd->p", left[rows], right[columns])
         np.maximum.at(bests[0], rows, scores)
