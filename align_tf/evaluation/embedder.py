@@ -8,11 +8,10 @@ import numpy as np
 from keras import ops
 
 from align_tf.models.align import AlignModel
+from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
 
 BATCH_SIZE = 64
-
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Embedder:
@@ -51,7 +50,7 @@ class Embedder:
         Returns:
             (m, d), of unit length.
         """
-        inputs = {name: _native(inputs[name]) for name in TEXT_INPUTS if name in inputs}
+        inputs = {name: _native(inputs[name]) for name in TOKEN_INPUTS if name in inputs}
         return ops.convert_to_numpy(self._texts(inputs))
 
     def pairs(

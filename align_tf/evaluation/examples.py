@@ -5,8 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align_tf.evaluation.arrays import checked_embeddings, checked_labels
-from align_tf.evaluation.retrieval import _blocks
+from align_tf.evaluation.arrays import checked_embeddings, checked_labels, row_blocks
 from align_tf.extras import extra
 from align_tf.progress import track
 
@@ -74,7 +73,7 @@ def score_ranks(
 ) -> np.ndarray:
     """Ranks the right class of each row among its scores (rows, c), ties before it."""
     ranks = np.empty(len(embeds), int)
-    blocks = list(_blocks(len(embeds)))
+    blocks = list(row_blocks(len(embeds)))
     for rows in track(blocks, description, show=progress and len(blocks) > 1):
         scores = score(embeds[rows])
         right = np.take_along_axis(scores, classes[rows, None], axis=1)

@@ -11,7 +11,7 @@ from align_tf.progress import track
 
 # Similarities are tied where they differ by this many roundings of their size: a matrix product
 # may give two equal columns numbers that differ in the last bits.
-TIE = 16
+TIED_ROUNDINGS = 16
 
 
 def retrieval_metrics(
@@ -140,7 +140,7 @@ def _best(left: np.ndarray, right: np.ndarray, pairs: np.ndarray) -> tuple[np.nd
         np.maximum.at(bests[0], rows, scores)
         np.maximum.at(bests[1], columns, scores)
     lengths = [np.sqrt(np.einsum("nd,nd->n", embeds, embeds)) for embeds in (left, right)]
-    rounding = dtype.type(TIE * np.finfo(dtype).eps)
+    rounding = dtype.type(TIED_ROUNDINGS * np.finfo(dtype).eps)
     return (
         bests[0] - rounding * lengths[0] * lengths[1].max(),
         bests[1] - rounding * lengths[1] * lengths[0].max(),

@@ -12,12 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
-from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel
 from align_tf.models.initialization import no_init_weights
 from align_tf.preprocessing.processor import AlignProcessor
+from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
 
 IMAGE_TOWER, TEXT_TOWER = "image_tower.tflite", "text_tower.tflite"
@@ -108,7 +108,7 @@ def _towers(model: AlignModel, processor: AlignProcessor) -> list[tuple]:
 
     shape = [None, *processor.image_processor.output_shape]
     pixels = {"pixel_values": tf.TensorSpec(shape, tf.float32)}
-    tokens = {name: tf.TensorSpec([None, None], tf.int32) for name in TEXT_INPUTS}
+    tokens = {name: tf.TensorSpec([None, None], tf.int32) for name in TOKEN_INPUTS}
     image_weights, text_weights = model.vision_model.weights, model.text_model.weights
     if model.config.image_projection:
         image_weights = image_weights + model.image_projection.weights
@@ -190,7 +190,7 @@ def compare_litert(
     inputs = processor(pictures, names, padding="longest")
     expected = model(inputs)
     pixels = {"pixel_values": inputs["pixel_values"]}
-    tokens = {name: inputs[name] for name in TEXT_INPUTS}
+    tokens = {name: inputs[name] for name in TOKEN_INPUTS}
     figures = {}
     # file, inputs, output
     for file, values, output in (

@@ -14,15 +14,15 @@ import keras
 import tensorflow as tf
 
 import align_tf
-from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.models.align import AlignModel
 from align_tf.models.inference_copy import inference_copy
 from align_tf.models.packing import text_features
 from align_tf.preprocessing.processor import AlignProcessor
+from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
-DTYPES = ("float32", "bfloat16", "float16")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 # What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
 # float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
@@ -83,8 +83,8 @@ def export_saved_model(
         ValueError: version is not a positive number, or dtype is none of those.
     """
     dtype = model.dtype_policy.compute_dtype if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}")
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     version = _next_version(directory) if version is None else version
@@ -213,7 +213,7 @@ def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
         ),
         "embed_tokens": (
             embed_padded_tokens,
-            tuple(spec(name, [None, None], tf.int32) for name in TEXT_INPUTS),
+            tuple(spec(name, [None, None], tf.int32) for name in TOKEN_INPUTS),
         ),
     }
     return {

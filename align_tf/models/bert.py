@@ -14,7 +14,7 @@ from align_tf.models.fused_training import gelu_for
 from align_tf.models.initialization import kernel_initializer
 
 # The lowest float32: a row whose every key is masked attends evenly instead of to NaN.
-MASKED = -3.4028235e38
+MASKED_SCORE = -3.4028235e38
 
 
 def dense(config: AlignTextConfig, units: int, **options: Any) -> layers.Layer:
@@ -176,7 +176,7 @@ class SelfAttention(layers.Layer):
             scores = scores + self._relative_scores(query, key, training)
         # The softmax runs in float32 whatever the policy, as in the reference.
         scores = ops.cast(scores, "float32") * self.config.head_size**-0.5
-        scores = ops.where(attention_mask, scores, MASKED)
+        scores = ops.where(attention_mask, scores, MASKED_SCORE)
         probs = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
         return ops.matmul(self.dropout(probs, training=training), value), probs
 

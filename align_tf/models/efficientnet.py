@@ -98,7 +98,7 @@ class MBConvBlock(layers.Layer):
         self.project_bn.build((None, None, None, self.spec.out_channels))
 
     def call(self, inputs: Any, training: bool = False) -> Any:
-        if training and fused_training.fits(self.activation, self.depthwise_bn, inputs):
+        if training and fused_training.can_fuse(self.activation, self.depthwise_bn, inputs):
             x = fused_training.branch(self, inputs)
         else:
             x = self.branch(inputs, training)

@@ -19,7 +19,7 @@ from align_tf.models.activation import get_activation
 COLUMNS = 3  # of a depthwise filter, that oneDNN has a fast gradient for
 
 
-def fits(activation: Callable, norm: layers.BatchNormalization, x: Any) -> bool:
+def can_fuse(activation: Callable, norm: layers.BatchNormalization, x: Any) -> bool:
     """Says whether this file computes what `norm` and `activation` do in training.
 
     Args:

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 REDUCTIONS = ("mean", "sum")
-MASKED = -1e30  # a logit that no softmax sees, and finite, so that its weight of 0 makes it 0
+MASKED_LOGIT = -1e30  # a logit that no softmax sees, and finite, so that its weight of 0 makes it 0
 
 
 def gather_across_replicas(rows: Any) -> Any:
@@ -222,7 +222,7 @@ def _present(logits: Any, sample_weight: Any) -> tuple[Any, Any]:
     if sample_weight is None:
         return logits, None
     present = sample_weight[None, :] > 0
-    return ops.where(present, logits, MASKED), present
+    return ops.where(present, logits, MASKED_LOGIT), present
 
 
 def _mean_where(chosen: Any, values: Any) -> Any:

@@ -77,7 +77,7 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
         x = self.stem_conv(self.stem_pad(x))
-        if training and fused_training.fits(self.activation, self.stem_bn, x):
+        if training and fused_training.can_fuse(self.activation, self.stem_bn, x):
             x = fused_training.normalize_swish(self.stem_bn, x)
         else:
             x = self.activation(self.stem_bn(x, training=training))

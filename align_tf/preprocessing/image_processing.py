@@ -15,7 +15,7 @@ from align_tf.preprocessing.decoding import reading
 from align_tf.preprocessing.decoding.orientation import exif_orientation, turn_upright
 from align_tf.preprocessing.resampling import BICUBIC, BILINEAR, NEAREST, resize
 
-CONFIG_NAME = "preprocessor_config.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 
 # What a preprocessor_config.json that leaves a key out means: the defaults of Hugging Face's
@@ -167,8 +167,8 @@ class AlignImageProcessor:
             local_files_only=local_files_only,
         )
         nested = folder / PROCESSOR_NAME
-        if (folder / CONFIG_NAME).is_file() or not nested.is_file():
-            return cls.from_dict(files.read_json(folder / CONFIG_NAME))
+        if (folder / PREPROCESSOR_NAME).is_file() or not nested.is_file():
+            return cls.from_dict(files.read_json(folder / PREPROCESSOR_NAME))
         values = files.read_json(nested).get("image_processor")
         if not isinstance(values, dict):
             raise ValueError(f"{nested}: expected the key 'image_processor'")
@@ -196,7 +196,7 @@ class AlignImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes preprocessor_config.json."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        files.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
+        files.write_text(pathlib.Path(folder) / PREPROCESSOR_NAME, text)
 
     # --- the graph -------------------------------------------------------------------------
 

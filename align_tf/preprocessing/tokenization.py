@@ -18,6 +18,8 @@ from align_tf import files, hub
 from align_tf.preprocessing import tokenizer_files
 from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
 
+# What a text becomes: what `embed_tokens` and the text tower take.
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
 # Of an added token, as Hugging Face names them; what lstrip and rstrip concern are blanks alone.
@@ -165,7 +167,7 @@ class AlignTokenizer:
         vocab = "".join(f"{token}\n" for token in self.vocab)
         files.write_text(folder / tokenizer_files.VOCAB_NAME, vocab)
         for name, values in (
-            (tokenizer_files.CONFIG_NAME, config),
+            (tokenizer_files.TOKENIZER_CONFIG_NAME, config),
             (tokenizer_files.SPECIAL_TOKENS_NAME, special),
             (tokenizer_files.TOKENIZER_NAME, self._tokenizer_json()),
         ):

@@ -8,7 +8,7 @@ from align_tf import files
 
 VOCAB_NAME = "vocab.txt"
 TOKENIZER_NAME = "tokenizer.json"
-CONFIG_NAME = "tokenizer_config.json"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
 
@@ -40,10 +40,10 @@ def read(folder: pathlib.Path) -> tuple[list[str], dict[str, Any], dict[str, Any
         FileNotFoundError: the folder holds no vocabulary.
         ValueError: a file cannot be read, or states what cannot be kept.
     """
-    config = _read_if_there(folder / CONFIG_NAME)
+    config = _read_if_there(folder / TOKENIZER_CONFIG_NAME)
     for name, expected in FIXED.items():
         if config.get(name) not in (None, expected):
-            path = folder / CONFIG_NAME
+            path = folder / TOKENIZER_CONFIG_NAME
             raise ValueError(f"{path}: {name}={config[name]!r}, expected {expected!r}")
     serialized = _read_if_there(folder / TOKENIZER_NAME)
     settings = {}

@@ -18,12 +18,12 @@ def _exponential(scale: float, growth: float, count: int) -> list[float]:
     return [scale * growth**power for power in range(count)]
 
 
-_MINUTES = _exponential(10, 1.8, 33)  # microseconds
+_LATENCY_LIMITS = _exponential(10, 1.8, 33)  # microseconds
 # metric: its labels, a histogram's bucket limits; a counter has none
 _METRICS = {
     "request_count": (("model_name", "status"), None),
-    "request_latency": (("model_name", "API", "entrypoint"), _MINUTES),
-    "runtime_latency": (("model_name", "API", "runtime"), _MINUTES),
+    "request_latency": (("model_name", "API", "entrypoint"), _LATENCY_LIMITS),
+    "runtime_latency": (("model_name", "API", "runtime"), _LATENCY_LIMITS),
     "batching_session:queuing_latency": (("thread_pool_name",), _exponential(100, 1.2, 52)),
     "batching_session:wrapped_run_count": ((), None),
 }

@@ -16,7 +16,7 @@ from align_tf.preprocessing.decoding.pixels import (
     decode_where,
     in_bands,
 )
-from align_tf.preprocessing.decoding.webp import BYTES
+from align_tf.preprocessing.decoding.webp import ALL_BYTES
 
 MAX_SCANS = 100  # of a JPEG
 JPEG_MAGIC = b"\xff\xd8\xff"
@@ -76,7 +76,7 @@ def _cmyk_pixels(
     )
     # Its first three components quantized by a table of zeros, one that the fourth has not.
     unused = (read_bytes(image_bytes, frame + 21, 1)[0] + 1) % 4
-    slot = tf.gather(tf.constant(BYTES), unused)
+    slot = tf.gather(tf.constant(ALL_BYTES), unused)
     cuts = [frame + 12, frame + 15, frame + 18]
     head = [bytes_between(plain, 0, cuts[0])]
     for cut, end in zip(cuts, [*cuts[1:], scan], strict=True):

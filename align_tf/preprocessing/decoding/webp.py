@@ -13,7 +13,7 @@ from align_tf.preprocessing.decoding.file_bytes import (
 )
 from align_tf.preprocessing.decoding.pixels import attempt, decode_where, on_canvas
 
-BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
+ALL_BYTES = np.array([bytes([value]) for value in range(256)], dtype=object)
 
 
 def webp_size(header: tf.Tensor) -> tf.Tensor:
@@ -81,4 +81,4 @@ def _decode_first_webp_frame(image_bytes: tf.Tensor, size: tf.Tensor) -> tf.Tens
 def _encode_little(number: tf.Tensor) -> tf.Tensor:
     """Encodes a number as four little-endian bytes."""
     digits = tf.bitwise.right_shift(number, tf.constant([0, 8, 16, 24])) % 256
-    return tf.strings.reduce_join(tf.gather(tf.constant(BYTES), digits))
+    return tf.strings.reduce_join(tf.gather(tf.constant(ALL_BYTES), digits))

@@ -1,4 +1,4 @@
-"""Probes Hugging Face's BERT normalizer and writes align_tf/bert_normalizer.npz.
+"""Probes Hugging Face's BERT normalizer and writes align_tf/preprocessing/bert_normalizer.npz.
 
 Every Unicode code point goes through each step of `tokenizers.normalizers.BertNormalizer` and
 through `BertPreTokenizer` on its own. Run with the `tokenizers` package installed:
@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers.normalizers import NFD, BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-OUTPUT = pathlib.Path(__file__).parents[3] / "align_tf" / "bert_normalizer.npz"
+OUTPUT = pathlib.Path(__file__).parents[3] / "align_tf" / "preprocessing" / "bert_normalizer.npz"
 CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 STEPS = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
 

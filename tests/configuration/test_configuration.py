@@ -9,7 +9,7 @@ from align_tf import AlignConfig, AlignTextConfig, AlignVisionConfig
 from align_tf.configuration.presets import PRESETS
 from align_tf.files import CheckpointError
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "model"
 
 TEXT_DEFAULTS = {
     "vocab_size": 30522,

@@ -44,7 +44,9 @@ def train(block, batch):
     import tensorflow as tf
 
     x = tf.Variable(tf.cast(batch, block.compute_dtype))
-    assert fused_training.fits(block.activation, block.depthwise_bn, x) == (x.dtype != "float64")
+    assert fused_training.can_fuse(block.activation, block.depthwise_bn, x) == (
+        x.dtype != "float64"
+    )
     averages = {weight.path: weight for weight in block.weights if "moving" in weight.name}
     weights = {w.path: w.value for w in block.weights if w.path not in averages}
 

@@ -32,7 +32,7 @@ from align_tf.server import Limits, ModelServer, rapidjson, servable, servables
 from align_tf.server.model_config import ModelConfig, read_model_config_file
 from align_tf.server.status_codes import RequestError
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
 PROBE = GOLDENS / "probe"
 EXCHANGES = json.loads((GOLDENS / "exchanges.json").read_text())
 

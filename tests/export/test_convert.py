@@ -18,7 +18,7 @@ from align_tf.files import CheckpointError
 if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
 
-B3 = pathlib.Path(__file__).parent / "goldens" / "coyo_align" / "b3-narrow"
+B3 = pathlib.Path(__file__).parents[1] / "goldens" / "coyo_align" / "b3-narrow"
 HEADS = {"text_config": {"num_attention_heads": 2}}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "cat", "dog"]
 

@@ -22,7 +22,7 @@ from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.files import CheckpointError
 from align_tf.models.initialization import no_init_weights
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "coyo_align"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "coyo_align"
 B3, B7 = GOLDENS / "b3-narrow", GOLDENS / "b7-narrow"
 HEADS = {
     B3: {"text_config": {"num_attention_heads": 2}},

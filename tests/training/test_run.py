@@ -341,7 +341,7 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
 
 
 def test_the_recipe_of_the_readme_runs(settings, tmp_path):
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (tmp_path / "finetune.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     small = {key: settings[key] for key in ("model", "data", "output", "batch_size")}
     flags = {**small, "epochs": 1, "warmup_steps": 1}

@@ -6,7 +6,7 @@ import pytest
 
 from align_tf.training import Recipe, read_recipe
 
-RECIPES = pathlib.Path(__file__).parents[1] / "recipes"
+RECIPES = pathlib.Path(__file__).parents[2] / "recipes"
 LEAST = {"model": "align-tiny", "data": "pairs", "output": "out", "steps": 100}
 
 

@@ -55,8 +55,8 @@ np.savez(answer, **results)
 """
 
 NO_LABEL = np.finfo(np.float32).min
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "serving_ops"
-SERVING_README = pathlib.Path(__file__).parents[1] / "serving" / "README.md"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "serving_ops"
+SERVING_README = pathlib.Path(__file__).parents[2] / "serving" / "README.md"
 
 
 def picture(seed: int, format: str = "PNG", size: tuple[int, int] = (40, 50)) -> bytes:

@@ -18,8 +18,8 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from ai_edge_litert.schema_py_generated import BuiltinOperator
 
 from align_tf import export_litert
-from align_tf.evaluation.embedder import TEXT_INPUTS
 from align_tf.export.litert import IMAGE_TOWER, SETTINGS_NAME, TEXT_TOWER
+from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
 CLOSE = 2e-6  # between embeddings of unit length, of the two runtimes; measured: 4e-7
 INT8_COSINE = 0.9998  # of align-tiny's examples; measured: 0.99996 of images, 0.99998 of texts
@@ -73,7 +73,7 @@ def unit(features):
     ("file", "signature", "inputs", "output"),
     [
         (IMAGE_TOWER, "embed_pixels", {"pixel_values": np.float32}, "image_embeds"),
-        (TEXT_TOWER, "embed_tokens", dict.fromkeys(TEXT_INPUTS, np.int32), "text_embeds"),
+        (TEXT_TOWER, "embed_tokens", dict.fromkeys(TOKEN_INPUTS, np.int32), "text_embeds"),
     ],
 )
 def test_signatures_are_those_of_the_saved_model(folder, file, signature, inputs, output):
@@ -176,7 +176,7 @@ def test_int8_keeps_the_winning_labels_in_a_quarter_of_the_size(tiny_int8):
     names = [path.stem.replace("_", " ") for path in EXAMPLES]
     inputs = AlignProcessor.from_pretrained(tiny_int8)(EXAMPLES, [*names, "dog", "house", "clock"])
     expected = model(inputs)
-    tokens = {name: inputs[name].numpy() for name in TEXT_INPUTS}
+    tokens = {name: inputs[name].numpy() for name in TOKEN_INPUTS}
     images = run(tiny_int8, IMAGE_TOWER, pixel_values=inputs["pixel_values"].numpy())
     texts = run(tiny_int8, TEXT_TOWER, **tokens)
     assert ((images * expected.image_embeds).numpy().sum(-1) > INT8_COSINE).all()

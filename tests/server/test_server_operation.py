@@ -29,7 +29,7 @@ from align_tf.server.batching import BatchingParameters
 from align_tf.server.model_server import _bind
 from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
 
-GOLDENS = pathlib.Path(__file__).parent / "goldens" / "tf_serving"
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
 PROBE = GOLDENS / "probe"
 ROW = b'{"instances": [[1, 2, 3, 4]]}'
 ANSWER = {"predictions": [[17.1428566, 20.0, 22.8571434]]}  # of version 2

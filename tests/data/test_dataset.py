@@ -375,7 +375,7 @@ def broken_lines(path):
         (lambda path: str(path / "*.tfrecord"), FileNotFoundError, r"\*.tfrecord: no such file"),
         (lambda path: [], ValueError, "found an empty list"),
         (lambda path: 3, ValueError, "found int"),
-        (lambda path: __file__, ValueError, "test_data.py: expected a folder of images"),
+        (lambda path: __file__, ValueError, "test_dataset.py: expected a folder of images"),
         (empty_folder, ValueError, "empty, expected a folder of images"),
         (folder_without_captions, ValueError, "no captions: expected a .txt or a .json"),
         (empty_tfrecord, ValueError, "empty, expected one record or more"),
