@@ -356,3 +356,21 @@ def webp_files(image: PIL.Image.Image) -> dict[str, bytes]:
 def all_files(image: PIL.Image.Image) -> dict[str, bytes]:
     kinds = (jpeg_files, png_files, gif_files, bmp_files, webp_files)
     return {name: file for kind in kinds for name, file in kind(image).items()}
+
+
+def declare(encoded: bytes, kind: str, side: int) -> bytes:
+    """Writes another width and height into the header."""
+    file = bytearray(encoded)
+    if kind == "JPEG":
+        at = max(file.find(b"\xff\xc0"), file.find(b"\xff\xc2")) + 5
+        file[at : at + 4] = struct.pack(">HH", side, side)
+    elif kind == "PNG":
+        file[16:24] = struct.pack(">II", side, side)
+        file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
+    elif kind == "GIF":
+        file[6:10] = struct.pack("<HH", side, side)
+    elif kind == "BMP":
+        file[18:26] = struct.pack("<ii", side, -side)
+    else:
+        file[26:30] = struct.pack("<HH", side, side)
+    return bytes(file)

@@ -19,9 +19,9 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
 
 import tensorflow as tf
+from image_files import declare
 from tensorflow.core.framework import node_def_pb2
 from tensorflow.core.protobuf import saved_model_pb2
-from test_hostile_images import declare
 
 from align_tf import export_saved_model
 

@@ -14,7 +14,7 @@ import image_files
 import numpy as np
 import pytest
 import tensorflow as tf
-from image_files import png_chunk
+from image_files import declare, png_chunk
 
 from align_tf import AlignImageProcessor
 from align_tf.preprocessing.image_processing import BROKEN, FINE, TOO_LARGE
@@ -34,24 +34,6 @@ def zeros(megabytes: int) -> bytes:
 def png_size(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 16, 6, 0, 0, 0)
     return PNG_HEADER[:8] + png_chunk(b"IHDR", header)
-
-
-def declare(encoded: bytes, kind: str, side: int) -> bytes:
-    """Writes another width and height into the header."""
-    file = bytearray(encoded)
-    if kind == "JPEG":
-        at = max(file.find(b"\xff\xc0"), file.find(b"\xff\xc2")) + 5
-        file[at : at + 4] = struct.pack(">HH", side, side)
-    elif kind == "PNG":
-        file[16:24] = struct.pack(">II", side, side)
-        file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
-    elif kind == "GIF":
-        file[6:10] = struct.pack("<HH", side, side)
-    elif kind == "BMP":
-        file[18:26] = struct.pack("<ii", side, -side)
-    else:
-        file[26:30] = struct.pack("<HH", side, side)
-    return bytes(file)
 
 
 def many_scans() -> bytes:

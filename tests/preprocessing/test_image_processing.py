@@ -8,8 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
-from image_files import HEIGHT, WIDTH, encode
-from test_hostile_images import declare
+from image_files import HEIGHT, WIDTH, declare, encode
 
 from align_tf import AlignImageProcessor, AlignProcessor
 from align_tf.preprocessing import image_processing
