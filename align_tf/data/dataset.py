@@ -133,13 +133,7 @@ def make_dataset(
         tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out.
     """
     index, workers = shard
-    if batch_size < 1 or start_step < 0 or not 0 <= index < workers:
-        raise ValueError(
-            f"batch_size={batch_size}, start_step={start_step}, shard={shard}: expected a positive "
-            "batch_size, a step from 0 and a shard (index, count) with 0 <= index < count"
-        )
-    if not length_buckets or min(length_buckets) < 2:
-        raise ValueError(f"length_buckets={length_buckets!r}: expected lengths of 2 tokens or more")
+    _check_arguments(batch_size, start_step, shard, length_buckets)
     opened = open_source(source, image_key, caption_key)
     if epochs is None:
         epochs = None if training else 1
@@ -165,6 +159,19 @@ def make_dataset(
     if steps is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _check_arguments(
+    batch_size: int, start_step: int, shard: tuple[int, int], length_buckets: Sequence[int]
+) -> None:
+    index, workers = shard
+    if batch_size < 1 or start_step < 0 or not 0 <= index < workers:
+        raise ValueError(
+            f"batch_size={batch_size}, start_step={start_step}, shard={shard}: expected a positive "
+            "batch_size, a step from 0 and a shard (index, count) with 0 <= index < count"
+        )
+    if not length_buckets or min(length_buckets) < 2:
+        raise ValueError(f"length_buckets={length_buckets!r}: expected lengths of 2 tokens or more")
 
 
 def _batches(

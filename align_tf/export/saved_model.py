@@ -1,6 +1,5 @@
 """Export of a model and its processor as a SavedModel that takes raw bytes and strings."""
 
-import functools
 import json
 import os
 import pathlib
@@ -14,19 +13,14 @@ import keras
 import tensorflow as tf
 
 import align_tf
+from align_tf.export.signatures import make_signatures
 from align_tf.models.align import AlignModel
 from align_tf.models.inference_copy import inference_copy
-from align_tf.models.packing import text_features
 from align_tf.preprocessing.processor import AlignProcessor
-from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
-
-# What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
-# float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
-NO_LABEL_LOGIT = tf.float32.min
 
 # What a process on the TensorFlow backend does for another backend.
 EXPORT = """
@@ -98,7 +92,7 @@ def export_saved_model(
         return target
 
     model = inference_copy(model, dtype)
-    signatures = _signatures(model, processor)
+    signatures = make_signatures(model, processor)
     module = tf.Module()
     module.weights = [weight.value for weight in model.weights]
     # A server scans for numbered folders, so it sees the version only when it is whole.
@@ -142,95 +136,6 @@ def _export_in_tensorflow(
 
 def _next_version(directory: pathlib.Path) -> int:
     return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=0) + 1
-
-
-def _signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
-    images, tokenizer = processor.image_processor, processor.tokenizer
-    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    # What several signatures call is traced once: tracing is most of an export's time.
-    traced_once = functools.partial(tf.function, autograph=False)
-
-    @traced_once
-    def embed_pixels(pixel_values):
-        return tf.math.l2_normalize(model.get_image_features(pixel_values), axis=-1)
-
-    @traced_once
-    def embed_tokens(tokens):
-        return tf.math.l2_normalize(text_features(model, tokens), axis=-1)
-
-    @traced_once
-    def embed_image(image_bytes):
-        return embed_pixels(images.pixel_values(image_bytes))
-
-    @traced_once
-    def embed_text(texts):
-        return embed_tokens(tokenizer.encode(texts, padding="longest", max_length=max_length))
-
-    def classify(image_bytes, labels):
-        image_embeds = embed_image(image_bytes)  # (n, d)
-        # A label that occurs in several rows is encoded once.
-        unique, index = tf.unique(tf.reshape(labels, [-1]))
-        cosines = tf.matmul(image_embeds, embed_text(unique), transpose_b=True)  # (n, unique)
-        own = tf.reshape(index, tf.shape(labels))
-        logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
-        if model.has_logit_bias:
-            logits += model.logit_bias.value
-        none = tf.equal(labels, "") | _server_padding(own)
-        logits = tf.where(none, NO_LABEL_LOGIT, logits)
-        probs = tf.where(none, 0.0, tf.nn.softmax(logits))
-        return {"logits": logits, "probs": probs}
-
-    def embed_padded_tokens(input_ids, attention_mask, token_type_ids):
-        # A text begins with [CLS] and never ends with it.
-        padding = tf.equal(input_ids, tokenizer.cls_token_id) & _server_padding(input_ids)
-        tokens = {
-            "input_ids": input_ids,
-            "attention_mask": tf.where(padding, 0, attention_mask),
-            "token_type_ids": token_type_ids,
-        }
-        return {"text_embeds": embed_tokens(tokens)}
-
-    def spec(name, shape, dtype=tf.string):
-        return tf.TensorSpec(shape, dtype, name)
-
-    # signature: (function, inputs)
-    table = {
-        "serving_default": (
-            classify,
-            (spec("image_bytes", [None]), spec("labels", [None, None])),
-        ),
-        "embed_image": (
-            lambda image_bytes: {"image_embeds": embed_image(image_bytes)},
-            (spec("image_bytes", [None]),),
-        ),
-        "embed_text": (
-            lambda texts: {"text_embeds": embed_text(texts)},
-            (spec("texts", [None]),),
-        ),
-        "embed_pixels": (
-            lambda pixel_values: {"image_embeds": embed_pixels(pixel_values)},
-            (spec("pixel_values", [None, None, None, 3], tf.float32),),
-        ),
-        "embed_tokens": (
-            embed_padded_tokens,
-            tuple(spec(name, [None, None], tf.int32) for name in TOKEN_INPUTS),
-        ),
-    }
-    return {
-        name: traced_once(function, input_signature=inputs).get_concrete_function()
-        for name, (function, inputs) in table.items()
-    }
-
-
-def _server_padding(values: tf.Tensor) -> tf.Tensor:
-    """Marks the end of each row, (n, m), as far as it repeats the row's first value.
-
-    So look the rows of a short request that TensorFlow Serving merged with a longer one: it pads
-    with the request's first value (batching_util.cc, PadTensor), not with "" or 0.
-    """
-    differs = tf.cast(tf.not_equal(values, values[:, :1]), tf.int32)
-    differ_from_here = tf.cumsum(differs, axis=1, reverse=True)
-    return tf.equal(differ_from_here, 0) & (tf.range(tf.shape(values)[1]) > 0)
 
 
 def _write_extras(

@@ -99,18 +99,8 @@ def normalize_swish(
     averages = [ops.cast(value, "float32") for value in (norm.moving_mean, norm.moving_variance)]
     weights = [weight for owner in owners for weight in owner.weights]
 
-    def call(function: Callable, x: tf.Tensor, values: Sequence[tf.Tensor]) -> tf.Tensor:
-        with keras.StatelessScope(list(zip(weights, values, strict=True))):
-            return function(x)
-
-    def gradients(
-        function: Callable, x: tf.Tensor, values: Sequence[tf.Tensor], upstream: tf.Tensor
-    ) -> list:
-        # The graph drops what nobody reads, as the convolution's output.
-        with tf.GradientTape() as tape:
-            tape.watch([x, *values])
-            y = call(function, x, values)
-        return tape.gradient(y, [x, *values], upstream)
+    call = functools.partial(_call_with, weights)
+    gradients = functools.partial(_gradients_with, weights)
 
     # Weights go in as values: only an argument gets a gradient.
     @tf.custom_gradient
@@ -154,6 +144,25 @@ def normalize_swish(
     outputs, *moments = results
     _move_averages(norm, *moments)
     return outputs
+
+
+def _call_with(weights: Sequence, function: Callable, x: Any, values: Sequence) -> Any:
+    """Calls function(x) with values in the place of weights."""
+    with keras.StatelessScope(list(zip(weights, values, strict=True))):
+        return function(x)
+
+
+def _gradients_with(
+    weights: Sequence, function: Callable, x: Any, values: Sequence, upstream: Any
+) -> list:
+    """Returns the gradients at x and at each of the values."""
+    import tensorflow as tf
+
+    # The graph drops what nobody reads, as the convolution's output.
+    with tf.GradientTape() as tape:
+        tape.watch([x, *values])
+        y = _call_with(weights, function, x, values)
+    return tape.gradient(y, [x, *values], upstream)
 
 
 def area(x: Any) -> Any:

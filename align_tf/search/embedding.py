@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from align_tf.data import dataset
 from align_tf.data.readers import open_source
+from align_tf.data.sources import Source
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
@@ -77,31 +78,18 @@ def embed(
         ValueError: an argument is out of range, the folder holds another collection, no image
             can be decoded, or an embedding is not finite.
     """
-    if dtype not in EMBEDDING_DTYPES or engine not in ENGINES:
-        raise ValueError(
-            f"dtype={dtype!r}, engine={engine!r}: expected {' or '.join(EMBEDDING_DTYPES)}, and "
-            f"{' or '.join(ENGINES)}"
-        )
-    if batch_size < 1 or shard_size < 1 or workers < 1:
-        raise ValueError(
-            f"batch_size={batch_size}, shard_size={shard_size}, workers={workers}: expected 1 or "
-            "more"
-        )
-    if engine == "ray" and (isinstance(source, tf.data.Dataset) or isinstance(model, AlignModel)):
-        raise ValueError("engine='ray': expected paths and the name of a model, to be read anew")
+    _check_arguments(source, model, dtype, batch_size, shard_size, engine, workers)
     require_pyarrow()
     source = _absolute(source)
-    opened = open_source(source, image_key, caption_key, need_captions=False)
+    reading = (source, image_key, caption_key)
+    opened = open_source(*reading, need_captions=False)
     name = ""
     if not isinstance(model, AlignModel):
         name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
     model, processor = load_model(model, processor)
-    count = opened.count
-    if count is None:
-        count = int(opened.elements(None).reduce(np.int64(0), lambda n, _: n + 1))
     settings = Settings(
         source=os.pathsep.join(source) if isinstance(source, list) else opened.name,
-        records=count,
+        records=_count(opened),
         shard_size=-(-shard_size // batch_size) * batch_size,
         dtype=dtype,
         dim=model.config.projection_dim,
@@ -117,7 +105,6 @@ def embed(
         if engine == "ray":
             from align_tf.search import ray_engine
 
-            reading = (source, image_key, caption_key)
             done = ray_engine.write_shards(
                 reading, settings, output, batch_size, missing, workers, rate.advance
             )
@@ -132,6 +119,36 @@ def embed(
     for left in output.glob(".shard-*"):  # of processes that were killed
         left.unlink(missing_ok=True)
     return _summary(output, settings, shards)
+
+
+def _check_arguments(
+    source: Any,
+    model: Any,
+    dtype: str,
+    batch_size: int,
+    shard_size: int,
+    engine: str,
+    workers: int,
+) -> None:
+    if dtype not in EMBEDDING_DTYPES or engine not in ENGINES:
+        raise ValueError(
+            f"dtype={dtype!r}, engine={engine!r}: expected {' or '.join(EMBEDDING_DTYPES)}, and "
+            f"{' or '.join(ENGINES)}"
+        )
+    if batch_size < 1 or shard_size < 1 or workers < 1:
+        raise ValueError(
+            f"batch_size={batch_size}, shard_size={shard_size}, workers={workers}: expected 1 or "
+            "more"
+        )
+    if engine == "ray" and (isinstance(source, tf.data.Dataset) or isinstance(model, AlignModel)):
+        raise ValueError("engine='ray': expected paths and the name of a model, to be read anew")
+
+
+def _count(opened: Source) -> int:
+    """Returns how many records a source holds, reading it through where it does not say."""
+    if opened.count is not None:
+        return opened.count
+    return int(opened.elements(None).reduce(np.int64(0), lambda n, _: n + 1))
 
 
 def _absolute(source: Any) -> Any:

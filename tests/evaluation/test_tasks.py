@@ -12,7 +12,8 @@ import time
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, AlignProcessor, cli
+from align_tf import AlignModel, AlignProcessor
+from align_tf.cli.main import main
 from align_tf.evaluation import tasks
 from align_tf.evaluation.tasks import class_folders, class_labels, read_templates
 from align_tf.hub import BUNDLED
@@ -179,14 +180,14 @@ def test_the_command_prints_a_table_and_writes_json(capsys, classes, tmp_path):
     output = tmp_path / "new" / "figures.json"
     (classes / "star" / "bad.jpg").write_bytes(b"no picture")
     arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes), "--output", str(output)]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     captured = capsys.readouterr()
     assert "top-1" in captured.out and "%" in captured.out
     assert "left out 1 image" in captured.err and "bad.jpg" in captured.err
     report = json.loads(output.read_text())
     assert (report["task"], report["model"], report["images"]) == ("zero-shot", "align-tiny", 36)
     assert [path.name for path in output.parent.iterdir()] == ["figures.json"]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report
 
 

@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 from keras import ops
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
+from align_tf.cli.main import main
 from align_tf.export import convert as convert_module
 from align_tf.export.convert import convert
 from align_tf.files import CheckpointError
@@ -51,7 +52,7 @@ def names(folder: pathlib.Path) -> list[str]:
 
 
 def run(capsys, *arguments):
-    code = cli.main(["convert", *(str(argument) for argument in arguments)])
+    code = main(["convert", *(str(argument) for argument in arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

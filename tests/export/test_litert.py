@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer, cli
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
 pytest.importorskip("ai_edge_litert")
@@ -167,7 +168,7 @@ def test_a_failure_leaves_the_files_that_were_there(tiny_config, processor, tmp_
 def tiny_int8(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8")
     arguments = ["export", "--format", "litert", "--quantize", "int8", "--output", str(folder)]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     return folder
 
 

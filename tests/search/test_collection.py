@@ -17,7 +17,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, cli
+from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
+from align_tf.cli.main import main
 from align_tf.search import embed
 from align_tf.search.collection import Collection
 from align_tf.search.fingerprint import fingerprint
@@ -232,7 +233,7 @@ def test_a_folder_without_a_collection(tmp_path):
 def test_the_command(folder, checkpoint, whole, tmp_path, capsys):
     arguments = ["embed", folder, "--output", tmp_path / "e", "--model", checkpoint, "--json"]
     arguments += ["--batch-size", 3, "--shard-size", 8]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert main([str(argument) for argument in arguments]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 47
     assert "left out 3 of 50 records" in captured.err

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, AlignProcessor, cli
+from align_tf import AlignModel, AlignProcessor
+from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
 pytest.importorskip("gradio", reason='pip install "align-tf[demo]"')
@@ -207,6 +208,6 @@ def test_a_server_answers_as_the_model_does(encoder, tmp_path):
 
 
 def test_a_server_that_is_not_there(capsys):
-    assert cli.main(["demo", "--server", "127.0.0.1:1"]) == 2
+    assert main(["demo", "--server", "127.0.0.1:1"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and "127.0.0.1:1: cannot reach" in last

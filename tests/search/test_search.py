@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, cli
+from align_tf import AlignModel
+from align_tf.cli.main import main
 from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery
 from align_tf.search import index as search_module
 from align_tf.search.collection import Collection, Settings, Shard, write_shard
@@ -240,7 +241,7 @@ def test_another_model_is_refused(index, tiny_config, processor, tmp_path, capsy
         Searcher(index, client=Encoder(other, processor))
     other.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert cli.main(["search", str(index), "red", "--model", str(tmp_path)]) == 2
+    assert main(["search", str(index), "red", "--model", str(tmp_path)]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and "fingerprint" in last
 
@@ -314,7 +315,7 @@ def test_the_command(index, pictures, tmp_path, capsys):
     arguments = ["search", index, "--image", pictures / "red.png", "--add", "red", "blue"]
     arguments += ["--subtract", "green", "-k", 4, "--html", tmp_path / "p.html"]
     arguments = [str(part) for part in [*arguments, "--montage", tmp_path / "p.png"]]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["query"] == "red.png + red + blue − green"  # noqa: RUF001
     assert [set(row) for row in answer["results"]] == [{"score", "id", "path", "caption"}] * 4
@@ -323,7 +324,7 @@ def test_the_command(index, pictures, tmp_path, capsys):
 
 
 def test_the_index_command(collection, tmp_path, capsys):
-    assert cli.main(["index", str(collection), "--output", str(tmp_path / "index")]) == 0
+    assert main(["index", str(collection), "--output", str(tmp_path / "index")]) == 0
     captured = capsys.readouterr()
     assert "2,000 images, recall@10 100.0% (image), 100.0% (text)" in captured.out
     assert "Chose flat" in captured.err
@@ -340,6 +341,6 @@ def test_the_index_command(collection, tmp_path, capsys):
 )
 def test_a_mistake_ends_in_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and message in last

@@ -23,8 +23,8 @@ from align_tf import (
     AlignModel,
     AlignProcessor,
     AlignTokenizer,
-    cli,
 )
+from align_tf.cli.main import main
 from align_tf.configuration import presets
 from align_tf.files import CheckpointError
 from align_tf.training import Recipe, read_recipe, train
@@ -181,7 +181,7 @@ def test_killed_trainings_reach_the_weights_of_an_unbroken_one(settings, unbroke
     assert not (output / "model.safetensors").exists()
 
     capsys.readouterr()
-    assert cli.main(["train", *flags(settings)]) == 0
+    assert main(["train", *flags(settings)]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == settings["output"]
     assert "Going on from step " in err
@@ -202,7 +202,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(settings, unbroken, capsys):
 
     handler = signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt).start()
-    assert cli.main(["train", *flags(settings)]) == 130
+    assert main(["train", *flags(settings)]) == 130
     err = capsys.readouterr().err
     assert "the same command goes on from there" in err
     assert signal.getsignal(signal.SIGINT) is handler
@@ -211,7 +211,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(settings, unbroken, capsys):
     assert 5 <= step < STEPS
     assert f"Stopped at step {step};" in err
 
-    assert cli.main(["train", *flags(settings)]) == 0
+    assert main(["train", *flags(settings)]) == 0
     assert f"Going on from step {step}" in capsys.readouterr().err
     assert_same_end(output, unbroken)
 
@@ -361,6 +361,6 @@ def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, cap
     shutil.copytree(place / "pairs", tmp_path / "pairs")
     (tmp_path / "pairs" / "07.png").write_bytes(b"no picture")
     settings |= {"data": str(tmp_path / "pairs"), "max_errors": 0}
-    assert cli.main(["train", *flags(settings)]) == 2
+    assert main(["train", *flags(settings)]) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"align-tf: error: .*/pairs: 07: not a decodable image .*\n", err)
