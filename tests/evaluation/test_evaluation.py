@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from align_tf.evaluation import (
+    arrays,
     class_embeddings,
     distinct_pairs,
     holdout,
     knn_metrics,
     linear_probe,
     linear_probe_metrics,
-    retrieval,
     retrieval_metrics,
+    zero_shot,
     zero_shot_metrics,
 )
 
@@ -110,7 +111,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     texts += 2 * images[np.arange(90) % 37]
     whole = retrieval_metrics(images, texts, pairs)
     assert 0.2 < whole["r1_i2t"] < 1
-    monkeypatch.setattr(retrieval, "BLOCK", 7)
+    monkeypatch.setattr(arrays, "BLOCK", 7)
     assert retrieval_metrics(images, texts, pairs, progress=True) == whole
 
 
@@ -192,7 +193,7 @@ def test_class_embeddings_average_directions_not_lengths():
 
 
 def test_class_embeddings_in_parts(monkeypatch):
-    monkeypatch.setattr(retrieval, "PROMPTS", 3)  # one class of two templates at a time
+    monkeypatch.setattr(zero_shot, "PROMPTS", 3)  # one class of two templates at a time
     classes = class_embeddings(
         ["cat", "dog"], ["a {}.", "the {}."], lambda texts: [WORDS[text] for text in texts]
     )

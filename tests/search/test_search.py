@@ -13,8 +13,8 @@ from PIL import Image
 
 from align_tf import AlignModel
 from align_tf.cli.main import main
-from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery
-from align_tf.search import index as search_module
+from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery, recall
+from align_tf.search import index as index_module
 from align_tf.search.collection import Collection, Settings, Shard, write_shard
 from align_tf.search.encoder import Encoder
 
@@ -99,16 +99,16 @@ def test_ivf_searches_as_many_lists_as_recall_needs(collection, embeds, queries,
 
 
 def test_recall_counts_what_is_not_found(collection, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "RECALL", 0.0)  # the first setting will do
+    monkeypatch.setattr(recall, "RECALL", 0.0)  # the first setting will do
     about = build_index(collection, tmp_path / "index", kind="ivf")
     assert about["nprobe"] == 1
     assert 0.1 < about["recall_at_10"]["image"] < 0.9
 
 
 def test_a_large_collection_gets_an_ivf(collection, tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "FLAT_ROWS", 1999)
+    monkeypatch.setattr(index_module, "FLAT_ROWS", 1999)
     assert build_index(collection, tmp_path / "a")["kind"] == "ivf"
-    monkeypatch.setattr(search_module, "FLAT_ROWS", 2000)
+    monkeypatch.setattr(index_module, "FLAT_ROWS", 2000)
     assert build_index(collection, tmp_path / "b")["kind"] == "flat"
 
 
