@@ -79,57 +79,26 @@ def own_pairs(logits: Any, rows: Any = None) -> Any:
     return (columns if rows is None else rows)[:, None] == columns[None, :]
 
 
-def contrastive_loss(
-    logits: Any, label_smoothing: float = 0.1, positives: Any = None, sample_weight: Any = None
-) -> Any:
-    """Softmax cross-entropy of each row against its own column.
-
-    The target of a row is spread evenly over its positives, and `label_smoothing` of it evenly
-    over all columns. A pair of weight 0 is neither row nor column.
-
-    Args:
-        logits: (n, n), similarities divided by the temperature; the pairs on the diagonal.
-        label_smoothing: share of the target that is spread evenly over all columns.
-        positives: bool (n, n), see `positive_pairs`; None for the diagonal.
-        sample_weight: (n,), weight of each pair; None for 1.
-
-    Returns:
-        Scalar, the mean over rows by their weights, 0 where all weights are 0 (ALIGN,
-        arXiv 2102.05918, section 4.2).
-    """
-    rows = contrastive_rows(logits, positives, sample_weight, label_smoothing)
-    return weighted_mean(rows, sample_weight)
-
-
-def sigmoid_loss(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
-    """Binary cross-entropy of every image with every text.
-
-    Args:
-        logits: (n, n), similarities divided by the temperature, plus the learned bias.
-        positives: bool (n, n), the pairs to tell apart from the others; None for the diagonal.
-        sample_weight: (n,), weight of each row; None for 1. A pair of weight 0 is neither row
-            nor column.
-
-    Returns:
-        Scalar, the sum over columns and the mean over rows by their weights, 0 where all weights
-        are 0 (SigLIP, arXiv 2303.15343, section 3.2).
-    """
-    return weighted_mean(sigmoid_rows(logits, positives, sample_weight), sample_weight)
-
-
-def in_batch_accuracy(logits: Any, positives: Any = None, sample_weight: Any = None) -> Any:
-    """Share of the rows whose largest column is a positive; takes what `contrastive_loss` does."""
-    return weighted_mean(right_rows(logits, positives, sample_weight), sample_weight)
-
-
-# The same for some rows alone, before their mean: (r, n) logits of r rows by all n columns, the
-# positives and the weights of the columns as above; (r,) comes out.
+# Of some rows, before their mean: r of the n pairs against all n columns.
 
 
 def contrastive_rows(
     logits: Any, positives: Any, column_weight: Any, label_smoothing: float
 ) -> Any:
-    """Softmax cross-entropy of each row; see `contrastive_loss`."""
+    """Softmax cross-entropy of each row against its own column (ALIGN, arXiv 2102.05918, 4.2).
+
+    The target of a row is spread evenly over its positives, and `label_smoothing` of it evenly
+    over all columns. A pair of weight 0 is no column.
+
+    Args:
+        logits: (r, n), similarities divided by the temperature.
+        positives: bool (r, n), see `positive_pairs`; None for the diagonal of (n, n).
+        column_weight: (n,), weight of each pair; None for 1.
+        label_smoothing: share of the target that is spread evenly over all columns.
+
+    Returns:
+        (r,), float32.
+    """
     logits, present = _present(logits, column_weight)
     positives = own_pairs(logits) if positives is None else positives
     if present is not None:
@@ -144,7 +113,16 @@ def contrastive_rows(
 
 
 def sigmoid_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
-    """Sum over columns of the binary cross-entropy of each row; see `sigmoid_loss`."""
+    """Sum over columns of the binary cross-entropy of each row (SigLIP, arXiv 2303.15343, 3.2).
+
+    Args:
+        logits: (r, n), similarities divided by the temperature, plus the learned bias.
+        positives: bool (r, n), the pairs to tell from the others; None for the diagonal of (n, n).
+        column_weight: (n,), weight of each pair, of which one of 0 is no column; None for 1.
+
+    Returns:
+        (r,), float32.
+    """
     logits = ops.cast(logits, "float32")
     positives = own_pairs(logits) if positives is None else positives
     # -log sigmoid(x) is softplus(-x), and of a negative softplus(x).
@@ -155,7 +133,7 @@ def sigmoid_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
 
 
 def right_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
-    """1 for each row whose largest column is a positive, 0 for the others."""
+    """1 for each row whose largest column is a positive, 0 for the others; as `sigmoid_rows`."""
     logits, _ = _present(logits, column_weight)
     positives = own_pairs(logits) if positives is None else positives
     best = ops.argmax(logits, axis=-1)
@@ -163,33 +141,8 @@ def right_rows(logits: Any, positives: Any, column_weight: Any) -> Any:
     return ops.cast(right, "float32")
 
 
-def align_loss(
-    logits_per_text: Any,
-    label_smoothing: float = 0.1,
-    reduction: str = "mean",
-    positives: Any = None,
-    sample_weight: Any = None,
-) -> Any:
-    """The text-to-image and the image-to-text loss together.
-
-    Args:
-        logits_per_text: (n, n), text by image.
-        label_smoothing: see `contrastive_loss`.
-        reduction: `mean` of the two directions as Hugging Face, or their `sum` as the original.
-        positives: see `contrastive_loss`.
-        sample_weight: see `contrastive_loss`.
-
-    Returns:
-        Scalar, as `align_loss` of Hugging Face's modeling_align.py.
-    """
-    options = (label_smoothing, positives, sample_weight)
-    text_to_image = contrastive_loss(logits_per_text, *options)
-    image_to_text = contrastive_loss(ops.transpose(logits_per_text), *options)
-    return reduce_directions(text_to_image, image_to_text, reduction)
-
-
 def reduce_directions(text_to_image: Any, image_to_text: Any, reduction: str) -> Any:
-    """Returns the `mean` or the `sum` of the losses of the two directions."""
+    """Returns the losses' `mean`, as Hugging Face, or their `sum`, as the original."""
     both = text_to_image + image_to_text
     return both / 2.0 if reduction == "mean" else both
 

@@ -227,7 +227,7 @@ def test_devices_share_a_batch_and_the_training_goes_on(settings, place, tmp_pat
             "parts = [tf.config.LogicalDeviceConfiguration()] * 2",
             "tf.config.set_logical_device_configuration(cpu, parts)",
         ]
-    code = "; ".join([*two, *CLI[2].split("; ")])
+    code = "; ".join([*two, "import sys; from align_tf.cli.main import main; sys.exit(main())"])
     shutil.copytree(place / "tiny", tmp_path / "tiny")
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     config["text_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
