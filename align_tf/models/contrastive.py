@@ -1,5 +1,6 @@
 """Contrastive training: the loss of a batch's pairs, inside Keras's compile, fit and evaluate."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -168,13 +169,14 @@ class ContrastiveTraining:
         return _over_workers(super().test_step(*state_and_data))
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # The model is built as it is made, so that only the optimizer is left. Keras would take
-        # a batch first and average its replicas, which of a dict fails between workers
-        # (keras issue 20329).
-        optimizer = self.optimizer
-        if self._distribute_strategy is None or optimizer is None or optimizer.built:
+        # The model is built as it is made, so that only the optimizer is left. Made within the
+        # step, its variables would have TensorFlow trace the step twice; and under a strategy
+        # Keras would take a batch first and average its replicas, which of a dict fails between
+        # workers (keras issue 20329).
+        optimizer, strategy = self.optimizer, self._distribute_strategy
+        if optimizer is None or optimizer.built:
             return
-        with self._distribute_strategy.scope():
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
             optimizer.build(self.trainable_variables)
 
     def predict_step(self, *state_and_data: Any) -> Any:
