@@ -1,10 +1,12 @@
-from . import client as client
-from . import data as data
-from . import evaluation as evaluation
-from . import plots as plots
-from . import search as search
-from . import server as server
-from . import training as training
+from . import (
+    client as client,
+    data as data,
+    evaluation as evaluation,
+    plots as plots,
+    search as search,
+    server as server,
+    training as training,
+)
 from .configuration.align import AlignConfig as AlignConfig
 from .configuration.text import AlignTextConfig as AlignTextConfig
 from .configuration.vision import AlignVisionConfig as AlignVisionConfig

@@ -26,6 +26,10 @@ class AlignServerError(RuntimeError):
         self.status, self.row = status, row
 
 
+class ServerUnavailable(ConnectionError):
+    """The server is not there, is busy, or broke a connection off: it may be asked again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tls:
     """How a connection is encrypted and who is trusted; each file is PEM.
@@ -124,4 +128,4 @@ def _transient(error: Exception) -> bool:
     if isinstance(error, AlignServerError):
         too_large = "larger than" in str(error)  # gRPC's RESOURCE_EXHAUSTED, which stays
         return error.status in (429, 503) and not too_large
-    return isinstance(error, (ConnectionResetError, ConnectionRefusedError))
+    return isinstance(error, ServerUnavailable)

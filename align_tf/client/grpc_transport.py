@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client.endpoint import FIRST_PAUSE, AlignServerError, Endpoint, Tls
+from align_tf.client.endpoint import (
+    FIRST_PAUSE,
+    AlignServerError,
+    Endpoint,
+    ServerUnavailable,
+    Tls,
+)
 from align_tf.client.signatures import Signature
 from align_tf.extras import extra
 from align_tf.server.status_codes import HTTP_STATUS
@@ -101,7 +107,7 @@ class _GrpcMessages:
         """Returns what a failed call means to the caller."""
         code, details = error.code().name, error.details()
         if code == "UNAVAILABLE":
-            return ConnectionResetError(f"{self.address}: cannot reach the server: {details}")
+            return ServerUnavailable(f"{self.address}: cannot reach the server: {details}")
         if code == "DEADLINE_EXCEEDED":
             return TimeoutError(f"{self.address}: no answer in time")
         return AlignServerError(details, HTTP_STATUS[code])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client.endpoint import AlignServerError, Endpoint, Tls
+from align_tf.client.endpoint import AlignServerError, Endpoint, ServerUnavailable, Tls
 from align_tf.client.signatures import Signature
 
 # --- REST ----------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Rest:
         except (OSError, http.client.HTTPException) as error:
             # A name that is not found or a certificate that is not trusted stays so.
             final = isinstance(error, (socket.gaierror, ssl.SSLError))
-            kind = ConnectionError if final else ConnectionResetError
+            kind = ConnectionError if final else ServerUnavailable
             raise kind(f"{self.address}: cannot reach the server: {error}") from None
         text = content.decode("utf-8", "surrogateescape")
         try:

@@ -1,3 +1,2 @@
-from .dataset import make_dataset as make_dataset
-from .dataset import records as records
+from .dataset import make_dataset as make_dataset, records as records
 from .writers import write_tfrecords as write_tfrecords

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import keras
 import ml_dtypes
@@ -478,9 +477,7 @@ def test_a_name_that_is_no_folder_and_no_id(name):
         resolve_folder(name or "/nowhere")
 
 
-RESOLVE = (
-    "import sys; from align_tf.checkpoints.tensors import resolve_folder; print(f(sys.argv[1]))"
-)
+RESOLVE = "import sys; from align_tf.hub import resolve_folder; print(resolve_folder(sys.argv[1]))"
 
 
 def resolve(name: str, **environment: str) -> subprocess.CompletedProcess:
@@ -523,12 +520,12 @@ def test_an_id_that_the_hub_does_not_know(tmp_path):
     assert "Repository Not Found for url" in last
 
 
-AVAILABLE = "import sys; from align_tf.checkpoints.tensors import is_available; "
-AVAILABLE += "print([f(name, timeout=2.0) for name in sys.argv[1:]])"
+AVAILABLE = "import sys; from align_tf.hub import is_available; "
+AVAILABLE += "print([is_available(name, timeout=float(sys.argv[1])) for name in sys.argv[2:]])"
 
 
-def available(*names: str, **environment: str) -> str:
-    command = [sys.executable, "-c", AVAILABLE, *names]
+def available(*names: str, timeout: float = 60, **environment: str) -> str:
+    command = [sys.executable, "-c", AVAILABLE, str(timeout), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -541,12 +538,15 @@ def test_what_is_here_is_available_without_the_hub(folder, cache):
 
 
 def test_what_the_hub_answers_for_is_available(cache):
+    asked_slow, done = threading.Event(), threading.Event()
+
     class Hub(http.server.BaseHTTPRequestHandler):
         """Has someone/tiny, and lets someone/slow wait."""
 
         def do_HEAD(self):
             if "/slow/" in self.path:
-                time.sleep(10)
+                asked_slow.set()
+                done.wait()
             self.send_response(200 if self.path.startswith("/someone/tiny/resolve/") else 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -560,11 +560,14 @@ def test_what_the_hub_answers_for_is_available(cache):
         hub.block_on_close = False
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-        names = ("someone/tiny", "someone/nothing", "someone/slow")
-        found = available(*names, HF_HUB_CACHE=str(cache), **environment)
+        environment["HF_HUB_CACHE"] = str(cache)
+        found = available("someone/tiny", "someone/nothing", **environment)
+        slow = available("someone/slow", timeout=0.1, **environment)
+        done.set()
         hub.shutdown()
-    assert found == "[True, False, False]"
-    assert available("someone/tiny", HF_HUB_CACHE=str(cache), **environment) == "[False]"
+    assert found == "[True, False]"
+    assert slow == "[False]" and asked_slow.is_set()
+    assert available("someone/tiny", **environment) == "[False]"
 
 
 # --- writing -------------------------------------------------------------------------------

@@ -449,7 +449,8 @@ def test_a_hub_id_is_fetched(tmp_path):
             pass
 
     script = (
-        "from align_tf.checkpoints.tensors import resolve_folder, weight_files\n"
+        "from align_tf.checkpoints.tensors import weight_files\n"
+        "from align_tf.hub import resolve_folder\n"
         "print(*weight_files(resolve_folder('someone/coyo', weights=True)))"
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
