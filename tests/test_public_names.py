@@ -1,0 +1,50 @@
+"""The public names: where they are, and that nothing is loaded before it is asked for."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+# package: its names
+PUBLIC = {
+    "align_tf": "AlignConfig AlignImageProcessor AlignModel AlignProcessor AlignTextConfig "
+    "AlignTextModel AlignTokenizer AlignVisionConfig AlignVisionModel client data evaluation "
+    "export_litert export_saved_model plots search server training",
+    "align_tf.data": "make_dataset records write_tfrecords",
+    "align_tf.evaluation": "Embedder class_embeddings distinct_pairs holdout knn_metrics "
+    "linear_probe_metrics retrieval_metrics zero_shot_metrics",
+    "align_tf.training": "CompilationCount Recipe ResumableCheckpoint RetrievalEvaluation "
+    "ZeroShotEvaluation data_parallel describe_devices make_optimizer read_recipe train",
+    "align_tf.search": "Hit Index Searcher build_index embed",
+    "align_tf.server": "Limits ModelServer",
+    "align_tf.client": "AlignClient AlignServerError AsyncAlignClient Classification Signature "
+    "TensorSpec Tls VersionStatus",
+}
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_hands_its_names_on(package):
+    module = importlib.import_module(package)
+    names = PUBLIC[package].split()
+    assert dir(module) == sorted(module.__all__) == names
+    if "server" not in package:  # that one needs an extra
+        for name in names:
+            assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=f"No {package} attribute nothing"):
+        getattr(module, "nothing")  # noqa: B009
+
+
+def test_nothing_is_loaded_before_it_is_asked_for():
+    script = (
+        "import json, sys, align_tf\n"
+        "for name in ('data', 'evaluation', 'training', 'search', 'server', 'client'):\n"
+        "    dir(getattr(align_tf, name))\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    loaded = set(json.loads(shown.stdout))
+    assert "align_tf.client" in loaded
+    assert not loaded & {"tensorflow", "keras", "numpy", "PIL", "rich", "yaml", "grpc"}
