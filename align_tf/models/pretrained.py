@@ -123,8 +123,8 @@ class Pretrained:
         """Fills the weights from a checkpoint folder: all of them, or none and an error.
 
         Args:
-            folder: as `checkpoint.weight_files` takes it.
-            prefix, unused, optional: as `checkpoint.plan_import` takes them.
+            folder: as `tensors.weight_files` takes it.
+            prefix, unused, optional: as `import_plan.plan_import` takes them.
 
         Returns:
             The parts of the checkpoint that `unused` left out.

@@ -149,7 +149,7 @@ class AlignImageProcessor:
         """Reads preprocessor_config.json, or in its absence processor_config.json.
 
         Args:
-            name_or_path: a checkpoint folder, or what `checkpoint.resolve_folder` takes besides.
+            name_or_path: a checkpoint folder, or what `hub.resolve_folder` takes besides.
             revision: branch, tag or commit on the hub.
             token: access token of the hub.
             cache_dir: the hub's cache folder.

@@ -48,7 +48,7 @@ class AlignProcessor:
         """Reads both halves of a checkpoint folder, a hub id or `align-tiny`.
 
         Args:
-            name_or_path: as `checkpoint.resolve_folder` takes it.
+            name_or_path: as `hub.resolve_folder` takes it.
             revision: branch, tag or commit on the hub.
             token: access token of the hub.
             cache_dir: the hub's cache folder.

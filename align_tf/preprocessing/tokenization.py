@@ -131,7 +131,7 @@ class AlignTokenizer:
         """Reads vocab.txt, or tokenizer.json in its absence, and tokenizer_config.json.
 
         Args:
-            name_or_path: a checkpoint folder, or what `checkpoint.resolve_folder` takes besides.
+            name_or_path: a checkpoint folder, or what `hub.resolve_folder` takes besides.
             revision: branch, tag or commit on the hub.
             token: access token of the hub.
             cache_dir: the hub's cache folder.
