@@ -19,7 +19,7 @@ from PIL import Image
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
 from align_tf.cli.main import main
-from align_tf.search import embed
+from align_tf.search import embed, embedding
 from align_tf.search.collection import Collection
 from align_tf.search.fingerprint import fingerprint
 
@@ -48,10 +48,21 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder, checkpoint, processor, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+def name(checkpoint) -> str:
+    """The model's."""
+    return str(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def loaded(one_model, name) -> tuple[AlignModel, AlignProcessor]:
+    return embedding.load_model(name, None)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, one_model, name, tmp_path_factory) -> tuple[pathlib.Path, dict]:
     """The collection of an unbroken run, and its summary."""
     output = tmp_path_factory.mktemp("whole") / "embeds"
-    return output, embed(folder, output, model=checkpoint, processor=processor, **SIZES)
+    return output, embed(folder, output, model=name, **SIZES)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -77,7 +88,7 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert sorted(contents(output)) == [f"shard-{n:06}.parquet" for n in range(6)]
 
 
-def test_the_embeddings_are_the_models(whole, folder, model, processor):
+def test_the_embeddings_are_the_models(whole, model, processor):
     output, _ = whole
     rows = pq.read_table(output).slice(10, 1).to_pylist()[0]
     assert rows["id"] == "011"
@@ -112,74 +123,86 @@ def test_the_fingerprint_is_of_weights_configuration_and_image_settings(tiny_con
     assert fingerprint(model, processor) != before
 
 
-def test_a_killed_run_goes_on_to_the_same_files(whole, folder, checkpoint, tmp_path):
-    script = (
-        "import sys\nfrom align_tf.search import embed\n"
-        "embed(sys.argv[1], sys.argv[2], model=sys.argv[3], batch_size=3, shard_size=8)"
-    )
-    output = tmp_path / "embeds"
-    save = AlignProcessor.from_pretrained(checkpoint)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, folder, output, checkpoint], stderr=subprocess.PIPE
-    )
-    try:
-        while not list(output.glob("shard-*")):
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    done = contents(output)
-    assert 1 <= len([name for name in done if name.startswith("shard-")]) < 6
-    before = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
-    (output / ".shard-000004.parquet.left").write_bytes(b"half a shard")  # as a kill leaves it
+# Is killed within its third shard.
+KILLED = """
+import os, pathlib, signal, sys
+import pyarrow.parquet
+from align_tf.search import embed
 
-    embed(folder, output, model=checkpoint, processor=save, **SIZES)
+write, written = pyarrow.parquet.write_table, []
+
+def write_or_die(table, path):
+    if len(written) == 2:
+        pathlib.Path(path).write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(table, path)
+    written.append(path)
+
+pyarrow.parquet.write_table = write_or_die
+embed(sys.argv[1], sys.argv[2], model=sys.argv[3], batch_size=3, shard_size=8)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_files(whole, folder, name, tmp_path):
+    output = tmp_path / "embeds"
+    command = [sys.executable, "-c", KILLED, folder, output, name]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
+    assert len(before) == 2
+    assert [path.read_bytes() for path in output.glob(".shard-*")] == [b"half a shard"]
+
+    embed(folder, output, model=name, **SIZES)
     assert contents(output) == contents(whole[0])
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_hole_in_the_middle_is_filled_and_a_whole_collection_is_left(
-    whole, folder, checkpoint, tmp_path, capsys
+    whole, folder, name, tmp_path, capsys
 ):
     output = tmp_path / "embeds"
     output.mkdir()
-    for name, content in contents(whole[0]).items():
-        if name not in ("shard-000001.parquet", "shard-000002.parquet", "shard-000005.parquet"):
-            (output / name).write_bytes(content)
+    for file, content in contents(whole[0]).items():
+        if file not in ("shard-000001.parquet", "shard-000002.parquet", "shard-000005.parquet"):
+            (output / file).write_bytes(content)
+    (output / ".shard-000001.parquet.left").write_bytes(b"half a shard")  # as a kill leaves it
+    before = {path: path.stat().st_mtime_ns for path in output.glob("shard-*")}
     with pytest.raises(ValueError, match="3 of 6 shards"):
         Collection(output)
     capsys.readouterr()
-    assert embed(folder, output, model=checkpoint, **SIZES) == {**whole[1], "output": str(output)}
+    assert embed(folder, output, model=name, **SIZES) == {**whole[1], "output": str(output)}
     shown = capsys.readouterr().err
     assert "left out 017" in shown and "left out 005" not in shown
     assert "50 of 50 images" in shown and "images/s" in shown
     assert contents(output) == contents(whole[0])
-    assert embed(folder, output, model=checkpoint, **SIZES)["images"] == 47
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert embed(folder, output, model=name, **SIZES)["images"] == 47
     assert "images/s" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("options", "message"),
     [
         ({"shard_size": 12}, "shard_size 9, not 12"),
         ({"dtype": "float32"}, "dtype 'float16', not 'float32'"),
     ],
 )
-def test_another_collection_in_the_folder_is_refused(whole, folder, checkpoint, options, name):
-    with pytest.raises(ValueError, match=name):
-        embed(folder, whole[0], model=checkpoint, **{**SIZES, **options})
+def test_another_collection_in_the_folder_is_refused(whole, folder, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed(folder, whole[0], model=name, **{**SIZES, **options})
 
 
-def test_another_model_or_source_is_refused(whole, folder, tiny_config, processor, checkpoint):
+def test_another_model_or_source_is_refused(whole, folder, tiny_config, processor, name):
     keras.utils.set_random_seed(2)
     with pytest.raises(ValueError, match="fingerprint"):
         embed(folder, whole[0], model=AlignModel(tiny_config), processor=processor, **SIZES)
     with pytest.raises(ValueError, match="source"):
-        embed([str(folder)] * 2, whole[0], model=checkpoint, **SIZES)
+        embed([str(folder)] * 2, whole[0], model=name, **SIZES)
 
 
-def test_a_tf_data_set_of_unknown_length_in_float32(model, processor, tmp_path):
+def test_a_tf_data_set_of_unknown_length_in_float32(loaded, tmp_path):
+    model, processor = loaded
     rng = np.random.default_rng(3)
     images = rng.integers(0, 255, (7, 20, 20, 3), np.uint8)
 
@@ -189,7 +212,7 @@ def test_a_tf_data_set_of_unknown_length_in_float32(model, processor, tmp_path):
     spec = {"image": tf.TensorSpec([20, 20, 3], tf.uint8)}
     dataset = tf.data.Dataset.from_generator(features, output_signature=spec)
     summary = embed(
-        dataset, tmp_path, model=model, processor=processor, dtype="float32", batch_size=2
+        dataset, tmp_path, model=model, processor=processor, dtype="float32", batch_size=3
     )
     assert (summary["images"], summary["model"]) == (7, "")
     (embeds,) = Collection(tmp_path).image_embeds()
@@ -201,7 +224,8 @@ def test_a_tf_data_set_of_unknown_length_in_float32(model, processor, tmp_path):
     assert embeds.dtype == np.float32
 
 
-def test_nothing_to_embed_is_an_error(model, processor, tmp_path):
+def test_nothing_to_embed_is_an_error(loaded, tmp_path):
+    model, processor = loaded
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="none of 1 images"):
         embed(tmp_path, tmp_path / "out", model=model, processor=processor)
@@ -216,7 +240,8 @@ def test_nothing_to_embed_is_an_error(model, processor, tmp_path):
         ({"engine": "ray"}, "expected paths and the name"),
     ],
 )
-def test_arguments_are_checked(folder, model, processor, tmp_path, options, message):
+def test_arguments_are_checked(folder, loaded, tmp_path, options, message):
+    model, processor = loaded
     with pytest.raises(ValueError, match=message):
         embed(folder, tmp_path / "out", model=model, processor=processor, **options)
     assert not (tmp_path / "out").exists()
@@ -230,8 +255,8 @@ def test_a_folder_without_a_collection(tmp_path):
         Collection(tmp_path)
 
 
-def test_the_command(folder, checkpoint, whole, tmp_path, capsys):
-    arguments = ["embed", folder, "--output", tmp_path / "e", "--model", checkpoint, "--json"]
+def test_the_command(folder, name, whole, tmp_path, capsys):
+    arguments = ["embed", folder, "--output", tmp_path / "e", "--model", name, "--json"]
     arguments += ["--batch-size", 3, "--shard-size", 8]
     assert main([str(argument) for argument in arguments]) == 0
     captured = capsys.readouterr()
@@ -253,13 +278,13 @@ def kill_a_worker(output: pathlib.Path, killed: list[int]) -> None:
 
 # Starting Ray and its workers takes half a minute.
 @pytest.mark.skipif("ALIGN_TF_RAY" not in os.environ, reason="ALIGN_TF_RAY=1 runs Ray")
-def test_ray_gives_the_same_files_with_a_worker_killed(whole, folder, checkpoint, tmp_path):
+def test_ray_gives_the_same_files_with_a_worker_killed(whole, folder, name, tmp_path):
     pytest.importorskip("ray")
     output, workers = tmp_path / "embeds", []
     output.mkdir()
     killer = threading.Thread(target=kill_a_worker, args=(output, workers), daemon=True)
     killer.start()
-    summary = embed(folder, output, model=checkpoint, engine="ray", workers=2, **SIZES)
+    summary = embed(folder, output, model=name, engine="ray", workers=2, **SIZES)
     killer.join()
     assert len(workers) == 2, workers
     assert summary == {**whole[1], "output": str(output)}
