@@ -1,20 +1,18 @@
 """`align-tf evaluate` on align-tiny and its example pictures."""
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from PIL import Image
 
-from align_tf import AlignModel, AlignProcessor
+from align_tf.cli import evaluate as command
 from align_tf.cli.main import main
-from align_tf.evaluation import tasks
+from align_tf.evaluation import Embedder, tasks
 from align_tf.evaluation.tasks import class_folders, class_labels, read_templates
 from align_tf.hub import BUNDLED
 
@@ -22,10 +20,19 @@ EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 BROKEN = EXAMPLES[0].read_bytes()[:200]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_model():
+    """Loads align-tiny once, and traces it once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "load", functools.cache(command.load))
+        patch.setattr(tasks, "Embedder", functools.cache(tasks.Embedder))
+        yield
+
+
 @pytest.fixture(scope="module")
-def evaluate():
-    """Runs a task without loading align-tiny anew."""
-    model, processor = (c.from_pretrained("align-tiny") for c in (AlignModel, AlignProcessor))
+def evaluate(one_model):
+    """Runs a task."""
+    model, processor = command.load("align-tiny")
 
     def run(task, data, train_data=None, labels=None, templates=None):
         options = argparse.Namespace(
@@ -191,21 +198,16 @@ def test_the_command_prints_a_table_and_writes_json(capsys, classes, tmp_path):
     assert json.loads(capsys.readouterr().out) == report
 
 
-def test_interrupted_it_writes_nothing(classes, tmp_path):
+def test_interrupted_it_writes_nothing(classes, tmp_path, monkeypatch, capsys):
     output = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "align_tf.cli", "evaluate", "--task", "zero-shot"]
-    process = subprocess.Popen(
-        [*command, "--data", str(classes), "--output", str(output)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert "Loading" in process.stderr.readline()
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert err.strip().splitlines()[-1] == "align-tf: stopped"
+    embed = Embedder.images
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return embed(*arguments)
+
+    monkeypatch.setattr(Embedder, "images", interrupted)
+    arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes)]
+    assert main([*arguments, "--output", str(output)]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "align-tf: stopped"
     assert not output.exists()
