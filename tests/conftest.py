@@ -7,8 +7,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # nodes in their errors than those that were recorded.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+import contextlib
 import pathlib
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
@@ -18,6 +21,7 @@ import safetensors.numpy
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"
+SERVING = pathlib.Path(__file__).parents[1] / "serving"
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +108,72 @@ def golden(tmp_path: pathlib.Path) -> Callable:
         return arrays, folder
 
     return read
+
+
+# --- align-tiny, exported and served: once a worker -----------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory) -> pathlib.Path:
+    """A folder named align with align-tiny's SavedModel, version 1: not to be written to."""
+    from align_tf import export_saved_model
+
+    folder = tmp_path_factory.mktemp("models") / "align"
+    model = AlignModel.from_pretrained("align-tiny")
+    export_saved_model(model, AlignProcessor.from_pretrained("align-tiny"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_export, tmp_path_factory) -> Iterator:
+    """A running server of `tiny_export` that reads serving/'s files: labels, batching, metrics."""
+    pytest.importorskip("tensorflow_serving")
+    from align_tf.server import ModelServer
+    from align_tf.server.batching import read_batching_parameters
+    from align_tf.server.prometheus import read_monitoring_config
+
+    config = tmp_path_factory.mktemp("config") / "models.config"
+    text = (SERVING / "models.config").read_text()
+    config.write_text(text.replace('"/models/', f'"{tiny_export.parent}/'))
+    with ModelServer(
+        None,
+        model_config_file=config,
+        batching=read_batching_parameters(SERVING / "batching.config"),
+        metrics_path=read_monitoring_config(SERVING / "monitoring.config"),
+    ) as server:
+        yield server
+
+
+# --- ports and packages ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def keep_port() -> Iterator[Callable[[], int]]:
+    """Finds a port and keeps it: it refuses, and no one is given it but who asks for this one."""
+    with contextlib.ExitStack() as kept:
+
+        def keep() -> int:
+            taken = kept.enter_context(socket.socket())
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(("127.0.0.1", 0))
+            return taken.getsockname()[1]
+
+        yield keep
+
+
+@pytest.fixture
+def absent(monkeypatch) -> Callable[..., None]:
+    """Makes a package one that is not installed, and has a package of ours import it anew."""
+
+    def make(package: str, importer: str | None = None) -> None:
+        for name in list(sys.modules):
+            if importer and name.startswith(f"{importer}."):
+                parent, _, last = name.rpartition(".")
+                if last in vars(sys.modules[parent]):  # what imports it anew sets this too
+                    monkeypatch.setattr(sys.modules[parent], last, sys.modules[name])
+                monkeypatch.delitem(sys.modules, name)
+            elif name.startswith(f"{package}."):
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return make

@@ -747,6 +747,17 @@ def test_warmup_requests_are_run_and_must_fit(tmp_path):
 
 def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatch):
     monkeypatch.setattr(servables, "POLL_SECONDS", 0.02)
+    update, polls = servables.Servables._update, []
+
+    def counted(*arguments):
+        polls.append(update(*arguments))
+
+    def wait_for_two_polls():  # the first may have begun before
+        enough = len(polls) + 2
+        while len(polls) < enough:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(servables.Servables, "_update", counted)
     folder = make_versions(tmp_path, 1)
     body = '{"instances": [[1, 2, 3, 4]]}'
     one, two = [[8.5714283, 10.0, 11.4285717]], [[17.1428566, 20.0, 22.8571434]]
@@ -755,7 +766,7 @@ def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatc
         assert predict(server, body, path) == (200, {"predictions": one})
         (folder / "2").mkdir()  # as a copy that is under way
         shutil.copy(PROBE / "2" / "saved_model.pb", folder / "2")
-        time.sleep(0.2)
+        wait_for_two_polls()
         assert predict(server, body, path) == (200, {"predictions": one})
         (folder / "2" / "variables").mkdir()
         for file in (PROBE / "2" / "variables").iterdir():
@@ -774,19 +785,14 @@ def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatc
         assert old == (404, {"error": "Servable not found for request: Specific(align, 1)"})
         shutil.rmtree(folder / "2")  # nothing to take its place: it stays
         shutil.rmtree(folder / "1")
-        time.sleep(0.2)
+        wait_for_two_polls()
         assert predict(server, body, path) == (200, {"predictions": two})
 
 
-SERVE = """
-import sys
-from align_tf.server import ModelServer; from align_tf.server.model_server import serve
-serve(ModelServer(sys.argv[1]))
-"""
-
-
+@pytest.mark.slow
 def test_serve_says_where_and_stops_on_ctrl_c():
-    command = [sys.executable, "-c", SERVE, os.fspath(PROBE)]
+    command = [sys.executable, "-m", "align_tf.cli", "serve", os.fspath(PROBE)]
+    command += ["--grpc-port", "0", "--rest-port", "0"]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -801,14 +807,3 @@ def test_serve_says_where_and_stops_on_ctrl_c():
             assert process.wait(300) == 0
         finally:
             process.kill()
-
-
-@pytest.mark.parametrize(
-    "package", ["grpc", "grpc_health", "starlette", "uvicorn", "tensorflow_serving"]
-)
-def test_a_missing_extra_is_named(package):
-    code = f"import sys; sys.modules[{package!r}] = None; import align_tf.server"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1] == (
-        'ModuleNotFoundError: the server needs extra packages: pip install "align-tf[serve]"'
-    )

@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from align_tf.cli.main import main
-from align_tf.server import Limits, ModelServer, servables
+from align_tf.server import Limits, ModelServer, grpc_services, servables
 from align_tf.server.batching import BatchingParameters
 from align_tf.server.model_server import _bind
 from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
@@ -126,11 +126,25 @@ def test_callers_that_are_batched_get_their_own_answers(batched):
         outputs = predictions.Predict(grpc_request(x)).outputs
         return np.allclose(tf.make_ndarray(outputs["y"]), expected)
 
-    before = metric(batched, "batching_session:wrapped_run_count")
     with stub(batched) as predictions, concurrent.futures.ThreadPoolExecutor(16) as callers:
         assert all(callers.map(one, range(200)))
-    assert metric(batched, "batching_session:wrapped_run_count") - before < 150
     assert metric(batched, "batching_session:queuing_latency_count") >= 160
+
+
+def test_callers_that_wait_share_a_batch(batched, monkeypatch):
+    with concurrent.futures.ThreadPoolExecutor(8) as callers:
+        held = Held(batched, monkeypatch)
+        answers = []
+        for _ in range(batched._batcher.parameters.num_batch_threads):
+            answers.append(callers.submit(predict, batched.rest_port))
+            held.wait()
+        answers += [callers.submit(predict, batched.rest_port) for _ in range(6)]
+        while sum(len(batch.tasks) for batch in batched._batcher._waiting) < 6:
+            time.sleep(0.01)
+        before = metric(batched, "batching_session:wrapped_run_count")
+        held.go.set()
+        assert [answer.result() for answer in answers] == [(200, ANSWER)] * 8
+    assert metric(batched, "batching_session:wrapped_run_count") - before == 1
 
 
 def test_label_lists_of_different_lengths_share_a_batch(batched):
@@ -181,8 +195,16 @@ def test_a_full_batching_queue_is_unavailable(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    """One with room for two predictions, which takes 1000 bytes and waits for half a second."""
-    limits = Limits(1000, max_concurrent_requests=1, max_queued_requests=1, client_timeout=0.5)
+    """One with room for two predictions, which takes 1000 bytes."""
+    limits = Limits(1000, max_concurrent_requests=1, max_queued_requests=1)
+    with ModelServer(PROBE, limits=limits) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """One with room for one prediction, which waits for a client for half a second."""
+    limits = Limits(max_concurrent_requests=1, max_queued_requests=0, client_timeout=0.5)
     with ModelServer(PROBE, limits=limits) as running:
         yield running
 
@@ -211,18 +233,31 @@ def test_more_requests_than_the_limit_are_refused(small, monkeypatch):
     assert predict(small.rest_port) == (200, ANSWER)
 
 
-def test_a_call_whose_deadline_passed_in_the_queue_is_not_run(small, monkeypatch):
-    with stub(small) as predictions, concurrent.futures.ThreadPoolExecutor(1) as callers:
-        held = Held(small, monkeypatch)
-        running = callers.submit(predict, small.rest_port)
+def test_a_call_whose_deadline_passed_in_the_queue_is_not_run(monkeypatch):
+    contexts, answer = [], grpc_services.PredictionService.Predict
+
+    def noted(service, request, context):
+        contexts.append(context)
+        return answer(service, request, context)
+
+    monkeypatch.setattr(grpc_services.PredictionService, "Predict", noted)
+    limits = Limits(max_concurrent_requests=1, max_queued_requests=1)
+    with (
+        ModelServer(PROBE, limits=limits) as server,
+        stub(server) as predictions,
+        concurrent.futures.ThreadPoolExecutor(1) as callers,
+    ):
+        held = Held(server, monkeypatch)
+        running = callers.submit(predict, server.rest_port)
         held.wait()
         with pytest.raises(grpc.RpcError) as error:
             predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])), timeout=0.2)
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        time.sleep(1)  # so that the server, whose clock for the call began later, has seen it too
+        while not contexts or contexts[0].is_active():  # the server's clock began later
+            time.sleep(0.01)
         held.go.set()
         assert running.result() == (200, ANSWER)
-        assert predict(small.rest_port) == (200, ANSWER)
+        assert predict(server.rest_port) == (200, ANSWER)
     assert held.at_work.acquire(blocking=False)  # the last
     assert not held.at_work.acquire(blocking=False)
 
@@ -260,14 +295,14 @@ def received(connection):
 
 
 @pytest.mark.parametrize("sent", [b"", HEAD[:30]])
-def test_a_head_that_does_not_come_is_not_waited_for(small, sent):
-    with connected(small) as connection:
+def test_a_head_that_does_not_come_is_not_waited_for(hasty, sent):
+    with connected(hasty) as connection:
         connection.sendall(sent)
         assert received(connection) == b""
 
 
-def test_a_second_head_that_does_not_come_is_not_waited_for(small):
-    with connected(small) as connection:
+def test_a_second_head_that_does_not_come_is_not_waited_for(hasty):
+    with connected(hasty) as connection:
         connection.sendall(HEAD + ROW)
         answer = b""
         while not answer.endswith(b"]\n    ]\n}"):
@@ -278,8 +313,8 @@ def test_a_second_head_that_does_not_come_is_not_waited_for(small):
 
 
 @pytest.mark.parametrize("trickled", [False, True])
-def test_a_body_that_does_not_come_is_not_waited_for(small, trickled):
-    with connected(small) as connection:
+def test_a_body_that_does_not_come_is_not_waited_for(hasty, trickled):
+    with connected(hasty) as connection:
         connection.sendall(HEAD)
 
         def trickle():
@@ -290,7 +325,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(small, trickled):
 
         if trickled:
             threading.Thread(target=trickle, daemon=True).start()
-        assert predict(small.rest_port) == (200, ANSWER)
+        assert exchange(hasty, HEAD + ROW).startswith(b"HTTP/1.1 200 OK")
         head, _, body = received(connection).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 Request Timeout") and b"connection: close" in head
     assert re.fullmatch(r"The body did not come within 0.5\d* s", json.loads(body)["error"])
@@ -323,12 +358,12 @@ def test_a_body_that_turns_out_too_large_is_not_kept(small):
 
 def test_a_body_that_keeps_coming_has_more_time():
     limits = Limits(client_timeout=0.3)
-    body = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 200_000)
+    body = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 2_000_000)
     with ModelServer(PROBE, limits=limits) as server, connected(server) as connection:
         connection.sendall(HEAD.replace(b"29", b"%d" % len(body)))
-        connection.sendall(body[:150_000])
+        connection.sendall(body[:1_500_000])
         time.sleep(1)
-        connection.sendall(body[150_000:])
+        connection.sendall(body[1_500_000:])
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
 
 
@@ -592,13 +627,8 @@ def test_a_request_on_its_way_is_answered_when_the_server_stops():
         stopping.result(60)
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-def test_a_port_refuses_until_the_models_are_loaded(monkeypatch):
-    server = ModelServer(PROBE, rest_port=free_port(), grpc_port=free_port())
+def test_a_port_refuses_until_the_models_are_loaded(monkeypatch, keep_port):
+    server = ModelServer(PROBE, rest_port=keep_port(), grpc_port=keep_port())
     load = server._servables.start
 
     def loading():
@@ -629,10 +659,11 @@ def served(*flags):
             process.kill()
 
 
-def test_kill_loses_what_is_in_flight_and_sigterm_nothing(tmp_path):
+@pytest.mark.slow
+def test_kill_loses_what_is_in_flight_and_sigterm_nothing(tmp_path, keep_port):
     (tmp_path / "batching").write_text("max_batch_size { value: 8 }")
     (tmp_path / "monitoring").write_text("prometheus_config { enable: true }")
-    port = free_port()
+    port = keep_port()
     flags = ["--rest-port", str(port), "--grpc-port", "0", "--max-concurrent-requests", "16"]
     flags += ["--enable-batching", "--batching-parameters-file", os.fspath(tmp_path / "batching")]
     flags += ["--monitoring-config-file", os.fspath(tmp_path / "monitoring")]
