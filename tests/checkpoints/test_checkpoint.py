@@ -17,8 +17,7 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
-from align_tf.checkpoints import name_table
-from align_tf.checkpoints import tensors as tensors_module
+from align_tf.checkpoints import name_table, tensors as tensors_module
 from align_tf.files import CheckpointError
 from align_tf.hub import resolve_folder
 
@@ -541,13 +540,14 @@ def test_what_the_hub_answers_for_is_available(cache):
     asked_slow, done = threading.Event(), threading.Event()
 
     class Hub(http.server.BaseHTTPRequestHandler):
-        """Has someone/tiny, and lets someone/slow wait."""
+        """Has someone/tiny, and someone/slow, for which it lets wait."""
 
         def do_HEAD(self):
             if "/slow/" in self.path:
                 asked_slow.set()
-                done.wait()
-            self.send_response(200 if self.path.startswith("/someone/tiny/resolve/") else 404)
+                done.wait(60)
+            known = self.path.startswith(("/someone/tiny/resolve/", "/someone/slow/resolve/"))
+            self.send_response(200 if known else 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -563,10 +563,10 @@ def test_what_the_hub_answers_for_is_available(cache):
         environment["HF_HUB_CACHE"] = str(cache)
         found = available("someone/tiny", "someone/nothing", **environment)
         slow = available("someone/slow", timeout=0.1, **environment)
+        assert asked_slow.wait(60)
         done.set()
         hub.shutdown()
-    assert found == "[True, False]"
-    assert slow == "[False]" and asked_slow.is_set()
+    assert (found, slow) == ("[True, False]", "[False]")
     assert available("someone/tiny", **environment) == "[False]"
 
 
