@@ -16,10 +16,10 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from align_tf import AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
-from align_tf.data import dataset as dataset_module
-from align_tf.data import make_dataset, records
+from align_tf import AlignImageProcessor, AlignProcessor, AlignTokenizer
+from align_tf.data import dataset as dataset_module, make_dataset, records
 from align_tf.data.readers import open_source
+from align_tf.preprocessing.image_processing import BROKEN, FINE
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "red", "a"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -171,21 +171,48 @@ def source(tmp_path_factory):
     return get
 
 
+class ImagesOfPng(AlignImageProcessor):
+    """Reads PNG alone: a graph with every format takes each data set three seconds to build."""
+
+    def _read(self, image_bytes):
+        image = tf.cond(
+            tf.strings.substr(image_bytes, 0, 4) == b"\x89PNG",
+            lambda: tf.io.decode_png(image_bytes, 3),
+            lambda: tf.zeros([0, 0, 3], tf.uint8),
+        )
+        problem = tf.where(tf.size(image) > 0, FINE, BROKEN)
+        return image, problem, tf.shape(image, tf.int64)[:2]
+
+
+SCALE = {"rescale_factor": 1.0, "rescale_offset": False}
+
+
 @pytest.fixture(scope="module")
-def processor() -> AlignProcessor:
+def full_processor() -> AlignProcessor:
+    images = AlignImageProcessor(size=SIDE, crop_size=CROP, max_image_pixels=SIDE * SIDE, **SCALE)
+    return AlignProcessor(images, AlignTokenizer(VOCAB))
+
+
+@pytest.fixture(scope="module")
+def png_processor(full_processor) -> AlignProcessor:
+    """Gives what `full_processor` does, of intact PNG files."""
     return AlignProcessor(
-        AlignImageProcessor(size=SIDE, crop_size=CROP, rescale_factor=1.0, rescale_offset=False),
-        AlignTokenizer(VOCAB),
+        ImagesOfPng(do_resize=False, crop_size=CROP, **SCALE), full_processor.tokenizer
     )
 
 
 @pytest.fixture
-def batches(processor):
+def batches(png_processor):
     """Makes a dataset and lists its batches; endless ones must be cut by `take`."""
 
     def get(source, take: int = -1, **options) -> list[dict[str, np.ndarray]]:
-        settings = {"batch_size": 4, "length_buckets": BUCKETS, **options}
-        return list(make_dataset(source, processor, **settings).take(take).as_numpy_iterator())
+        settings = {
+            "processor": png_processor,
+            "batch_size": 4,
+            "length_buckets": BUCKETS,
+            **options,
+        }
+        return list(make_dataset(source, **settings).take(take).as_numpy_iterator())
 
     return get
 
@@ -401,8 +428,9 @@ def test_files_of_two_kinds_are_refused(source):
 
 
 @pytest.mark.parametrize("name", ["folder", "dataset"])
-def test_evaluation_is_in_order_and_filled_up(batches, source, name):
-    first, _, last = found = batches(source(name))
+def test_evaluation_is_in_order_and_filled_up(batches, full_processor, png_processor, source, name):
+    reading = full_processor if name == "folder" else png_processor
+    first, _, last = found = batches(source(name), processor=reading)
     assert texts(first) == ["ant", "bee", "cat", "dog"]
     assert texts(last) == ["ibis", "jay", "", ""]
     assert [batch["sample_weight"].tolist() for batch in found] == [[1.0] * 4] * 2 + [[1, 1, 0, 0]]
@@ -445,18 +473,19 @@ def test_ids_are_alike_where_image_or_text_is(batches, tmp_path):
     assert together["text_ids"].tolist() == ids
 
 
-def test_buckets_change_no_embedding(batches, source, tiny_config):
-    model = AlignModel(tiny_config)
+def test_buckets_change_no_embedding(batches, source, model):
     (short,), (long,) = (
         batches(source("folder"), batch_size=10, length_buckets=buckets)
         for buckets in (BUCKETS, (16,))
     )
     assert (short["input_ids"].shape, long["input_ids"].shape) == ((10, 4), (10, 16))
     left, right = (
-        keras.ops.convert_to_numpy(model.get_text_features(dict(batch, sample_weight=None)))
+        keras.ops.convert_to_numpy(
+            keras.ops.normalize(model.get_text_features(dict(batch, sample_weight=None)))
+        )
         for batch in (short, long)
     )
-    np.testing.assert_allclose(left, right, atol=1e-6)
+    np.testing.assert_allclose(left, right, atol=1e-5)
 
 
 # --- order, shards and resume -----------------------------------------------------------------
@@ -547,9 +576,9 @@ def test_lengths(source):
 
 
 @pytest.mark.parametrize("name", ["folder", "dataset"])
-def test_too_few_records_for_a_training_batch(processor, source, name):
+def test_too_few_records_for_a_training_batch(full_processor, source, name):
     with pytest.raises(ValueError, match="expected 11 or more for a batch"):
-        make_dataset(source(name), processor, batch_size=11, training=True)
+        make_dataset(source(name), full_processor, batch_size=11, training=True)
 
 
 @pytest.mark.parametrize(
@@ -561,16 +590,16 @@ def test_too_few_records_for_a_training_batch(processor, source, name):
         ({"length_buckets": (1,)}, "expected lengths of 2 tokens or more"),
     ],
 )
-def test_arguments_out_of_range(processor, source, option, message):
+def test_arguments_out_of_range(full_processor, source, option, message):
     with pytest.raises(ValueError, match=message):
-        make_dataset(source("folder"), processor, **{"batch_size": 4, **option})
+        make_dataset(source("folder"), full_processor, **{"batch_size": 4, **option})
 
 
 # --- augmentation -----------------------------------------------------------------------------
 
 
-def test_training_crops_flips_and_draws_captions(batches, source):
-    found = batches(source("folder"), 8, batch_size=10, training=True)
+def test_training_crops_flips_and_draws_captions(batches, full_processor, source):
+    found = batches(source("folder"), 8, processor=full_processor, batch_size=10, training=True)
     images = np.concatenate([batch["pixel_values"] for batch in found]).astype(int)  # (80, 8, 8, 3)
     rows, columns = images[..., 0] // 10, images[..., 1] // 10
     flipped = columns[:, 0, 0] > columns[:, 0, -1]
@@ -601,15 +630,16 @@ def test_training_without_augmentation_takes_the_centers(batches, source):
 # --- what is left out -------------------------------------------------------------------------
 
 
-def test_corrupt_records_have_no_weight_and_are_reported(batches, tmp_path, capfd):
+def test_corrupt_records_have_no_weight_and_are_reported(batches, full_processor, tmp_path, capfd):
     write_folder(tmp_path)
     (tmp_path / "part0" / "bee.png").write_bytes(RECORDS[1][1][:60])
     (tmp_path / "part0" / "cat.txt").write_text(" \n")
     (tmp_path / "part0" / "eel.png").unlink()
     (tmp_path / "part0" / "eel.png").symlink_to(tmp_path / "gone.png")
-    found = batches(tmp_path, epochs=2)
+    (tmp_path / "part1" / "fox.png").write_bytes(encoded(5, side=SIDE + 1))
+    found = batches(tmp_path, processor=full_processor, epochs=2)
     weights = [batch["sample_weight"].tolist() for batch in found]
-    assert weights == [[1, 0, 0, 1], [0, 1, 1, 1], [1, 1, 0, 0]] * 2
+    assert weights == [[1, 0, 0, 1], [0, 0, 1, 1], [1, 1, 0, 0]] * 2
     assert texts(found[0]) == ["ant", "bee", "", "dog"]
     assert all(np.isfinite(batch["pixel_values"]).all() for batch in found)
     lines = sorted(capfd.readouterr().err.strip().split("\n"))
@@ -617,6 +647,7 @@ def test_corrupt_records_have_no_weight_and_are_reported(batches, tmp_path, capf
         f"{tmp_path}: left out part0/bee: not a decodable image",
         f"{tmp_path}: left out part0/cat: no caption",
         f"{tmp_path}: left out part0/eel: no image, or its file cannot be read",
+        f"{tmp_path}: left out part1/fox: the image declares more pixels than max_image_pixels",
     ]
 
 
@@ -630,14 +661,6 @@ def test_too_many_corrupt_records_end_the_dataset(batches, tmp_path):
         tf.errors.InvalidArgumentError, match=r"dog: .* 2 records left out; max_err"
     ):
         batches(tmp_path, max_errors=1)
-
-
-def test_an_image_that_declares_too_much(batches, source, processor, capfd):
-    settings = {**processor.image_processor.to_dict(), "max_image_pixels": 100}
-    small = AlignProcessor(AlignImageProcessor.from_dict(settings), processor.tokenizer)
-    (batch,) = make_dataset(source("folder"), small, batch_size=10).as_numpy_iterator()
-    assert batch["sample_weight"].tolist() == [0] * 10
-    assert "more pixels than max_image_pixels" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tfrecord", "a.tar.gz", "a.tfrecord.gz"])
@@ -688,13 +711,13 @@ print(keras.backend.backend())
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_model_fits_on_both_backends(source, processor, tiny_config, tmp_path, backend):
-    pytest.importorskip(backend)
+@pytest.mark.slow
+def test_model_fits_on_jax(source, full_processor, tiny_config, tmp_path):
+    pytest.importorskip("jax")
     tiny_config.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    full_processor.save_pretrained(tmp_path)
     command = [sys.executable, "-c", FIT, str(tmp_path), str(source("folder"))]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == backend
+    assert done.stdout.strip() == "jax"
