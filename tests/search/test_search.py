@@ -13,8 +13,16 @@ from PIL import Image
 
 from align_tf import AlignModel
 from align_tf.cli.main import main
-from align_tf.search import Hit, Index, Searcher, build_index, embed, gallery, recall
-from align_tf.search import index as index_module
+from align_tf.search import (
+    Hit,
+    Index,
+    Searcher,
+    build_index,
+    embed,
+    gallery,
+    index as index_module,
+    recall,
+)
 from align_tf.search.collection import Collection, Settings, Shard, write_shard
 from align_tf.search.encoder import Encoder
 
@@ -182,9 +190,9 @@ def pictures(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def index(pictures, checkpoint, tmp_path_factory) -> pathlib.Path:
+def index(one_model, pictures, checkpoint, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("search")
-    embed(pictures, folder / "embeds", model=checkpoint)
+    embed(pictures, folder / "embeds", model=str(checkpoint))
     build_index(folder / "embeds", folder / "index")
     return folder / "index"
 
@@ -246,9 +254,8 @@ def test_another_model_is_refused(index, tiny_config, processor, tmp_path, capsy
     assert last.startswith("align-tf: error:") and "fingerprint" in last
 
 
-def test_a_server_of_the_model_answers_alike(index, searcher, processor, pictures):
-    model = AlignModel.from_pretrained(searcher.index.about["model"])
-    served = Searcher(index, client=Encoder(model, processor))
+def test_a_server_of_the_model_answers_alike(index, searcher):
+    served = Searcher(index, client=searcher.encoder)
     for ours, theirs in zip(searcher.search("red"), served.search("red"), strict=True):
         assert theirs.id == ours.id and theirs.score == pytest.approx(ours.score, abs=1e-5)
 
