@@ -149,6 +149,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_bombs_cost_little_memory(tmp_path):
     fine = ["jpeg 0 0", "jpeg cmyk", "png 2 8", "png 0 16", "gif 87a", "bmp 8", "bmp 24", "webp"]

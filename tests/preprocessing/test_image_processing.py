@@ -2,6 +2,7 @@
 
 import io
 import struct
+from collections.abc import Callable
 
 import image_files
 import numpy as np
@@ -36,9 +37,32 @@ def small() -> AlignImageProcessor:
     return processor
 
 
+def graph_of(processor: AlignImageProcessor) -> Callable:
+    return tf.function(processor.decode, input_signature=[tf.TensorSpec([], tf.string)])
+
+
 @pytest.fixture(scope="module")
-def decode():
-    return tf.function(AlignImageProcessor().decode, input_signature=[tf.TensorSpec([], tf.string)])
+def decode() -> Callable:
+    return graph_of(AlignImageProcessor())
+
+
+@pytest.fixture(scope="module")
+def decode_upright() -> Callable:
+    return graph_of(AlignImageProcessor(apply_exif_orientation=True))
+
+
+@pytest.fixture(scope="module")
+def resizers() -> dict[int, AlignImageProcessor]:
+    """By `resample`; the graph of each is built once."""
+    return {
+        resample: AlignImageProcessor(
+            size={"height": 46, "width": 53},
+            resample=resample,
+            do_center_crop=False,
+            do_rescale=False,
+        )
+        for resample in (0, 2, 3)
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -75,15 +99,13 @@ def test_pixels_of_bytes_and_of_a_pillow_image_are_equal(small):
         *(pytest.param(size, marks=PILLOW_13) for size in ((900, 300), (60, 47), (300, 80))),
     ],
 )
-def test_resize_equals_pillow(size, resample):
+def test_resize_equals_pillow(resizers, size, resample):
     array = np.random.default_rng(2).integers(0, 256, (*size, 3), dtype=np.uint8)
     array[:, size[1] // 2 :] //= 255  # edges, where bicubic leaves 0..255
     array[:, size[1] // 2 :] *= 255
-    processor = AlignImageProcessor(
-        size={"height": 46, "width": 53}, resample=resample, do_center_crop=False, do_rescale=False
-    )
     expected = PIL.Image.fromarray(array).resize((53, 46), resample)
-    np.testing.assert_array_equal(processor.preprocess_array(array), np.asarray(expected))
+    resized = resizers[resample].preprocess_array(array)
+    np.testing.assert_array_equal(resized, np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -155,16 +177,15 @@ def test_original_mode(picture):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_orientation(picture, orientation, order):
+def test_exif_orientation(picture, decode, decode_upright, orientation, order):
     entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, orientation, 0)
     tiff = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, 1) + entry
     encoded = encode(picture, "JPEG", exif=b"Exif\0\0" + tiff + bytes(4))
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         expected = np.asarray(PIL.ImageOps.exif_transpose(image))
         unturned = np.asarray(image)
-    upright = AlignImageProcessor(apply_exif_orientation=True)
-    np.testing.assert_array_equal(upright.decode(tf.constant(encoded)), expected)
-    np.testing.assert_array_equal(AlignImageProcessor().decode(tf.constant(encoded)), unturned)
+    np.testing.assert_array_equal(decode_upright(encoded), expected)
+    np.testing.assert_array_equal(decode(encoded), unturned)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
@@ -229,6 +250,7 @@ def test_batch_equals_rows(picture):
     assert processor.pixel_values(files[:0]).shape == (0, 15, 15, 3)
 
 
+@pytest.mark.slow  # and tests of the data and of the export would see it
 def test_inside_tf_data_and_a_saved_model(picture, tmp_path):
     processor = AlignImageProcessor(size=20, crop_size=15)
     file = encode(picture, "JPEG")
