@@ -1,9 +1,9 @@
 """Absent extras: one line for each, with the pip command that brings what is needed."""
 
 import configparser
+import importlib
 import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -78,16 +78,20 @@ ABSENT = [
         run._summary_writer,
         'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"',
     ),
+    *(
+        (
+            package,
+            lambda folder: importlib.import_module("align_tf.server.model_server"),
+            'the server needs extra packages: pip install "align-tf[serve]"',
+        )
+        for package in ("grpc", "grpc_health", "starlette", "uvicorn", "tensorflow_serving")
+    ),
 ]
 
 
 @pytest.mark.parametrize(("package", "ask", "line"), ABSENT)
-def test_an_absent_package_is_a_line_with_the_pip_command(
-    package, ask, line, tmp_path, monkeypatch
-):
-    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
+def test_an_absent_package_is_a_line_with_the_pip_command(package, ask, line, tmp_path, absent):
+    absent(package, "align_tf.server")
     (tmp_path / "a.parquet").touch()
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(line)}$") as error:
@@ -99,6 +103,8 @@ def test_each_extra_that_is_named_is_one_of_the_package():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     named = set()
-    for file in (ROOT / "align_tf").glob("*.py"):
+    for file in (ROOT / "align_tf").rglob("*.py"):
         named.update(re.findall(r'\bextra\("(\w+)"', file.read_text(encoding="utf-8")))
-    assert {"serve", "search", "torch"} <= named <= set(setup["options.extras_require"])
+    assert (
+        {"serve", "search", "ray", "torch", "plot"} <= named <= set(setup["options.extras_require"])
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from align_tf.hub import BUNDLED
 if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
 
+TESTS = pathlib.Path(__file__).parents[1]
+SERVING = TESTS.parent / "serving"
+MODELS = TESTS / "goldens" / "tf_serving" / "models.config"
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 
 
@@ -29,8 +33,9 @@ def run(capsys, *arguments):
 
 def test_help_loads_nothing_heavy():
     script = (
-        "import sys, align_tf.cli.main\n"
-        "try: align_tf.main(['--help'])\n"
+        "import sys\n"
+        "from align_tf.cli.main import main\n"
+        "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'tensorflow', 'keras', 'numpy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -100,8 +105,8 @@ def test_a_mistake_ends_in_one_line(capsys, arguments, expected):
     assert last.startswith("align-tf: error:") and expected in last
 
 
-def test_export_prints_the_folder_alone(capsys, tmp_path):
-    code, out, _ = run(capsys, "export", "--output", tmp_path / "align")
+def test_export_prints_the_folder_alone(capsys, checkpoint, tmp_path):
+    code, out, _ = run(capsys, "export", "--model", checkpoint, "--output", tmp_path / "align")
     assert code == 0
     assert out.strip() == str(tmp_path / "align" / "1")
     assert (tmp_path / "align" / "1" / "saved_model.pb").is_file()
@@ -121,6 +126,46 @@ def test_quickstart_gives_the_same_answer_three_ways(capsys, tmp_path):
     assert np.mean(right) >= 0.8
 
 
+def test_serve_answers_as_its_flags_say_until_ctrl_c(capsys, monkeypatch):
+    pytest.importorskip("tensorflow_serving")
+    from align_tf.client import AlignClient, AlignServerError
+    from align_tf.server import ModelServer
+
+    seen, wait = {}, ModelServer.wait
+
+    def ask(port, protocol, inputs):
+        settings = {"model_name": "probe", "version_label": "stable", "protocol": protocol}
+        with AlignClient(f"127.0.0.1:{port}", **settings) as client:
+            return client.predict({"x": inputs})["y"].shape
+
+    def asked_and_stopped(server, announce):
+        def announce_and_stop():
+            announce()
+            seen["REST"] = ask(server.rest_port, "rest", np.ones((1, 4)))
+            seen["gRPC"] = ask(server.grpc_port, "grpc", np.ones((1, 4)))
+            with pytest.raises(AlignServerError, match="larger than 1000 bytes"):
+                ask(server.rest_port, "rest", np.ones((100, 4)))
+            page = f"http://127.0.0.1:{server.rest_port}/monitoring/prometheus/metrics"
+            seen["metrics"] = urllib.request.urlopen(page, timeout=60).read()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        wait(server, announce_and_stop)
+
+    monkeypatch.setattr(ModelServer, "wait", asked_and_stopped)
+    monkeypatch.setenv("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS", "0")  # the command's default stays in it
+    flags = ["--model-config-file", MODELS, "--grpc-port", "0", "--rest-port", "0"]
+    flags += ["--enable-batching", "--batching-parameters-file", SERVING / "batching.config"]
+    flags += ["--monitoring-config-file", SERVING / "monitoring.config"]
+    code, out, err = run(capsys, "serve", *flags, "--max-request-bytes", "1000")
+    assert (code, out) == (0, "")
+    assert b"wrapped_run_count" in seen.pop("metrics")
+    assert seen == {"REST": (1, 3), "gRPC": (1, 3)}
+    first, *_, last = err.splitlines()
+    assert first.startswith("Serving probe (versions 1, 2): gRPC at 127.0.0.1:")
+    assert last == "Stopping ..."
+
+
+@pytest.mark.slow
 def test_quickstart_keeps_serving_until_it_is_stopped(tmp_path):
     pytest.importorskip("tensorflow_serving")
     process = subprocess.Popen(
@@ -157,14 +202,9 @@ def test_classify_accepts_any_picture_file(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["serve", "models"], ["quickstart"]])
-def test_an_absent_extra_names_the_pip_command(command):
-    script = (
-        "import sys\n"
-        "sys.modules['tensorflow_serving'] = None\n"
-        "from align_tf.cli.main import main\n"
-        f"sys.exit(main({command!r}))"
-    )
-    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert shown.returncode == 2
-    last = shown.stderr.strip().splitlines()[-1]
+def test_an_absent_extra_names_the_pip_command(capsys, absent, command):
+    absent("tensorflow_serving", "align_tf.server")
+    code, out, err = run(capsys, *command)
+    assert (code, out) == (2, "")
+    last = err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and 'pip install "align-tf[serve]"' in last
