@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import keras
 import numpy as np
@@ -265,15 +264,22 @@ def test_the_command(folder, name, whole, tmp_path, capsys):
     assert contents(tmp_path / "e") == contents(whole[0])
 
 
-def kill_a_worker(output: pathlib.Path, killed: list[int]) -> None:
-    """Kills one of two workers of Ray once a shard is written."""
-    while not list(output.glob("shard-*")):
-        time.sleep(0.01)
+def kill_a_worker(output: pathlib.Path, workers: list[int], ended: threading.Event) -> None:
+    """Kills one of two workers of Ray once both are there and a shard is written."""
+    while len(workers) < 2 and not ended.wait(0.01):
+        if list(output.glob("shard-*")):
+            workers[:] = ray_workers()
+    if len(workers) == 2:
+        os.kill(workers[0], signal.SIGKILL)
+
+
+def ray_workers() -> list[int]:
+    found = []
     for cmdline in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if cmdline.read_bytes().startswith(b"ray::") and b"_Worker" in cmdline.read_bytes():
-                killed.append(int(cmdline.parent.name))
-    os.kill(killed[0], signal.SIGKILL)
+                found.append(int(cmdline.parent.name))
+    return found
 
 
 # Starting Ray and its workers takes half a minute.
@@ -282,9 +288,11 @@ def test_ray_gives_the_same_files_with_a_worker_killed(whole, folder, name, tmp_
     pytest.importorskip("ray")
     output, workers = tmp_path / "embeds", []
     output.mkdir()
-    killer = threading.Thread(target=kill_a_worker, args=(output, workers), daemon=True)
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_worker, args=(output, workers, ended), daemon=True)
     killer.start()
     summary = embed(folder, output, model=name, engine="ray", workers=2, **SIZES)
+    ended.set()
     killer.join()
     assert len(workers) == 2, workers
     assert summary == {**whole[1], "output": str(output)}
