@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import PIL.Image
@@ -26,8 +27,10 @@ from align_tf.client import (
     TensorSpec,
     Tls,
     VersionStatus,
+    align_client,
+    endpoint,
 )
-from align_tf.client.endpoint import Attempts
+from align_tf.client.endpoint import Attempts, ServerUnavailable
 from align_tf.server import ModelServer
 
 
@@ -221,9 +224,8 @@ def test_wrong_settings(arguments, message):
 
 
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_an_unreachable_address_is_named(protocol):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
+def test_an_unreachable_address_is_named(protocol, keep_port):
+    port = keep_port()
     with pytest.raises(ConnectionError, match=f"127.0.0.1:{port}: cannot reach the server"):
         AlignClient(f"127.0.0.1:{port}", protocol=protocol, retries=1).status()
 
@@ -267,11 +269,11 @@ def test_a_client_serves_many_threads(client):
         assert list(sizes) == list(range(100))
 
 
-def test_a_restarted_server_is_found_again(model_dir):
-    with ModelServer(model_dir) as first:
-        client = AlignClient(f"127.0.0.1:{first.rest_port}")
+def test_a_restarted_server_is_found_again(model_dir, keep_port):
+    port = keep_port()
+    client = AlignClient(f"127.0.0.1:{port}")
+    with ModelServer(model_dir, rest_port=port):
         assert client.embed_texts(["ab"])[0, 0] == 2
-        port = first.rest_port
     with ModelServer(model_dir, rest_port=port):
         assert client.embed_texts(["abc"])[0, 0] == 3
 
@@ -295,15 +297,13 @@ def test_the_rest_half_imports_no_tensorflow(server, tmp_path):
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
-def test_grpc_without_its_packages_says_so():
-    code = (
-        "import sys; sys.modules['grpc'] = None\n"
-        "from align_tf.client import AlignClient\n"
-        "AlignClient('localhost', protocol='grpc')"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.splitlines()[-1] == (
-        'ModuleNotFoundError: the gRPC client needs extra packages: pip install "align-tf[serve]"'
+@pytest.mark.parametrize("package", ["grpc", "tensorflow_serving"])
+def test_grpc_without_its_packages_says_so(absent, package):
+    absent(package)
+    with pytest.raises(ModuleNotFoundError) as error:
+        AlignClient("localhost", protocol="grpc")
+    assert str(error.value) == (
+        'the gRPC client needs extra packages: pip install "align-tf[serve]"'
     )
 
 
@@ -443,16 +443,34 @@ def test_async_streams_are_in_order_and_bounded(server):
 # --- retries -------------------------------------------------------------------------------
 
 
-def test_pauses_grow_and_end():
-    attempts = Attempts(timeout=1000, retries=9)
-    assert 1000 > attempts.timeout > attempts.timeout > 990  # one deadline for all attempts
-    pauses = [attempts.pause(ConnectionRefusedError()) for _ in range(9)]
+@pytest.fixture
+def clock(monkeypatch):
+    """The clients' own: it stands but for what they sleep, so that no test hangs on the speed."""
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+
+    def sleep(seconds):
+        clock.now += seconds
+
+    clock.sleep = sleep
+    for module in (align_client, endpoint):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_pauses_grow_and_end(clock):
+    attempts, gone = Attempts(timeout=1000, retries=9), ServerUnavailable()
+    assert attempts.timeout == 1000
+    pauses = [attempts.pause(gone) for _ in range(9)]
     for pause, longest in zip(pauses, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, 5], strict=True):
         assert longest / 2 <= pause <= longest
-    with pytest.raises(ConnectionRefusedError):
-        attempts.pause(ConnectionRefusedError())
-    with pytest.raises(ConnectionRefusedError):  # the pause would go beyond the deadline
-        Attempts(timeout=0.01, retries=9).pause(ConnectionRefusedError())
+    with pytest.raises(ServerUnavailable):
+        attempts.pause(gone)
+    clock.sleep(400)
+    assert attempts.timeout == 600  # one deadline for all attempts
+    with pytest.raises(ServerUnavailable):  # the pause would go beyond the deadline
+        Attempts(timeout=0.01, retries=9).pause(gone)
+    with pytest.raises(ConnectionError):  # a name that is not found, say
+        Attempts(timeout=1000, retries=9).pause(ConnectionError())
 
 
 @contextlib.contextmanager
@@ -555,14 +573,16 @@ def test_what_would_fail_again_is_asked_once():
             assert (len(calls), error.value.status) == (1, status)
 
 
-def test_retries_end():
+def test_retries_end(clock):
     with busy_rest(503, 99) as (address, calls):
         with pytest.raises(AlignServerError, match="busy"):
             AlignClient(address, retries=2).status()
         assert len(calls) == 3
+        started = clock.now
         with pytest.raises(AlignServerError, match="busy"):  # by the deadline
-            AlignClient(address, retries=1000, timeout=0.5).status()
-        assert 4 < len(calls) < 20
+            AlignClient(address, retries=1000, timeout=60).status()
+        assert 50 < clock.now - started < 60
+        assert 3 + 15 < len(calls) < 3 + 30
 
 
 SERVE = """
@@ -572,12 +592,32 @@ serve(ModelServer(sys.argv[1], grpc_port=int(sys.argv[2]), rest_port=int(sys.arg
 """
 
 
-def test_a_stream_outlives_a_server_that_is_killed(model_dir):
+@pytest.mark.parametrize("protocol", ["rest", "grpc"])
+def test_a_stream_outlives_a_server_that_stops(model_dir, keep_port, monkeypatch, protocol):
+    port, pause, paused = keep_port(), Attempts.pause, threading.Event()
+
+    def paused_once(attempts, error):
+        paused.set()
+        return pause(attempts, error)
+
+    monkeypatch.setattr(Attempts, "pause", paused_once)
+    settings = {"batch_size": 2, "timeout": 120, "retries": 200}
     with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as other,
+        AlignClient(f"127.0.0.1:{port}", protocol=protocol, **settings) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
-        ports = [str(free.getsockname()[1]) for free in (one, other)]
+        stream = client.stream_texts("x" * n for n in range(40))
+        with ModelServer(model_dir, **{f"{protocol}_port": port}):
+            rows = [row[0] for row in itertools.islice(stream, 5)]
+        rest = pool.submit(lambda: [row[0] for row in stream])
+        assert paused.wait(60)
+        with ModelServer(model_dir, **{f"{protocol}_port": port}):
+            assert rows + rest.result() == list(range(40))
+
+
+@pytest.mark.slow
+def test_a_stream_outlives_a_server_that_is_killed(model_dir, keep_port):
+    ports = [str(keep_port()), str(keep_port())]
 
     def start():
         command = [sys.executable, "-c", SERVE, os.fspath(model_dir), *ports]
