@@ -115,12 +115,18 @@ def golden(tmp_path: pathlib.Path) -> Callable:
 
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory) -> pathlib.Path:
-    """A folder named align with align-tiny's SavedModel, version 1: not to be written to."""
+    """A folder named align with align-tiny's SavedModel, version 1: not to be written to.
+
+    Without its warmup requests: a server would take as long as the export to run signatures that
+    few tests ask for.
+    """
     from align_tf import export_saved_model
+    from align_tf.export.saved_model import WARMUP_NAME
 
     folder = tmp_path_factory.mktemp("models") / "align"
     model = AlignModel.from_pretrained("align-tiny")
-    export_saved_model(model, AlignProcessor.from_pretrained("align-tiny"), folder)
+    processor = AlignProcessor.from_pretrained("align-tiny")
+    (export_saved_model(model, processor, folder) / "assets.extra" / WARMUP_NAME).unlink()
     return folder
 
 

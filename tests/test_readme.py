@@ -7,6 +7,7 @@ import shutil
 
 import keras
 import pytest
+from PIL import Image
 
 from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
@@ -17,42 +18,61 @@ if keras.backend.backend() != "tensorflow":
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def test_python_examples_run(tmp_path, monkeypatch):
-    pytest.importorskip("tensorflow_serving")
-    pytest.importorskip("ai_edge_litert")
-    from PIL import Image
-
-    from align_tf.server import ModelServer
-
-    readme = README.read_text(encoding="utf-8")
-    classify, data, fine_tune, search, export, client, phone = re.findall(
-        r"```python\n(.*?)```", readme, re.DOTALL
-    )
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """A folder with what the examples read is the working directory; what they define."""
     monkeypatch.chdir(tmp_path)
     example = next((BUNDLED["align-tiny"] / "examples").glob("*.png"))
     Image.open(example).convert("RGB").save("photo.jpg")
-
-    names = {}
-    exec(classify, names)
-    assert names["outputs"].logits_per_image.shape == (1, 2)
+    (tmp_path / "pets").mkdir()
     for name, caption in (("a", "a cat"), ("b", "a dog")):
-        (tmp_path / "pets").mkdir(exist_ok=True)
         shutil.copy("photo.jpg", f"pets/{name}.jpg")
         (tmp_path / "pets" / f"{name}.txt").write_text(caption)
-    exec(data, names)
-    assert len(names["validation"]) == 1
-    exec(fine_tune, names)
-    assert (tmp_path / "my-align" / "model.safetensors").is_file()
-    exec(search, names)
-    assert [pathlib.Path(hit.path).stem for hit in names["hits"]] in (["a", "b"], ["b", "a"])
-    exec(export, names)
-    with ModelServer("models/align", model_name="align") as server:
-        exec(client.replace("8501", str(server.rest_port)), names)
+    return {}
+
+
+def examples():
+    found = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    order = ("classify", "data", "fine_tune", "search", "export", "client", "phone")
+    return dict(zip(order, found, strict=True))
+
+
+def ask(server, example, names):
+    exec(example.replace("8501", str(server.rest_port)), names)
     assert names["result"].probs.shape == (1, 2)
+    assert names["embedding"].shape == (192,)
+
+
+def test_python_examples_run(names, tiny_server):
+    pytest.importorskip("faiss")
+    example = examples()
+    exec(example["classify"], names)
+    assert names["outputs"].logits_per_image.shape == (1, 2)
+    exec(example["data"], names)
+    assert len(names["validation"]) == 1
+    exec(example["search"], names)
+    assert [pathlib.Path(hit.path).stem for hit in names["hits"]] in (["a", "b"], ["b", "a"])
+    ask(tiny_server, example["client"], names)
+
+
+@pytest.mark.slow
+def test_python_examples_train_and_export(names, tmp_path):
+    pytest.importorskip("tensorflow_serving")
+    pytest.importorskip("ai_edge_litert")
+    from align_tf.server import ModelServer
+
+    example = examples()
+    for name in ("classify", "data", "fine_tune"):
+        exec(example[name], names)
+    assert (tmp_path / "my-align" / "model.safetensors").is_file()
+    exec(example["export"], names)
+    with ModelServer("models/align", model_name="align") as server:
+        ask(server, example["client"], names)
     shutil.rmtree("models")
+    readme = README.read_text(encoding="utf-8")
     command = readme.partition("## On a phone")[2].partition("```sh\n")[2].partition("\n")[0]
     assert main(shlex.split(command)[1:]) == 0
-    exec(phone, names)
+    exec(example["phone"], names)
     embeds = names["tower"](pixel_values=names["inputs"]["pixel_values"].numpy())["image_embeds"]
     assert embeds.shape == (1, 192)
 

