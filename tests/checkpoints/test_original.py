@@ -15,8 +15,7 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel, AlignTextModel, AlignVisionModel
-from align_tf.checkpoints import import_plan, name_table, original
-from align_tf.checkpoints import tensors as files
+from align_tf.checkpoints import import_plan, name_table, original, tensors as files
 from align_tf.configuration.blocks import block_table
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.files import CheckpointError
