@@ -42,11 +42,14 @@ def test_heatmap_writes_each_number_in_its_place(tmp_path):
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_embeddings_of_one_label_lie_together(method):
     pytest.importorskip("sklearn")
+    from threadpoolctl import threadpool_limits
+
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(3, 20))
     kinds = np.arange(60) % 3
     embeds = centers[kinds] + 0.05 * rng.normal(size=(60, 20))
-    figure = plots.embeddings(embeds, [f"kind {kind}" for kind in kinds], method)
+    with threadpool_limits(1):  # several wait for one another at every step, long on busy cores
+        figure = plots.embeddings(embeds, [f"kind {kind}" for kind in kinds], method)
     groups = {c.get_label(): np.array(c.get_offsets()) for c in figure.axes[0].collections}
     assert {name: len(points) for name, points in groups.items()} == {
         f"kind {kind}": 20 for kind in range(3)
