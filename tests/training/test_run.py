@@ -1,5 +1,6 @@
 """Training by a recipe: resumes to the same weights after a kill, a signal, a broken file."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import keras
 import numpy as np
@@ -27,7 +26,7 @@ from align_tf import (
 from align_tf.cli.main import main
 from align_tf.configuration import presets
 from align_tf.files import CheckpointError
-from align_tf.training import Recipe, read_recipe, train
+from align_tf.training import Recipe, read_recipe, resume, run, train
 
 WORDS = [
     "[PAD]",
@@ -43,14 +42,50 @@ WORDS = [
     "blue",
 ]
 STEPS = 20
-CLI = [sys.executable, "-m", "align_tf.cli"]
+# Stops for good where the second checkpoint is written, but for its processor.
+HANGS = """
+import sys, time
+from align_tf import AlignProcessor
+from align_tf.cli.main import main
+
+save_pretrained = AlignProcessor.save_pretrained
+
+def save_or_hang(self, folder):
+    if "checkpoint-12" in str(folder):
+        print("here", flush=True)
+        time.sleep(3600)
+    save_pretrained(self, folder)
+
+AlignProcessor.save_pretrained = save_or_hang
+sys.exit(main())
+"""
+# Trains on two devices, then again from the checkpoint of step 3.
+TWO_DEVICES = """
+import os, pathlib, shutil, sys
+import keras
+if keras.backend.backend() == "jax":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+else:
+    import tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpu, parts)
+from align_tf.cli.main import main
+
+two, again, *arguments = sys.argv[1:]
+if main(["train", *arguments, "--output", two]):
+    sys.exit("the training on two devices failed")
+shutil.copytree(two, again)
+shutil.rmtree(pathlib.Path(again) / "checkpoint-6")
+sys.exit(main(["train", *arguments, "--output", again]))
+"""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_config):
+def place(tmp_path_factory, small_config):
     """A folder with the checkpoint `tiny` and 24 pairs in `pairs`."""
     folder = tmp_path_factory.mktemp("training")
-    values = tiny_config.to_dict()
+    values = small_config.to_dict()
     values["text_config"] |= {"vocab_size": len(WORDS)}
     keras.utils.set_random_seed(3)
     AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
@@ -90,7 +125,36 @@ def settings(place, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def unbroken(place):
+def traced_once():
+    """Trainings of one model by one recipe share it, and so its traced step.
+
+    All that a step depends on is set to what it was when the model was made.
+    """
+    make_model, made = run._make_model, {}
+    irrelevant = {*run.FREE_SETTINGS, "data"}
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in irrelevant]
+
+    def make_once(recipe, *arguments):
+        key = repr([getattr(recipe, name) for name in names])
+        if key not in made:
+            model = make_model(recipe, *arguments)
+            state = resume._variables(model)
+            made[key] = (
+                model,
+                {k: np.array(keras.ops.convert_to_numpy(v)) for k, v in state.items()},
+            )
+        model, values = made[key]
+        for name, variable in resume._variables(model).items():
+            variable.assign(values[name])
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_make_model", make_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def unbroken(place, traced_once):
     """The folder of a training that ran through."""
     return train(Recipe(**settings_of(place, place / "unbroken")))
 
@@ -118,23 +182,20 @@ def flags(settings):
     ]
 
 
-def start(settings):
-    return subprocess.Popen(
-        [*CLI, "train", *flags(settings)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def when(monkeypatch):
+    """The beginning of a line -> what is done when the training has said such a line."""
 
+    say, actions = run.say, {}
 
-def kill_when(process, seen):
-    """Kills -9 as soon as `seen()`; the process must not have ended before."""
-    while not seen():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    def say_and_act(message):
+        say(message)
+        for beginning, action in actions.items():
+            if message.startswith(beginning):
+                action()
+
+    monkeypatch.setattr(run, "say", say_and_act)
+    return actions
 
 
 def test_training_leaves_what_from_pretrained_reads(unbroken):
@@ -151,6 +212,8 @@ def test_training_leaves_what_from_pretrained_reads(unbroken):
     assert lines[-1]["learning_rate"] == 0.0
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"temperature", "images_per_second"} <= lines[1].keys()
+    name = "model.safetensors"
+    assert (unbroken / name).read_bytes() == (unbroken / "checkpoint-20" / name).read_bytes()
 
 
 def test_the_state_holds_what_a_step_changes(unbroken):
@@ -169,65 +232,83 @@ def test_the_state_holds_what_a_step_changes(unbroken):
     assert not np.array_equal(found, state["model/align/text_projection/bias"])
 
 
-def test_killed_trainings_reach_the_weights_of_an_unbroken_one(settings, unbroken, capsys):
-    """Killed somewhere between two checkpoints, then while one is written, then left alone."""
+def test_a_training_that_breaks_off_goes_on_to_the_same_weights(settings, unbroken, when, capsys):
+    """It breaks off between two checkpoints, and leaves what a kill can leave."""
     output = pathlib.Path(settings["output"])
-    first = start(settings)
-    kill_when(first, lambda: "step 10/" in first.stderr.readline())
-    assert not (output / "model.safetensors").exists()
 
-    second = start(settings)
-    kill_when(second, lambda: any(output.glob(".checkpoint-*/*")))
+    def break_off():
+        raise RuntimeError("broken off")
+
+    when["step 10/"] = break_off
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(Recipe(**settings))
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-6"]
     assert not (output / "model.safetensors").exists()
+    for name in (".checkpoint-12", ".old-checkpoint-0"):  # half written, half removed
+        (output / name).mkdir()
+        (output / name / "config.json").write_text("{")
+    with open(output / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1')
 
     capsys.readouterr()
+    when.clear()
     assert main(["train", *flags(settings)]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == settings["output"]
-    assert "Going on from step " in err
+    assert "Going on from step 6, " in err
     assert_same_end(output, unbroken)
     assert not list(output.glob(".*checkpoint*"))
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(settings, unbroken, capsys):
+@pytest.mark.slow  # the import and the first step of another process
+def test_a_training_killed_in_a_checkpoint_reaches_the_same_weights(settings, unbroken, capsys):
+    output = pathlib.Path(settings["output"])
+    command = [sys.executable, "-c", HANGS, "train", *flags(settings)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        said = process.stdout.readline()
+        process.kill()
+        assert said == "here\n", process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL
+    assert {path.name for path in output.glob("*checkpoint*")} == {".checkpoint-12", "checkpoint-6"}
+    assert not (output / "model.safetensors").exists()
+
+    capsys.readouterr()
+    assert main(["train", *flags(settings)]) == 0
+    assert "Going on from step 6, " in capsys.readouterr().err
+    assert_same_end(output, unbroken)
+    assert not list(output.glob(".*checkpoint*"))
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+
+
+def test_signals_save_and_the_same_command_goes_on(settings, unbroken, when, capsys):
+    """Ctrl-C, then SIGTERM, then none."""
     settings["save_every"] = STEPS  # so that a checkpoint before the end is the signal's
-    metrics = (output := pathlib.Path(settings["output"])) / "metrics.jsonl"
-
-    def interrupt():
-        while not (metrics.exists() and metrics.stat().st_size):  # the first line is of step 5
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    handler = signal.getsignal(signal.SIGINT)
-    threading.Thread(target=interrupt).start()
-    assert main(["train", *flags(settings)]) == 130
-    err = capsys.readouterr().err
-    assert "the same command goes on from there" in err
-    assert signal.getsignal(signal.SIGINT) is handler
-    (checkpoint,) = output.glob("checkpoint-*")
-    step = int(checkpoint.name.split("-")[1])
-    assert 5 <= step < STEPS
-    assert f"Stopped at step {step};" in err
+    output = pathlib.Path(settings["output"])
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    before = 0
+    for step, number in zip((5, 10), numbers, strict=True):
+        when[f"step {step}/"] = lambda number=number: signal.raise_signal(number)
+        assert main(["train", *flags(settings)]) == 130
+        err = capsys.readouterr().err
+        assert f"Stopped at step {step}; the same command goes on from there" in err
+        assert (f"Going on from step {before}, " in err) == (before > 0)
+        assert [signal.getsignal(number) for number in numbers] == handlers
+        assert (output / f"checkpoint-{step}").is_dir()
+        before = step
 
     assert main(["train", *flags(settings)]) == 0
-    assert f"Going on from step {step}" in capsys.readouterr().err
+    assert "Going on from step 10, " in capsys.readouterr().err
     assert_same_end(output, unbroken)
 
 
+@pytest.mark.slow  # two replicas to trace, twice
 def test_devices_share_a_batch_and_the_training_goes_on(settings, place, tmp_path):
     """Two devices train as one does, and a training on them goes on as on one."""
-    if keras.backend.backend() == "jax":
-        two = ["import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'"]
-    else:
-        two = [
-            "import tensorflow as tf",
-            "cpu = tf.config.list_physical_devices('CPU')[0]",
-            "parts = [tf.config.LogicalDeviceConfiguration()] * 2",
-            "tf.config.set_logical_device_configuration(cpu, parts)",
-        ]
-    code = "; ".join([*two, "import sys; from align_tf.cli.main import main; sys.exit(main())"])
     shutil.copytree(place / "tiny", tmp_path / "tiny")
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
     config["text_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -240,18 +321,13 @@ def test_devices_share_a_batch_and_the_training_goes_on(settings, place, tmp_pat
         lines = (output / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
-    def run(output, devices):
-        given = flags({**settings, "output": output, "devices": devices})
-        subprocess.run([sys.executable, "-c", code, "train", *given], check=True)
-
     train(Recipe(**{**settings, "output": str(outputs["one"]), "devices": 1}))
-    run(outputs["two"], 2)
+    del settings["output"]
+    folders = [str(outputs["two"]), str(outputs["again"])]
+    given = flags({**settings, "devices": 2})
+    subprocess.run([sys.executable, "-c", TWO_DEVICES, *folders, *given], check=True)
     assert len(losses(outputs["one"])) == 6
     np.testing.assert_allclose(losses(outputs["two"]), losses(outputs["one"]), atol=1e-5)
-
-    shutil.copytree(outputs["two"], outputs["again"])
-    shutil.rmtree(outputs["again"] / "checkpoint-6")
-    run(outputs["again"], 2)
     for name in ("model.safetensors", "checkpoint-6/training_state.safetensors"):
         found, expected = (
             safetensors.numpy.load_file(outputs[run] / name) for run in ("again", "two")
@@ -301,22 +377,30 @@ def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings):
-    settings |= {"learning_rate": 1e30, "warmup_steps": 0, "optimizer": "adamw"}
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings, traced_once, monkeypatch):
+    make_model = run._make_model
+
+    def make_broken_model(*arguments):
+        model = make_model(*arguments)
+        model.temperature.assign(np.nan)
+        return model
+
+    monkeypatch.setattr(run, "_make_model", make_broken_model)
     with pytest.raises(ValueError, match=r"step 6: the loss is nan"):
         train(Recipe(**settings))
-    assert not list(pathlib.Path(settings["output"]).glob("checkpoint-*"))
+    assert not list(pathlib.Path(settings["output"]).glob("*checkpoint-*"))
 
 
-def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, capsys, tiny_config):
+def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, capsys, small_config):
     """A preset, epochs for steps, a smaller image, frozen blocks, TensorBoard."""
     pytest.importorskip("tensorboard")
-    towers = (tiny_config.text_config.to_dict(), tiny_config.vision_config.to_dict())
+    text = {**small_config.text_config.to_dict(), "num_hidden_layers": 2}
+    towers = (text, small_config.vision_config.to_dict())
     monkeypatch.setitem(presets.PRESETS, "mine", (*towers, {"projection_dim": 8}))
     del settings["model"], settings["steps"], settings["ema_momentum"]
     settings |= {"preset": "mine", "processor": str(place / "tiny"), "epochs": 2, "seed": 5}
     settings |= {"validation_data": settings["data"], "tensorboard": True, "log_every": 2}
-    settings |= {"image_size": 12, "freeze": {"text": [0], "vision": [0, 1]}}
+    settings |= {"image_size": 12, "freeze": {"text": [0], "vision": [0]}}
     settings |= {"loss": "sigmoid", "accumulation": 2}
     del settings["batch_norm"]
     output = train(Recipe(**settings))
@@ -357,7 +441,7 @@ def test_the_recipe_of_the_readme_runs(settings, tmp_path):
         assert all(np.array_equal(old, new) for old, new in pairs) is same
 
 
-def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, capsys):
+def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, traced_once, capsys):
     shutil.copytree(place / "pairs", tmp_path / "pairs")
     (tmp_path / "pairs" / "07.png").write_bytes(b"no picture")
     settings |= {"data": str(tmp_path / "pairs"), "max_errors": 0}
