@@ -717,7 +717,13 @@ def test_model_fits_on_jax(source, full_processor, tiny_config, tmp_path):
     tiny_config.save_pretrained(tmp_path)
     full_processor.save_pretrained(tmp_path)
     command = [sys.executable, "-c", FIT, str(tmp_path), str(source("folder"))]
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": quick,  # to compile
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "jax"
