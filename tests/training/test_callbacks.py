@@ -21,12 +21,22 @@ RETRIEVAL = {
 }
 
 
-@pytest.fixture
-def model(tiny_config):
+@pytest.fixture(scope="module")
+def shared(small_config):
+    """A model whose step is traced once, and what it begins with."""
     keras.utils.set_random_seed(0)
-    model = AlignModel(tiny_config)
+    model = AlignModel(small_config)
     model.freeze()  # the projection and the temperature train: enough to move the figures
     model.compile(optimizer=keras.optimizers.Adam(0.1), jit_compile=False)
+    model.optimizer.build(model.trainable_variables)
+    return model, [np.array(value) for value in model.variables + model.optimizer.variables]
+
+
+@pytest.fixture
+def model(shared):
+    model, values = shared
+    for variable, value in zip(model.variables + model.optimizer.variables, values, strict=True):
+        variable.assign(value)
     return model
 
 
@@ -91,8 +101,10 @@ def test_every_few_steps(model, pairs):
     assert history["val_r10_i2t"] == [1.0, 1.0]  # the last figure is there at the epoch's end
 
 
-def test_every_few_steps_when_a_batch_stands_for_several(model, pairs):
-    model.compile(optimizer="sgd", steps_per_execution=2, jit_compile=False)
+def test_every_few_steps_when_a_batch_stands_for_several(small_config, pairs):
+    model = AlignModel(small_config)
+    model.freeze()
+    model.compile(optimizer="sgd", steps_per_execution=2, run_eagerly=True)
     seen = Values("val_r10_i2t")
     fit(model, pairs, RetrievalEvaluation(pairs, every_steps=3), seen, steps=4, epochs=1)
     # Executed are steps 0-1 and 2-3: the third is done with the second execution.
@@ -146,25 +158,25 @@ def processor():
     return AlignProcessor(AlignImageProcessor(size=16, crop_size=16), AlignTokenizer(VOCAB))
 
 
-def new_model(tiny_config):
-    """A model whose dropout and optimizer have states."""
+def new_model(small_config):
+    """A model whose dropout and optimizer have states; its few steps are not traced."""
     keras.utils.set_random_seed(1)
-    model = AlignModel(tiny_config)
-    model.compile(optimizer=keras.optimizers.Adam(0.01), jit_compile=False)
+    model = AlignModel(small_config)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), run_eagerly=True)
     return model
 
 
-def test_a_training_goes_on_from_its_last_checkpoint(tiny_config, pairs, processor, tmp_path):
-    unbroken = new_model(tiny_config)
+def test_a_training_goes_on_from_its_last_checkpoint(small_config, pairs, processor, tmp_path):
+    unbroken = new_model(small_config)
     fit(unbroken, pairs, epochs=3, steps_per_epoch=2, steps=6)
 
     checkpoints = ResumableCheckpoint(tmp_path, processor, keep=1)
-    model = new_model(tiny_config)
+    model = new_model(small_config)
     assert checkpoints.restore(model) == 0
     fit(model, pairs, checkpoints, epochs=2, steps_per_epoch=2, steps=4)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
-    model = new_model(tiny_config)
+    model = new_model(small_config)
     step = checkpoints.restore(model)
     assert step == 4
     fit(model, pairs, checkpoints, initial_epoch=2, epochs=3, steps_per_epoch=2, steps=2)
@@ -176,10 +188,12 @@ def test_a_training_goes_on_from_its_last_checkpoint(tiny_config, pairs, process
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_checkpoint_of_another_model_is_an_error(tiny_config, pairs, processor, tmp_path, capsys):
+def test_a_checkpoint_of_another_model_is_an_error(
+    small_config, pairs, processor, tmp_path, capsys
+):
     checkpoints = ResumableCheckpoint(tmp_path, processor)
-    fit(new_model(tiny_config), pairs, checkpoints, steps=1)
-    other = new_model(tiny_config)
+    fit(new_model(small_config), pairs, checkpoints, steps=1)
+    other = new_model(small_config)
     other.freeze("vision")
     other.compile(optimizer=keras.optimizers.Adam(0.01))
     with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
@@ -187,8 +201,8 @@ def test_a_checkpoint_of_another_model_is_an_error(tiny_config, pairs, processor
     assert "checkpoint-1 is broken" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_leaves_no_checkpoint(tiny_config, pairs, processor, tmp_path):
-    model = new_model(tiny_config)
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint(small_config, pairs, processor, tmp_path):
+    model = new_model(small_config)
     pairs["pixel_values"][0] = np.nan
     with pytest.raises(ValueError, match="step 1: the loss is nan, so no checkpoint"):
         fit(model, pairs, ResumableCheckpoint(tmp_path / "run", processor), steps=1)
@@ -204,8 +218,8 @@ def test_keep_is_positive(processor, tmp_path):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="compilations are JAX's")
-def test_each_shape_of_a_batch_is_a_compilation(tiny_config, pairs):
-    model = AlignModel(tiny_config)
+def test_each_shape_of_a_batch_is_a_compilation(small_config, pairs):
+    model = AlignModel(small_config)
     model.freeze()
     model.compile(optimizer="sgd", steps_per_execution=2)
     shorter = {**pairs, **{name: pairs[name][:, :4] for name in ("input_ids", "attention_mask")}}
