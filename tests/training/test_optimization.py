@@ -1,10 +1,12 @@
 """Optimizers and schedule: values worked out by hand, rates by tower and depth, saving."""
 
 import dataclasses
+import itertools
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 from align_tf import AlignModel
@@ -137,12 +139,15 @@ def test_rates_by_tower_and_depth(tiny_config):
     assert learning_rates(model, text_rate=1.0, vision_rate=1.0, layer_decay=1.0) == {}
 
 
-def fitted(tiny_config, pairs, dtype="float32", **settings):
+def fitted(config, batches, *callbacks, dtype="float32", run_eagerly=False, **settings):
+    """Trains a new model, a step for each batch."""
     keras.utils.set_random_seed(0)
-    model = AlignModel(tiny_config, dtype=dtype)
+    model = AlignModel(config, dtype=dtype)
     settings = {"learning_rate": 0.01, "total_steps": 8, "schedule": "constant", **settings}
-    model.compile(optimizer=make_optimizer(model, **settings))
-    model.fit(pairs, batch_size=4, epochs=2, verbose=0, shuffle=False)
+    model.compile(optimizer=make_optimizer(model, **settings), run_eagerly=run_eagerly)
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    dataset = tf.data.Dataset.from_tensor_slices(stacked)
+    model.fit(dataset, verbose=0, shuffle=False, callbacks=list(callbacks))
     return model
 
 
@@ -150,10 +155,27 @@ def weights_of(model):
     return {w.path: ops.convert_to_numpy(w) for w in model.weights}
 
 
-def test_fit_moves_each_tower_by_its_rate(tiny_config, pairs):
-    """Under LAMB, from the same weights, a rate of 1e-6 hardly moves the text tower."""
-    start = weights_of(fitted(tiny_config, pairs, learning_rate=1e-12))
-    end = weights_of(fitted(tiny_config, pairs, text_rate=1e-6))
+class Steps(keras.callbacks.Callback):
+    """Keeps what each step leaves: weights, and the optimizer's count, rate and scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.counts, self.rates, self.scales = [], [], [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        optimizer = self.model.optimizer  # on JAX, reading the model brings it up to date
+        trained = self.model.trainable_variables
+        self.weights.append({w.path: np.array(ops.convert_to_numpy(w)) for w in trained})
+        self.counts.append(int(optimizer.iterations))
+        self.rates.append(float(optimizer.learning_rate))
+        self.scales.append(float(optimizer.dynamic_scale))
+
+
+def test_fit_moves_each_tower_by_its_rate(small_config, pairs):
+    """Under LAMB a rate of 1e-6 hardly moves the text tower."""
+    keras.utils.set_random_seed(0)
+    start = weights_of(AlignModel(small_config))
+    end = weights_of(fitted(small_config, [pairs] * 2, text_rate=1e-6))
 
     def moved(path):
         return np.abs(end[path] - start[path]).max()
@@ -163,37 +185,62 @@ def test_fit_moves_each_tower_by_its_rate(tiny_config, pairs):
 
 
 @pytest.mark.parametrize("optimizer_class", [Lamb, AdamW])
-def test_fit_takes_a_rate_that_is_no_schedule(optimizer_class, tiny_config, pairs):
-    model = AlignModel(tiny_config)
-    model.compile(optimizer=optimizer_class(0.01))
-    losses = model.fit(pairs, epochs=3, verbose=0).history["loss"]
-    assert losses[2] < losses[0]
+def test_fit_takes_a_rate_that_is_no_schedule(optimizer_class):
+    """The steps of `fit`, compiled, are those of `run`."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+    kernel = model.layers[0].kernel
+    kernel.assign(np.array(WEIGHTS)[:, None])
+    # The loss is what the layer gives, so that its gradient is what the layer takes.
+    jit = keras.backend.backend() == "jax"
+    model.compile(optimizer_class(0.1), loss=lambda _, given: given, jit_compile=jit)
+    model.fit(np.array(GRADIENTS), np.zeros((2, 1)), batch_size=1, shuffle=False, verbose=0)
+    expected = run(optimizer_class(0.1))[1]
+    np.testing.assert_allclose(ops.convert_to_numpy(kernel)[:, 0], expected, atol=ATOL)
 
 
-def test_saved_model_goes_on_training_alike(tiny_config, pairs, tmp_path):
+def test_saved_model_goes_on_training_alike(small_config, pairs, tmp_path):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = dataclasses.replace(
-        tiny_config,
-        text_config=dataclasses.replace(tiny_config.text_config, **still),
-        vision_config=dataclasses.replace(tiny_config.vision_config, drop_connect_rate=0.0),
+        small_config,
+        text_config=dataclasses.replace(small_config.text_config, **still),
+        vision_config=dataclasses.replace(small_config.vision_config, drop_connect_rate=0.0),
     )
     settings = {"weight_decay": 0.1, "text_rate": 0.5, "layer_decay": 0.5}
-    model = fitted(config, pairs, optimizer="adamw", **settings)
+    # Eagerly, as two traces take longer than these few steps.
+    model = fitted(config, [pairs] * 2, optimizer="adamw", run_eagerly=True, **settings)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.optimizer.rates["text_model/layer_1/output/bias"] == 0.25
+    assert loaded.optimizer.rates["text_model/layer_0/output/bias"] == 0.25
+    before = weights_of(model)
     for one in (model, loaded):
         one.fit(pairs, batch_size=4, verbose=0, shuffle=False)
     expected = weights_of(model)
     for path, value in weights_of(loaded).items():
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
+    assert any(np.any(value != before[path]) for path, value in expected.items())
 
 
-def test_mixed_float16_and_averages_train(tiny_config, pairs):
-    settings = {"ema_momentum": 0.5, "clip_norm": 1.0, "vision_rate": 0.5}
-    model = fitted(tiny_config, pairs, dtype="mixed_float16", **settings)
-    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+def test_mixed_float16_leaves_out_a_step_that_is_not_finite(small_config, pairs):
+    """Neither count, rate nor average know of the second of four steps."""
+    good, bad = ({**pairs, "sample_weight": np.full(4, w, "float32")} for w in (1.0, np.inf))
+    settings = {"clip_norm": 1.0, "vision_rate": 0.5, "schedule": "linear", "ema_momentum": 0.75}
+    steps = Steps()
+    model = fitted(small_config, [good, bad, good, good], steps, dtype="mixed_float16", **settings)
+    assert steps.counts == [1, 1, 2, 3]
+    assert steps.rates == pytest.approx([0.00875, 0.00875, 0.0075, 0.00625])  # of 0.01 and 8 steps
+    assert steps.scales == [32768.0, 16384.0, 16384.0, 16384.0]
+    for variable in model.trainable_variables:
+        path = variable.path
+        first, skipped, second, third = (weights[path] for weights in steps.weights)
+        np.testing.assert_array_equal(skipped, first, err_msg=path)
+        # The average begins as the first step's weights; each further step is a quarter of it.
+        expected = 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third
+        found = ops.convert_to_numpy(variable)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=path)
     assert all(np.isfinite(value).all() for value in weights_of(model).values())
+    kernels = [weights["vision_model/stem_conv/kernel"] for weights in steps.weights]
+    moved = [np.abs(after - before).max() for before, after in itertools.pairwise(kernels)]
+    assert min(moved[1:]) > 1e-4
 
 
 def test_make_optimizer_says_what_is_wrong(tiny_config):
