@@ -3,7 +3,7 @@
 import collections
 import itertools
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -226,18 +226,3 @@ class AlignClient(Client):
                 yield under_way.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-async def _async_batches(items: Any, size: int) -> AsyncIterator[Batch]:
-    if not isinstance(items, AsyncIterable):
-        for batch in in_batches(items, size):
-            yield batch
-        return
-    start, batch = 0, []
-    async for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield Batch(start, batch)
-            start, batch = start + size, []
-    if batch:
-        yield Batch(start, batch)

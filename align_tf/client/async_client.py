@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client.align_client import _async_batches
 from align_tf.client.base import Client
 from align_tf.client.batches import (
     IMAGES,
@@ -17,6 +16,7 @@ from align_tf.client.batches import (
     Image,
     Job,
     classify_job,
+    in_async_batches,
     joined,
     several,
     single_rows,
@@ -163,7 +163,7 @@ class AsyncAlignClient(Client):
     async def _stream(self, items: Any, job: Job) -> AsyncIterator[Any]:
         under_way: collections.deque[asyncio.Task] = collections.deque()
         try:
-            async for batch in _async_batches(items, self.batch_size):
+            async for batch in in_async_batches(items, self.batch_size):
                 under_way.append(asyncio.create_task(self._ask(job, batch)))
                 if len(under_way) == self.in_flight:
                     yield await under_way.popleft()

@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,3 +142,18 @@ def with_callers_row(error: AlignServerError, batch: Batch) -> AlignServerError:
     place = batch.start + row
     named = f"{_CALLERS_NAMES[found[1]]}[{place}]"
     return AlignServerError(str(error).replace(found[0], named), error.status, place)
+
+
+async def in_async_batches(items: Any, size: int) -> AsyncIterator[Batch]:
+    if not isinstance(items, AsyncIterable):
+        for batch in in_batches(items, size):
+            yield batch
+        return
+    start, batch = 0, []
+    async for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield Batch(start, batch)
+            start, batch = start + size, []
+    if batch:
+        yield Batch(start, batch)

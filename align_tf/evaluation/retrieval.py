@@ -48,7 +48,9 @@ def retrieval_metrics(
     texts = checked_embeddings("text_embeds", text_embeds, images.shape[1])
     pairs = _pairs(pairs, len(images), len(texts))
     metrics = {}
-    for way, ranks in zip(("i2t", "t2i"), _ranks(images, texts, pairs, progress), strict=True):
+    for way, ranks in zip(
+        ("i2t", "t2i"), ranks_of_right_answers(images, texts, pairs, progress), strict=True
+    ):
         metrics.update({f"r{k}_{way}": float(np.mean(ranks <= k)) for k in ks})
         metrics[f"median_rank_{way}"] = float(np.median(ranks))
         metrics[f"mean_rank_{way}"] = float(np.mean(ranks))
@@ -103,7 +105,7 @@ def _pairs(pairs: ArrayLike | None, images: int, texts: int) -> np.ndarray:
     return pairs
 
 
-def _ranks(
+def ranks_of_right_answers(
     left: np.ndarray, right: np.ndarray, pairs: np.ndarray, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ranks the best right answer of each row, by one pass over blocks of similarities.

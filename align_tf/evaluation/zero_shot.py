@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align_tf.evaluation.arrays import accuracies, checked_embeddings, checked_labels, unit_length
-from align_tf.evaluation.retrieval import _ranks
+from align_tf.evaluation.retrieval import ranks_of_right_answers
 from align_tf.progress import track
 
 # Prompts embedded at a time.
@@ -85,5 +85,5 @@ def zero_shot_metrics(
     if outside.size:
         raise ValueError(f"label {outside[0]}: expected rows 0 to {len(classes) - 1}")
     pairs = np.stack([np.arange(len(labels)), labels], axis=1)
-    ranks, _ = _ranks(images, classes, pairs, progress)
+    ranks, _ = ranks_of_right_answers(images, classes, pairs, progress)
     return accuracies(ranks, labels, ks)
