@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import align_tf.models.contrastive
-from align_tf import AlignModel
-from align_tf.models.loss import contrastive_rows
+from align_tf import AlignConfig, AlignModel
+from align_tf.models.contrastive import similarities
 
 
 class PartByPart(AlignModel):
@@ -24,20 +24,27 @@ class PartByPart(AlignModel):
         }
 
 
-@pytest.fixture
-def batch(pairs) -> dict[str, np.ndarray]:
-    """Eight pairs, two of them of one picture, one of them absent."""
-    batch = {key: np.concatenate([value, value[::-1]]) for key, value in pairs.items()}
-    batch["pixel_values"] = np.random.default_rng(1).random((8, 16, 16, 3), "float32")
-    batch["image_ids"] = np.array([0, 1, 2, 3, 4, 5, 6, 0], "int32")
-    batch["sample_weight"] = np.array([1, 1, 2, 1, 0, 1, 1, 3], "float32")
-    return batch
+@pytest.fixture(scope="module")
+def config(tiny_config) -> AlignConfig:
+    """One layer, and two blocks: one that expands, and one that drop-connect may skip."""
+    vision = {
+        "out_channels": [16, 16],
+        "strides": [2, 1],
+        "num_block_repeats": [1, 1],
+        "expand_ratios": [2, 1],
+    }
+    return dataclasses.replace(
+        tiny_config,
+        text_config=dataclasses.replace(tiny_config.text_config, num_hidden_layers=1),
+        vision_config=dataclasses.replace(tiny_config.vision_config, **vision),
+    )
 
 
-def steady(config, **vision):
+@pytest.fixture(scope="module")
+def steady(config) -> AlignConfig:
     """The configuration without dropout, and BatchNorm frozen."""
     text = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    vision = {"drop_connect_rate": 0.0, "freeze_batch_norm": True, **vision}
+    vision = {"drop_connect_rate": 0.0, "freeze_batch_norm": True}
     return dataclasses.replace(
         config,
         text_config=dataclasses.replace(config.text_config, **text),
@@ -45,18 +52,63 @@ def steady(config, **vision):
     )
 
 
-def train(make, batch, *, batch_size=8, epochs=3, sigmoid=False, **options):
-    keras.utils.set_random_seed(0)
-    model = make()
+def make_batch() -> dict[str, np.ndarray]:
+    """Eight pairs, two of them of one picture, one of them absent; some texts are padded."""
+    rng = np.random.default_rng(0)
+    attention_mask = np.ones((8, 6), "int32")
+    attention_mask[2:6, 4:] = 0
+    return {
+        "pixel_values": rng.random((8, 16, 16, 3), "float32"),
+        "input_ids": rng.integers(1, 40, (8, 6), "int32") * attention_mask,
+        "attention_mask": attention_mask,
+        "image_ids": np.array([0, 1, 2, 3, 4, 5, 6, 0], "int32"),
+        "sample_weight": np.array([1, 1, 2, 1, 0, 1, 1, 3], "float32"),
+    }
+
+
+def train(model, *, batch_size=8, sigmoid=False, **options):
+    """Three epochs; returns the weights and the history."""
     if sigmoid:
         model.use_sigmoid_loss(8)
     model.text_projection.kernel.regularizer = keras.regularizers.L2(0.01)
     before = model.get_weights()
     model.compile(optimizer=keras.optimizers.SGD(0.3), **options)
-    fitted = model.fit(batch, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0)
+    fitted = model.fit(make_batch(), batch_size=batch_size, epochs=3, shuffle=False, verbose=0)
     after = model.get_weights()
     assert max(np.abs(a - b).max() for a, b in zip(before, after, strict=True)) > 1e-2
     return after, fitted.history
+
+
+def make(kind, config, **options) -> AlignModel:
+    keras.utils.set_random_seed(0)
+    return kind(config, **options)
+
+
+@pytest.fixture(scope="module")
+def of_parts(config):
+    """Trained part by part, by the plain step on the sigmoid loss."""
+    return train(make(PartByPart, config), sigmoid=True)
+
+
+@pytest.fixture(scope="module")
+def accumulated(config):
+    """Trained with accumulation; beside it, the shapes of logits that the loss was given."""
+    made = set()
+
+    def record(*arrays):
+        logits = similarities(*arrays)
+        made.add(tuple(logits.shape))
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align_tf.models.contrastive, "similarities", record)
+        return train(make(AlignModel, config), sigmoid=True, accumulation=2), made
+
+
+@pytest.fixture(scope="module")
+def of_five(steady):
+    """Trained by the plain step on batches of 5 pairs, the last of 3."""
+    return train(make(AlignModel, steady), batch_size=5)
 
 
 def assert_equal(one, other, atol=1e-5):
@@ -67,49 +119,41 @@ def assert_equal(one, other, atol=1e-5):
         np.testing.assert_allclose(value, other[1][key], atol=max(atol, 2e-5), err_msg=key)
 
 
-@pytest.mark.parametrize("sigmoid", [False, True])
-def test_accumulation_takes_the_step_of_the_whole_batch(sigmoid, tiny_config, batch):
+def test_accumulation_takes_the_step_of_the_whole_batch(accumulated, of_parts):
     """With the dropout, drop-connect and BatchNorm statistics of its parts."""
-    expected = train(lambda: PartByPart(tiny_config), batch, sigmoid=sigmoid)
-    found = train(lambda: AlignModel(tiny_config), batch, sigmoid=sigmoid, accumulation=2)
-    assert_equal(found, expected)
+    assert_equal(accumulated[0], of_parts)
 
 
-def test_accumulation_of_a_batch_that_does_not_divide(tiny_config, batch):
-    """Eight pairs in batches of 5, the last of 3, in four parts."""
-
-    def make():
-        return AlignModel(steady(tiny_config))
-
-    expected = train(make, batch, batch_size=5)
-    found = train(make, batch, batch_size=5, accumulation=4, steps_per_execution=2)
-    assert_equal(found, expected)
-    assert_equal(train(make, batch, batch_size=5, accumulation=4, jit_compile=True), expected)
+def test_no_part_compares_all_pairs(accumulated):
+    """Of 8 pairs in two parts the loss makes (4, 8) logits, and never (8, 8)."""
+    assert accumulated[1] == {(4, 8)}
 
 
-def test_accumulation_with_a_scaled_loss(tiny_config, batch):
-    def make():
-        return AlignModel(steady(tiny_config), dtype="mixed_float16")
-
-    assert_equal(train(make, batch, accumulation=2), train(make, batch), atol=0.01)
-
-
-def test_no_part_compares_all_pairs(tiny_config, batch, monkeypatch):
-    """Of 8 pairs in four parts the loss makes (2, 8) logits, and never (8, 8)."""
-    made = set()
-
-    def record(logits, *options):
-        made.add(tuple(logits.shape))
-        return contrastive_rows(logits, *options)
-
-    monkeypatch.setattr(align_tf.models.contrastive, "contrastive_rows", record)
-    train(lambda: AlignModel(steady(tiny_config)), batch, accumulation=4)
-    assert made == {(2, 8)}
+def test_accumulation_of_a_batch_that_does_not_divide(steady, of_five):
+    """Five pairs, then three, in four parts."""
+    options = {"accumulation": 4, "steps_per_execution": 2}
+    found = train(make(AlignModel, steady), batch_size=5, **options)
+    assert_equal(found, of_five)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_rematerialised_blocks_take_the_same_step(accumulation, tiny_config, batch):
-    options = {"accumulation": accumulation}
-    expected = train(lambda: AlignModel(tiny_config), batch, **options)
-    found = train(lambda: AlignModel(tiny_config), batch, remat=True, **options)
-    assert_equal(found, expected)
+@pytest.mark.slow
+def test_accumulation_compiled_by_xla(steady, of_five):
+    found = train(make(AlignModel, steady), batch_size=5, accumulation=4, jit_compile=True)
+    assert_equal(found, of_five)
+
+
+def test_accumulation_with_a_scaled_loss(steady, of_five):
+    model = make(AlignModel, steady, dtype="mixed_float16")
+    found = train(model, batch_size=5, accumulation=2)
+    assert model.optimizer.initial_scale == 2**15
+    assert_equal(found, of_five, atol=0.01)
+
+
+def test_rematerialised_blocks_take_the_same_step(config):
+    expected = train(make(AlignModel, config))
+    assert_equal(train(make(AlignModel, config), remat=True), expected)
+
+
+def test_rematerialised_blocks_take_the_same_accumulated_step(config, accumulated):
+    found = train(make(AlignModel, config), sigmoid=True, remat=True, accumulation=2)
+    assert_equal(found, accumulated[0])
