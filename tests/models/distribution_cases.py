@@ -4,8 +4,8 @@
     distribution_cases.py jax COUNT
     distribution_cases.py workers COUNT       one of COUNT processes, which TF_CONFIG names
 
-Prints one line for each case: its name, and how far its weights after 5 steps are from those of
-one device.
+Prints one line for each case: its name, and a number. For most that is how far its weights after 5
+steps are from those of one device.
 """
 
 import sys
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+from keras import ops
 
 from align_tf import AlignConfig, AlignModel
 from align_tf.training import make_optimizer
@@ -55,18 +56,7 @@ def make_config(dropout: float) -> AlignConfig:
     )
 
 
-def train(
-    *,
-    sigmoid: bool = False,
-    batch_norm: str = "frozen",
-    accumulation: int = 1,
-    dropout: float = 0.0,
-    validate: bool = False,
-    clip_norm: float | None = None,
-) -> tuple[list[np.ndarray], dict]:
-    """Five steps on 16 pairs; returns the weights and the last logs."""
-    import tensorflow as tf
-
+def make_model(*, sigmoid: bool = False, batch_norm: str = "frozen", dropout: float = 0.0):
     keras.utils.set_random_seed(0)
     model = AlignModel(make_config(dropout))
     if sigmoid:
@@ -75,6 +65,26 @@ def train(
         model.freeze_batch_norm()
     else:
         model.unfreeze_batch_norm(synchronized=batch_norm == "synchronized")
+    return model
+
+
+def fit(model: AlignModel, *, epochs: int, validate: bool = False) -> dict:
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(16)
+    validation = {"validation_data": dataset} if validate else {}
+    return model.fit(dataset, epochs=epochs, shuffle=False, verbose=0, **validation).history
+
+
+def train(
+    *,
+    accumulation: int = 1,
+    validate: bool = False,
+    clip_norm: float | None = None,
+    **options,
+) -> tuple[list[np.ndarray], dict]:
+    """Five steps on 16 pairs; returns the weights, and the logs of each step."""
+    model = make_model(**options)
     optimizer = keras.optimizers.SGD(0.1)
     if clip_norm is not None:
         optimizer = make_optimizer(
@@ -83,43 +93,95 @@ def train(
         optimizer.epsilon = 0.1  # so that rounding is not blown up where a gradient is zero
     model.compile(optimizer=optimizer, accumulation=accumulation)
     before = model.get_weights()
-    dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(16)
-    validation = {"validation_data": dataset} if validate else {}
-    history = model.fit(dataset, epochs=5, shuffle=False, verbose=0, **validation).history
+    logs = fit(model, epochs=5, validate=validate)
     assert apart(before, model.get_weights()) > 0.02
-    return model.get_weights(), {key: values[-1] for key, values in history.items()}
+    return model.get_weights(), logs
 
 
 def apart(one: list, other: list) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
 
 
-def compare(within: Callable, count: int, mode: str) -> None:
-    """Prints the cases; within(n) is the scope of n devices."""
+def logs_apart(one: dict, other: dict) -> float:
+    assert set(one) == set(other)
+    return max(float(np.abs(np.subtract(one[key], other[key])).max()) for key in one)
 
-    def run(count: int, **options):
+
+def variances_of_own_rows(model: AlignModel, replicas: int) -> list[np.ndarray]:
+    """What a step in two parts makes of the first BatchNorm's variance, in each replica."""
+    tower = model.vision_model
+    states = tower.stem_conv(tower.stem_pad(BATCH["pixel_values"]))
+    states = ops.convert_to_numpy(states).astype("float64")
+    averages = []
+    for rows in np.split(states, replicas):
+        average = np.ones(states.shape[-1])
+        for part in (rows[::2], rows[1::2]):
+            average = 0.99 * average + 0.01 * part.var((0, 1, 2))
+        averages.append(average)
+    return averages
+
+
+def dropout_and_statistics(show: Callable, each: Callable) -> None:
+    """Dropout is at work, and follows its seeds; BatchNorm has averages of its replica's rows.
+
+    Args:
+        show: prints a name and a number.
+        each: calls a function in each replica, and returns what they return.
+    """
+    model = make_model(batch_norm="own", dropout=0.1)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), accumulation=2)
+    start = [(variable, ops.convert_to_numpy(variable)) for variable in model.variables]
+    seeds = [variable for variable in model.variables if variable.name == "seed_generator_state"]
+    assert len(seeds) == 3
+
+    def step(added: int) -> list[np.ndarray]:
+        for variable, value in start:
+            variable.assign(value)
+        for seed in seeds:
+            seed.assign(ops.convert_to_numpy(seed) + added)
+        fit(model, epochs=1)
+        return model.get_weights()
+
+    def call(function: Callable) -> list[np.ndarray]:
+        return [ops.convert_to_numpy(value) for value in each(function)]
+
+    moving = model.vision_model.stem_bn.moving_variance
+    replicas = len(call(lambda: moving + 0.0))
+    expected = variances_of_own_rows(model, replicas)
+    one, other, again = step(0), step(1), step(0)
+    show("own", apart(expected, call(lambda: moving + 0.0)))
+    show("again", apart(one, again))
+    show("other", apart(one, other))
+    dropout = model.text_model.embeddings.dropout
+    kept = call(lambda: dropout(np.ones((16 // replicas, 6, 16), "float32"), training=True))
+    kept = np.concatenate(kept)
+    show("equal", sum(np.array_equal(kept[row], kept[row + 8]) for row in range(8)))
+
+
+def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
+    """Prints the cases; within(n) is the scope of n devices, and `each` is as above."""
+
+    def train_on(count: int, **options):
         with within(count):
             return train(**options)
 
     def show(name: str, value: float) -> None:
         print(name, value, flush=True)
 
-    alone, logs = run(1, validate=True)
-    weights, found = run(count, validate=True)
+    alone, logs = train_on(1, validate=True)
+    weights, found = train_on(count, validate=True)
     show("weights", apart(alone, weights))
-    show("logs", max(abs(found[key] - logs[key]) for key in logs))
-    if count > 2:
-        return
-    show("accumulation", apart(alone, run(count, accumulation=4)[0]))
+    show("logs", logs_apart(found, logs))
+    show("accumulation", apart(alone, train_on(count, accumulation=4)[0]))
     if mode == "workers":
         return
-    alone, _ = run(1, sigmoid=True, batch_norm="own")
-    for batch_norm in ("synchronized", "own"):
-        show(batch_norm, apart(alone, run(count, sigmoid=True, batch_norm=batch_norm)[0]))
-    alone, _ = run(1, clip_norm=0.1)
-    show("clipped", apart(alone, run(count, clip_norm=0.1)[0]))
-    weights, _ = run(count, accumulation=2, dropout=0.1)
-    show("dropout", 0.0 if all(np.isfinite(w).all() for w in weights) else 1.0)
+    options = {"sigmoid": True, "clip_norm": 0.1}
+    alone, logs = train_on(1, batch_norm="own", **options)
+    weights, found = train_on(count, batch_norm="synchronized", **options)
+    show("synchronized", apart(alone, weights))
+    show("synchronized_logs", logs_apart(found, logs))
+    with within(count):
+        dropout_and_statistics(show, each)
 
 
 def main(mode: str, argument: str) -> None:
@@ -129,7 +191,7 @@ def main(mode: str, argument: str) -> None:
         def within(count: int):
             return keras.distribution.DataParallel(devices=jax.devices("cpu")[:count]).scope()
 
-        compare(within, int(argument), mode)
+        compare(within, int(argument), mode, lambda function: [function()])
         return
     import tensorflow as tf
 
@@ -147,7 +209,10 @@ def main(mode: str, argument: str) -> None:
     def within(count: int):
         return (several if count > 1 else tf.distribute.get_strategy()).scope()
 
-    compare(within, int(argument), mode)
+    def each(function: Callable):
+        return several.experimental_local_results(several.run(function))
+
+    compare(within, int(argument), mode, each)
 
 
 if __name__ == "__main__":

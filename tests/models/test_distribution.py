@@ -14,6 +14,8 @@ import sys
 import keras
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CASES = pathlib.Path(__file__).with_name("distribution_cases.py")
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -43,22 +45,20 @@ def read(out: str) -> dict[str, float]:
     return {line[0]: float(line[1]) for line in lines if len(line) == 2}
 
 
-def check(found: dict[str, float], *more: str) -> None:
-    assert {"weights", "logs", *more} == set(found)
+def check(found: dict[str, float], *names: str) -> None:
+    assert set(names) == set(found)
     assert {name: value for name, value in found.items() if not value < 1e-5} == {}
 
 
-@pytest.mark.parametrize("count", [2, 4] if TENSORFLOW else [2, 4, 8])
-def test_devices_of_one_process_take_the_steps_of_one(count):
-    flags = f"--xla_force_host_platform_device_count={count}"
-    found = read(finish(start(keras.backend.backend(), str(count), XLA_FLAGS=flags)))
-    if count != 2:
-        check(found)
-        return
-    own = found.pop("own")
-    # A replica's BatchNorm sees its own rows; under JAX one program sees all of them.
-    assert own > 1e-4 if TENSORFLOW else own < 1e-5
-    check(found, "accumulation", "synchronized", "clipped", "dropout")
+def test_devices_of_one_process_take_the_steps_of_one():
+    flags = "--xla_force_host_platform_device_count=2"
+    found = read(finish(start(keras.backend.backend(), "2", XLA_FLAGS=flags)))
+    assert found.pop("other") > 1e-3  # another seed, other masks
+    # Of 8 rows, those with the mask of the row 8 further on. Under TensorFlow these are another
+    # replica's, and Keras gives each replica the same seeds.
+    assert found.pop("equal") == (8 if TENSORFLOW else 0)
+    names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "own", "again")
+    check(found, *names)
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="MultiWorkerMirroredStrategy is TensorFlow's")
@@ -72,4 +72,4 @@ def test_two_processes_take_the_steps_of_one():
     workers = [start("workers", "2", TF_CONFIG=config) for config in configs]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # both pipes are read at once
         for out in pool.map(finish, workers):
-            check(read(out), "accumulation")
+            check(read(out), "weights", "logs", "accumulation")
