@@ -1,7 +1,9 @@
 """Training through Keras's own fit, evaluate and predict, on either backend."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -28,10 +30,46 @@ def steady_config(tiny_config) -> AlignConfig:
     )
 
 
-@pytest.fixture
-def model(steady_config) -> AlignModel:
+def compile_once(config: AlignConfig, **options) -> Callable[[], AlignModel]:
+    """Returns what gives a compiled model back as it was made: its step is traced once."""
     keras.utils.set_random_seed(0)
-    return AlignModel(steady_config)
+    model = AlignModel(config)
+    model.compile(optimizer=keras.optimizers.SGD(0.3), **options)
+    model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    start = [(variable, ops.convert_to_numpy(variable)) for variable in variables]
+
+    def restart() -> AlignModel:
+        for variable, value in start:
+            variable.assign(value)
+        return model
+
+    return restart
+
+
+@pytest.fixture(scope="module")
+def restart(steady_config) -> Callable[[], AlignModel]:
+    return compile_once(steady_config)
+
+
+@pytest.fixture(scope="module")
+def restart_two_steps(steady_config) -> Callable[[], AlignModel]:
+    return compile_once(steady_config, steps_per_execution=2)
+
+
+@pytest.fixture
+def model(restart) -> AlignModel:
+    """Compiled with SGD(0.3); it may be trained, and not be changed in another way."""
+    return restart()
+
+
+@pytest.fixture
+def padded(pairs) -> dict[str, np.ndarray]:
+    """The pairs, and two of weight 0."""
+    padded = {key: np.concatenate([value, value[:2][::-1]]) for key, value in pairs.items()}
+    padded["pixel_values"][4:] = 0
+    padded["sample_weight"] = np.array([1, 1, 1, 1, 0, 0], "float32")
+    return padded
 
 
 def twin(model: AlignModel, **options) -> AlignModel:
@@ -44,17 +82,33 @@ def rows(pairs: dict, chosen) -> dict:
     return {key: value[chosen] for key, value in pairs.items()}
 
 
-def weights_apart(one: keras.Model, other: keras.Model) -> float:
-    both = zip(one.get_weights(), other.get_weights(), strict=True)
-    return max(np.abs(a - b).max() for a, b in both)
+def apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    return max(np.abs(a - b).max() for a, b in zip(one, other, strict=True))
 
 
 def train(model: AlignModel, pairs: dict, *, batch_size: int = 4, epochs: int = 3, **options):
-    optimizer = options.pop("optimizer", None) or keras.optimizers.SGD(0.3)
-    fit = {key: options.pop(key) for key in ("sample_weight",) if key in options}
-    model.compile(optimizer=optimizer, **options)
-    fitted = model.fit(pairs, batch_size=batch_size, epochs=epochs, shuffle=False, verbose=0, **fit)
-    return fitted.history
+    """Three epochs; returns the logs, and the weights after each epoch."""
+    weights = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: weights.append(model.get_weights())
+    )
+    options = {"shuffle": False, "verbose": 0, "callbacks": [record], **options}
+    history = model.fit(pairs, batch_size=batch_size, epochs=epochs, **options).history
+    return history, weights
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict:
+    return {}
+
+
+@pytest.fixture
+def expected(restart, pairs, kept) -> tuple[dict, list]:
+    """The logs and weights of the plain training of `pairs`."""
+    if not kept:
+        kept["plain"] = train(restart(), pairs)
+        restart()
+    return kept["plain"]
 
 
 # --- losses --------------------------------------------------------------------------------
@@ -62,7 +116,7 @@ def train(model: AlignModel, pairs: dict, *, batch_size: int = 4, epochs: int = 
 
 def test_logs_of_fit_and_evaluate(model, pairs):
     start = float(model(pairs, return_loss=True).loss)
-    history = train(model, pairs, epochs=2)
+    history, _ = train(model, pairs, epochs=2)
     assert set(history) == LOGS
     assert history["loss"][0] == pytest.approx(start, abs=1e-5)
     both = (np.array(history["loss_i2t"]) + history["loss_t2i"]) / 2
@@ -76,37 +130,36 @@ def test_logs_of_fit_and_evaluate(model, pairs):
     assert found["accuracy_t2i"] == (logits.argmax(0) == range(4)).mean()
 
 
-def test_padding_of_weight_0_changes_nothing(model, pairs):
-    padded = {key: np.concatenate([value, value[:2][::-1]]) for key, value in pairs.items()}
-    padded["pixel_values"][4:] = 0
-    padded["sample_weight"] = np.array([1, 1, 1, 1, 0, 0], "float32")
-    other = twin(model)
-    expected, found = train(model, pairs), train(other, padded, batch_size=6)
+def test_padding_of_weight_0_changes_nothing(model, padded, expected):
+    found, weights = train(model, padded, batch_size=6)
     for key in LOGS:
-        np.testing.assert_allclose(found[key], expected[key], atol=1e-5, err_msg=key)
-    assert weights_apart(model, other) < 1e-5
+        np.testing.assert_allclose(found[key], expected[0][key], atol=1e-5, err_msg=key)
+    assert apart(weights[-1], expected[1][-1]) < 1e-5
 
 
-def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pairs):
-    before = twin(model)
-    absent = {**pairs, "sample_weight": np.zeros(4, "float32")}
-    assert train(model, absent, epochs=1)["loss"] == [0.0]
-    assert weights_apart(model, before) == 0.0
-    both = {key: np.concatenate([value, value]) for key, value in pairs.items()}
-    both["sample_weight"] = np.array([1, 1, 1, 1, 0, 0, 0, 0], "float32")
+def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pairs, padded):
+    before = model.get_weights()
+    absent = {**padded, "sample_weight": np.zeros(6, "float32")}
+    history, weights = train(model, absent, batch_size=6, epochs=1)
+    assert history["loss"] == [0.0]
+    assert apart(weights[0], before) == 0.0
+    both = {key: np.concatenate([value, value]) for key, value in padded.items()}
+    both["sample_weight"][6:] = 0
     one = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
-    two = model.evaluate(both, batch_size=4, verbose=0, return_dict=True)
+    two = model.evaluate(both, batch_size=6, verbose=0, return_dict=True)
     for key in LOGS - {"loss"}:  # Keras takes the mean of `loss` over batches by their rows
         assert two[key] == pytest.approx(one[key], abs=1e-6), key
 
 
-def test_keras_sample_weight_multiplies_the_one_in_the_batch(model, pairs):
-    other = twin(model)
-    weights = np.array([1.0, 2.0, 0.0, 3.0], "float32")
-    train(model, {**pairs, "sample_weight": weights})
-    halves = np.array([2.0, 2.0, 5.0, 1.0], "float32")
-    train(other, {**pairs, "sample_weight": weights / halves}, sample_weight=halves)
-    assert weights_apart(model, other) < 1e-6
+def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
+    weights = np.array([1.0, 2.0, 0.0, 3.0, 1.0, 1.0], "float32")
+    _, expected = train(restart(), {**padded, "sample_weight": weights}, batch_size=6)
+    halves = np.array([2.0, 2.0, 5.0, 1.0, 0.5, 1.0], "float32")
+    divided = {**padded, "sample_weight": weights / halves}
+    _, found = train(restart(), divided, batch_size=6, sample_weight=halves)
+    assert apart(found[-1], expected[-1]) < 1e-6
+    _, other = train(restart(), divided, batch_size=6)
+    assert apart(other[-1], expected[-1]) > 1e-3
 
 
 def test_ids_make_positives(model, pairs):
@@ -122,12 +175,12 @@ def test_ids_make_positives(model, pairs):
     expected = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
     assert float(model(ids, return_loss=True).loss) == pytest.approx(expected, abs=1e-5)
     assert abs(expected - plain) > 1e-3
-    model.compile(optimizer="sgd")
     found = model.evaluate(ids, batch_size=4, verbose=0, return_dict=True)
     assert found["loss"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_sigmoid_loss_has_a_bias_that_is_saved(model, pairs, tmp_path):
+    model = twin(model)
     assert not model.has_logit_bias
     plain = ops.convert_to_numpy(model(pairs).logits_per_image)
     model.use_sigmoid_loss(batch_size=4)
@@ -136,7 +189,8 @@ def test_sigmoid_loss_has_a_bias_that_is_saved(model, pairs, tmp_path):
     np.testing.assert_allclose(logits, plain - np.log(3), atol=1e-6)
     signs = 2 * np.eye(4) - 1
     expected = np.log1p(np.exp(-signs * logits)).sum() / 4  # 1 / n of the sum over all pairs
-    history = train(model, pairs)
+    model.compile(optimizer=keras.optimizers.SGD(0.3))
+    history, _ = train(model, pairs)
     assert set(history) == LOGS
     assert history["loss"][0] == pytest.approx(expected, abs=1e-5)
     assert float(model.logit_bias) != pytest.approx(-np.log(3), abs=1e-4)
@@ -158,12 +212,12 @@ def test_sigmoid_loss_has_a_bias_that_is_saved(model, pairs, tmp_path):
     assert float(again.logit_bias) == 0.0
 
 
-def test_the_temperature_stays_within_its_bounds(steady_config, pairs):
-    keras.utils.set_random_seed(0)
+def test_the_temperature_stays_within_its_bounds(steady_config):
     model = AlignModel(steady_config, temperature_bounds=(0.4, 0.55))
-    train(model, pairs, epochs=1, optimizer=keras.optimizers.SGD(1e3))
-    temperature = float(model.temperature)
-    assert temperature in (pytest.approx(0.4), pytest.approx(0.55))
+    optimizer = keras.optimizers.SGD(1.0)
+    for gradient, temperature in ((0.05, 0.45), (1.0, 0.4), (-0.1, 0.5), (-1.0, 0.55)):
+        optimizer.apply([ops.convert_to_tensor(gradient)], [model.temperature])
+        assert float(model.temperature) == pytest.approx(temperature)
     for bounds in ((0.0, 1.0), (0.5, 0.1)):
         with pytest.raises(ValueError, match=r"temperature_bounds=.*: expected two positive"):
             AlignModel(steady_config, temperature_bounds=bounds)
@@ -172,26 +226,25 @@ def test_the_temperature_stays_within_its_bounds(steady_config, pairs):
 # --- Keras's own ---------------------------------------------------------------------------
 
 
-def test_steps_per_execution(model, pairs):
-    other = twin(model)
-    one, two = (
-        train(model, pairs, batch_size=2),
-        train(other, pairs, batch_size=2, steps_per_execution=2),
-    )
-    assert weights_apart(model, other) < 1e-6
+def test_steps_per_execution(model, restart_two_steps, pairs):
+    two = {key: np.concatenate([value, value[::-1]]) for key, value in pairs.items()}
+    two["pixel_values"][4:] = np.random.default_rng(1).random((4, 16, 16, 3))
+    logs, weights = train(model, two)
+    found_logs, found = train(restart_two_steps(), two)
+    assert apart(found[-1], weights[-1]) < 1e-6
     for key in LOGS:
-        np.testing.assert_allclose(two[key], one[key], atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(found_logs[key], logs[key], atol=1e-5, err_msg=key)
 
 
-def test_jit_compile(model, pairs):
-    other = twin(model)
-    train(model, pairs, jit_compile=False)
-    train(other, pairs, jit_compile=True)
-    assert weights_apart(model, other) < 1e-5
+def test_jit_compile(model, pairs, expected):
+    assert not model.jit_compile or keras.backend.backend() == "jax"
+    compiled = twin(model)
+    compiled.compile(optimizer=keras.optimizers.SGD(0.3), jit_compile=True)
+    _, found = train(compiled, pairs)
+    assert apart(found[-1], expected[1][-1]) < 1e-5
 
 
 def test_callbacks_and_validation(model, pairs, tmp_path):
-    model.compile(optimizer=keras.optimizers.SGD(0.1))
     history = model.fit(
         pairs,
         batch_size=3,  # a ragged last batch
@@ -217,6 +270,7 @@ def test_callbacks_and_validation(model, pairs, tmp_path):
 
 def test_a_token_that_occurs_again_is_summed_before_it_is_squared(model, pairs):
     """After one step Adam's moments are (1 - beta_1) g and (1 - beta_2) g^2, for each weight."""
+    model = twin(model)
     optimizer = keras.optimizers.Adam(1e-3, beta_1=0.9, beta_2=0.999)
     model.compile(optimizer=optimizer)
     model.train_on_batch(pairs)
@@ -231,34 +285,35 @@ def test_a_token_that_occurs_again_is_summed_before_it_is_squared(model, pairs):
 
 
 def test_clipping_and_average_of_weights(model, pairs):
-    other, start = twin(model), twin(model)
-    clipped = keras.optimizers.SGD(1.0, global_clipnorm=1e-3)
-    train(model, pairs, epochs=1, optimizer=clipped)
-    moved = [a - b for a, b in zip(model.get_weights(), start.get_weights(), strict=True)]
-    norm = np.sqrt(sum((delta**2).sum() for delta in moved))
-    assert norm == pytest.approx(1e-3, rel=0.1)  # a unit weight takes steps of 1e-7
+    """Three steps of length 0.1; what fit leaves is the average of the weights after each."""
+    model = twin(model)
+    start = model.get_weights()
+    optimizer = keras.optimizers.SGD(
+        1.0, global_clipnorm=0.1, use_ema=True, ema_momentum=0.25, ema_overwrite_frequency=None
+    )
+    model.compile(optimizer=optimizer)
+    _, weights = train(model, pairs)
+    for before, after in itertools.pairwise([start, *weights]):
+        norm = np.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(after, before, strict=True)))
+        assert norm == pytest.approx(0.1, rel=1e-3)
+    average = [0.0625 * a + 0.1875 * b + 0.75 * c for a, b, c in zip(*weights, strict=True)]
+    assert apart(model.get_weights(), average) < 1e-6
+    for other in weights:
+        assert apart(model.get_weights(), other) > 1e-3
 
-    averaged = keras.optimizers.SGD(0.3, use_ema=True, ema_momentum=0.5)
-    train(other, pairs, epochs=2, optimizer=averaged)
-    plain = twin(start)
-    train(plain, pairs, epochs=2)
-    # What fit leaves is the average, not the last step.
-    assert weights_apart(other, plain) > 1e-4
-    assert 0.01 <= float(other.temperature) <= 1.0
 
-
-def test_mixed_bfloat16(model, pairs):
+def test_mixed_bfloat16(model, pairs, expected):
     mixed = twin(model, dtype="mixed_bfloat16")
-    found, expected = train(mixed, pairs), train(model, pairs)
-    np.testing.assert_allclose(found["loss"], expected["loss"], atol=0.05)
+    mixed.compile(optimizer=keras.optimizers.SGD(0.3))
+    found, _ = train(mixed, pairs)
+    np.testing.assert_allclose(found["loss"], expected[0]["loss"], atol=0.05)
     assert {weight.dtype for weight in mixed.weights} == {"float32"}
 
 
-def test_predict_joins_the_embeddings_of_batches(model, pairs):
+def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pairs):
     many = rows(pairs, [0, 1, 2, 3, 0])
-    expected = model(many)
-    for steps in (1, 2):
-        model.compile(optimizer="sgd", steps_per_execution=steps)
+    for model in (restart(), restart_two_steps()):
+        expected = model(many)
         found = model.predict(many, batch_size=2, verbose=0)
         assert list(found) == ["image_embeds", "text_embeds"]
         for key, array in found.items():
@@ -266,7 +321,6 @@ def test_predict_joins_the_embeddings_of_batches(model, pairs):
 
 
 def test_what_fit_cannot_take_is_told(model, pairs):
-    model.compile(optimizer="sgd")
     with pytest.raises(ValueError, match="unknown inputs pixels: expected pixel_values, input_ids"):
         model.fit({**pairs, "pixels": pairs["pixel_values"]}, verbose=0)
     with pytest.raises(ValueError, match="expected pixel_values; for texts alone"):
