@@ -22,10 +22,10 @@ RETRIEVAL = {
 
 
 @pytest.fixture(scope="module")
-def shared(small_config):
+def shared(tiny_config):
     """A model whose step is traced once, and what it begins with."""
     keras.utils.set_random_seed(0)
-    model = AlignModel(small_config)
+    model = AlignModel(tiny_config)
     model.freeze()  # the projection and the temperature train: enough to move the figures
     model.compile(optimizer=keras.optimizers.Adam(0.1), jit_compile=False)
     model.optimizer.build(model.trainable_variables)

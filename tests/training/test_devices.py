@@ -1,23 +1,23 @@
-"""What there is to compute on, and the strategy over all of it, in processes of their own.
-
-Virtual devices are set up before a backend starts.
-"""
+"""What there is to compute on, and the strategy over all of it."""
 
 import os
 import subprocess
 import sys
 
 import keras
-import pytest
 
-SHOW = """
-import sys
+from align_tf.training import data_parallel
+from align_tf.training.devices import describe_devices
+
+# Virtual devices are set up before a backend starts.
+TWO_DEVICES = """
 import keras
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
-    devices = [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1])
+    devices = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], devices)
-from align_tf.training import data_parallel; from align_tf.training.devices import describe_devices
+from align_tf.training import data_parallel
+from align_tf.training.devices import describe_devices
 print(describe_devices())
 print(type(data_parallel()).__name__)
 """
@@ -29,13 +29,17 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_all_devices_are_used(count):
-    flags = f"--xla_force_host_platform_device_count={count}"
+def test_the_one_device_is_used():
+    assert describe_devices() == f"1 CPU device, Keras on {BACKEND}"
+    assert type(data_parallel()).__name__ == STRATEGIES[BACKEND][0]
+
+
+def test_all_devices_are_used():
+    flags = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", SHOW, str(count)]
+    command = [sys.executable, "-c", TWO_DEVICES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, strategy = done.stdout.splitlines()
-    assert said == f"{count} CPU device{'s' * (count > 1)}, Keras on {BACKEND}"
-    assert strategy == STRATEGIES[BACKEND][count > 1]
+    assert said == f"2 CPU devices, Keras on {BACKEND}"
+    assert strategy == STRATEGIES[BACKEND][1]
