@@ -320,6 +320,22 @@ def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pai
             np.testing.assert_allclose(array, ops.convert_to_numpy(expected[key]), atol=1e-6)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's variables")
+def test_a_step_is_traced_once(steady_config, pairs):
+    """Variables that an optimizer makes within the step would have TensorFlow trace it again."""
+    traced = []
+
+    class Counted(AlignModel):
+        def train_step(self, data):
+            traced.append(data)
+            return super().train_step(data)
+
+    model = Counted(steady_config)
+    model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
+    model.fit(pairs, batch_size=2, epochs=2, verbose=0)
+    assert len(traced) == 1
+
+
 def test_what_fit_cannot_take_is_told(model, pairs):
     with pytest.raises(ValueError, match="unknown inputs pixels: expected pixel_values, input_ids"):
         model.fit({**pairs, "pixels": pairs["pixel_values"]}, verbose=0)
