@@ -20,6 +20,13 @@ def model(tiny_config) -> AlignModel:
     return AlignModel(tiny_config)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tiny_config) -> AlignModel:
+    """The same, made once: not to be changed."""
+    keras.utils.set_random_seed(0)
+    return AlignModel(tiny_config)
+
+
 def logits(model: AlignModel, pairs) -> np.ndarray:
     return ops.convert_to_numpy(model(pairs).logits_per_image)
 
@@ -49,8 +56,8 @@ def test_outputs_equal_the_reference(golden):
     assert float(output.loss) == pytest.approx(float(arrays["expected/loss"]), abs=1e-4)
 
 
-def test_output_reads_as_attribute_and_as_key(model, pairs):
-    output = model(pairs)
+def test_output_reads_as_attribute_and_as_key(unchanged, pairs):
+    output = unchanged(pairs)
     assert list(output) == [
         "logits_per_image",
         "logits_per_text",
@@ -67,16 +74,16 @@ def test_output_reads_as_attribute_and_as_key(model, pairs):
         output.loss  # noqa: B018
 
 
-def test_what_is_asked_for_is_returned(model, pairs):
-    output = model(pairs, return_loss=True, output_hidden_states=True, output_attentions=True)
+def test_what_is_asked_for_is_returned(unchanged, pairs):
+    output = unchanged(pairs, return_loss=True, output_hidden_states=True, output_attentions=True)
     assert output.loss.shape == ()
     assert [len(output.text_model_output[key]) for key in ("hidden_states", "attentions")] == [3, 2]
     assert len(output.vision_model_output.hidden_states) == 4
     assert "attentions" not in output.vision_model_output
 
 
-def test_shapes_and_unit_length_of_more_texts_than_images(model, pairs):
-    output = model({**pairs, "pixel_values": pairs["pixel_values"][:3]})
+def test_shapes_and_unit_length_of_more_texts_than_images(unchanged, pairs):
+    output = unchanged({**pairs, "pixel_values": pairs["pixel_values"][:3]})
     assert output.logits_per_image.shape == (3, 4)
     assert output.logits_per_text.shape == (4, 3)
     for key, count in (("image_embeds", 3), ("text_embeds", 4)):
@@ -95,19 +102,19 @@ def test_temperature_divides_the_logits(model, pairs):
     np.testing.assert_allclose(logits(model, pairs), 4 * before, rtol=1e-6)
 
 
-def test_features_are_the_embeddings_before_normalisation(model, pairs):
-    output = model(pairs)
+def test_features_are_the_embeddings_before_normalisation(unchanged, pairs):
+    output = unchanged(pairs)
     texts = {key: value for key, value in pairs.items() if key != "pixel_values"}
     features = {
-        "text_embeds": model.get_text_features(texts),
-        "image_embeds": model.get_image_features(pairs["pixel_values"]),
+        "text_embeds": unchanged.get_text_features(texts),
+        "image_embeds": unchanged.get_image_features(pairs["pixel_values"]),
     }
     for key, array in features.items():
         array = ops.convert_to_numpy(array)
         unit = array / np.linalg.norm(array, axis=-1, keepdims=True)
         np.testing.assert_allclose(ops.convert_to_numpy(output[key]), unit, atol=1e-6)
     first = ops.convert_to_numpy(output.text_model_output.last_hidden_state)[:, 0]
-    kernel, bias = model.text_projection.get_weights()
+    kernel, bias = unchanged.text_projection.get_weights()
     np.testing.assert_allclose(
         ops.convert_to_numpy(features["text_embeds"]), first @ kernel + bias, atol=1e-6
     )
@@ -132,49 +139,49 @@ def test_image_projection(tiny_config, pairs):
         ("input_ids", "expected input_ids; for images alone call get_image_features"),
     ],
 )
-def test_missing_inputs_are_told(missing, message, model, pairs):
+def test_missing_inputs_are_told(missing, message, unchanged, pairs):
     with pytest.raises(ValueError, match=message):
-        model({key: value for key, value in pairs.items() if key != missing})
+        unchanged({key: value for key, value in pairs.items() if key != missing})
     with pytest.raises(ValueError, match=message):
-        model({**pairs, missing: None})
+        unchanged({**pairs, missing: None})
 
 
 @pytest.mark.parametrize("size", [(16, 16), (33, 33), (17, 40), (3, 3)])
-def test_any_image_size_without_rebuilding(size, model, pairs):
-    weights = [id(weight) for weight in model.weights]
+def test_any_image_size_without_rebuilding(size, unchanged, pairs):
+    weights = [id(weight) for weight in unchanged.weights]
     images = np.random.default_rng(0).random((4, *size, 3), "float32")
-    assert model({**pairs, "pixel_values": images}).logits_per_image.shape == (4, 4)
-    assert [id(weight) for weight in model.weights] == weights
+    assert unchanged({**pairs, "pixel_values": images}).logits_per_image.shape == (4, 4)
+    assert [id(weight) for weight in unchanged.weights] == weights
 
 
-def test_inside_a_functional_model(model, pairs):
+def test_inside_a_functional_model(unchanged, pairs):
     inputs = {
         "pixel_values": keras.Input((None, None, 3), name="pixel_values"),
         "input_ids": keras.Input((None,), dtype="int32", name="input_ids"),
         "attention_mask": keras.Input((None,), dtype="int32", name="attention_mask"),
     }
-    functional = keras.Model(inputs, model(inputs).image_embeds)
-    expected = ops.convert_to_numpy(model(pairs).image_embeds)
+    functional = keras.Model(inputs, unchanged(inputs).image_embeds)
+    expected = ops.convert_to_numpy(unchanged(pairs).image_embeds)
     np.testing.assert_allclose(ops.convert_to_numpy(functional(pairs)), expected, atol=1e-6)
 
 
 # --- names ---------------------------------------------------------------------------------
 
 
-def test_names_of_layers_and_weights_are_stable(model):
+def test_names_of_layers_and_weights_are_stable(unchanged):
     printed = io.StringIO()
-    for part in (model, model.text_model, model.vision_model):
+    for part in (unchanged, unchanged.text_model, unchanged.vision_model):
         part.summary(print_fn=lambda line, **_: printed.write(line))
     for name in ("text_model (AlignTextModel)", "vision_model (AlignVisionModel)", "text_project"):
         assert name in printed.getvalue()
     assert "unbuilt" not in printed.getvalue()
-    assert [layer.name for layer in model.text_model.layers] == [
+    assert [layer.name for layer in unchanged.text_model.layers] == [
         "embeddings",
         "layer_0",
         "layer_1",
         "pooler",
     ]
-    assert [layer.name for layer in model.vision_model.layers] == [
+    assert [layer.name for layer in unchanged.vision_model.layers] == [
         "stem_pad",
         "stem_conv",
         "stem_bn",
@@ -182,7 +189,7 @@ def test_names_of_layers_and_weights_are_stable(model):
         "block_1",
         "block_2",
     ]
-    paths = [weight.path for weight in model.weights]
+    paths = [weight.path for weight in unchanged.weights]
     assert len(paths) == len(set(paths)) == 99
     for path in (
         "align/temperature",
@@ -195,9 +202,9 @@ def test_names_of_layers_and_weights_are_stable(model):
         assert path in paths
 
 
-def test_a_second_model_has_the_names_of_the_first(model, tiny_config):
+def test_a_second_model_has_the_names_of_the_first(unchanged, tiny_config):
     again = [weight.path for weight in AlignModel(tiny_config).weights]
-    assert again == [weight.path for weight in model.weights]
+    assert again == [weight.path for weight in unchanged.weights]
 
 
 # --- training ------------------------------------------------------------------------------
@@ -285,11 +292,11 @@ def test_freeze_both_towers_leaves_projection_and_temperature(model):
     assert len(model.trainable_weights) == 79
 
 
-def test_freeze_of_what_is_not_there(model):
+def test_freeze_of_what_is_not_there(unchanged):
     with pytest.raises(ValueError, match="tower='audio': expected one of text, vision, or None"):
-        model.freeze("audio")
+        unchanged.freeze("audio")
     with pytest.raises(ValueError, match="block 3: vision_model has blocks 0 to 2"):
-        model.freeze("vision", [3])
+        unchanged.freeze("vision", [3])
 
 
 def batch_norms(model: keras.Model) -> list[bool]:
@@ -386,10 +393,10 @@ def test_resize_token_embeddings(size, model, pairs, tmp_path):
     assert 0.2 < values(again)[path][size:].std() < 0.4
 
 
-def test_resize_to_nothing_is_refused(model):
+def test_resize_to_nothing_is_refused(unchanged):
     with pytest.raises(ValueError, match="vocab_size=0: expected a positive integer"):
-        model.resize_token_embeddings(0)
-    assert model.config.text_config.vocab_size == 40
+        unchanged.resize_token_embeddings(0)
+    assert unchanged.config.text_config.vocab_size == 40
 
 
 def test_surgery_on_one_model_leaves_its_config_and_its_twin_alone(tiny_config):
@@ -427,19 +434,19 @@ def test_prune_heads_equals_the_reference(golden, tmp_path):
 
 
 @pytest.mark.parametrize("heads", [{2: [0]}, {0: [4]}, {0: [0, 1, 2, 3]}])
-def test_heads_that_cannot_be_pruned(heads, model):
+def test_heads_that_cannot_be_pruned(heads, unchanged):
     with pytest.raises(ValueError, match=r"pruned_heads\[[02]\]=.*: expected a layer below 2 and"):
-        model.prune_heads(heads)
-    assert model.config.text_config.pruned_heads == {}
-    assert model.text_model.blocks[0].attention.query.kernel.shape == (16, 16)
+        unchanged.prune_heads(heads)
+    assert unchanged.config.text_config.pruned_heads == {}
+    assert unchanged.text_model.blocks[0].attention.query.kernel.shape == (16, 16)
 
 
 # --- Keras' own files ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["joint", "text", "vision"])
-def test_keras_file(name, model, pairs, tmp_path):
-    part = {"joint": model, "text": model.text_model, "vision": model.vision_model}[name]
+def test_keras_file(name, unchanged, pairs, tmp_path):
+    part = unchanged if name == "joint" else getattr(unchanged, f"{name}_model")
     part.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert type(again) is type(part)
@@ -493,13 +500,13 @@ def test_keras_file_in_a_fresh_process(model, pairs, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits(model, pairs), atol=1e-6)
 
 
-def test_weights_file(model, tiny_config, pairs, tmp_path):
-    model.save_weights(tmp_path / "model.weights.h5")
+def test_weights_file(unchanged, tiny_config, pairs, tmp_path):
+    unchanged.save_weights(tmp_path / "model.weights.h5")
     keras.utils.set_random_seed(1)
     again = AlignModel(tiny_config)
-    assert changed(values(model), values(again))
+    assert changed(values(unchanged), values(again))
     again.load_weights(tmp_path / "model.weights.h5")
-    assert not changed(values(model), values(again))
+    assert not changed(values(unchanged), values(again))
 
 
 def test_get_config_is_json_and_builds_the_model_again(model):
@@ -516,11 +523,11 @@ def test_get_config_is_json_and_builds_the_model_again(model):
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(policy, model, tiny_config, pairs):
+def test_mixed_precision(policy, unchanged, tiny_config, pairs):
     mixed = AlignModel(tiny_config, dtype=policy)
-    mixed.set_weights(model.get_weights())
+    mixed.set_weights(unchanged.get_weights())
     half = policy.removeprefix("mixed_")
-    output, expected = mixed(pairs, return_loss=True), model(pairs, return_loss=True)
+    output, expected = mixed(pairs, return_loss=True), unchanged(pairs, return_loss=True)
     assert {weight.dtype for weight in mixed.weights} == {"float32"}
     assert (
         keras.backend.standardize_dtype(output.vision_model_output.last_hidden_state.dtype) == half
