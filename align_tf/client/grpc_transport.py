@@ -106,7 +106,8 @@ class _GrpcMessages:
     def error(self, error: Any) -> Exception:
         """Returns what a failed call means to the caller."""
         code, details = error.code().name, error.details()
-        if code == "UNAVAILABLE":
+        # Nobody cancels a call here, so that it is a server that stops who did.
+        if code in ("UNAVAILABLE", "CANCELLED"):
             return ServerUnavailable(f"{self.address}: cannot reach the server: {details}")
         if code == "DEADLINE_EXCEEDED":
             return TimeoutError(f"{self.address}: no answer in time")

@@ -533,7 +533,7 @@ def busy_rest(status, times):
             thread.join()
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])
 def test_grpc_asks_a_busy_server_again(code):
     with busy_grpc(code, 2) as (address, calls):
         assert AlignClient(address, protocol="grpc").status() == []

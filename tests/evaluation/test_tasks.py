@@ -210,8 +210,13 @@ def test_interrupted_it_writes_nothing(classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Embedder, "images", interrupted)
     arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes)]
     code = None
-    with contextlib.suppress(KeyboardInterrupt):  # which would end all tests
-        code = main([*arguments, "--output", str(output)])
+    # A shell has its background jobs ignore the signal, and Python then keeps to that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # which would end all tests
+            code = main([*arguments, "--output", str(output)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "align-tf: stopped"
     assert not output.exists()
