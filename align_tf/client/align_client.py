@@ -65,7 +65,8 @@ class AlignClient(Client):
             token: sent as `authorization: Bearer TOKEN`.
             timeout: seconds to wait for the answer to a request, its retries included.
             retries: how often a request is sent again where the server is busy or not there:
-                UNAVAILABLE and RESOURCE_EXHAUSTED, 503 and 429, connections refused and reset.
+                UNAVAILABLE, RESOURCE_EXHAUSTED and CANCELLED, 503 and 429, connections refused and
+                reset.
                 The pauses grow from 0.1 to 5 seconds.
             batch_size: how many images or texts go into one request.
             in_flight: how many requests the `stream_` methods have under way.
