@@ -142,11 +142,14 @@ def test_accumulation_compiled_by_xla(steady, of_five):
     assert_equal(found, of_five)
 
 
-def test_accumulation_with_a_scaled_loss(steady, of_five):
-    model = make(AlignModel, steady, dtype="mixed_float16")
-    found = train(model, batch_size=5, accumulation=2)
+def test_accumulation_with_a_scaled_loss(steady):
+    """Held to the plain step in float16, which leaves out the same steps."""
+    options = {"dtype": "mixed_float16"}
+    expected = train(make(AlignModel, steady, **options))
+    model = make(AlignModel, steady, **options)
+    found = train(model, accumulation=2)
     assert model.optimizer.initial_scale == 2**15
-    assert_equal(found, of_five, atol=0.01)
+    assert_equal(found, expected, atol=0.01)
 
 
 def test_rematerialised_blocks_take_the_same_step(config):
