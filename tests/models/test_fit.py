@@ -212,12 +212,16 @@ def test_sigmoid_loss_has_a_bias_that_is_saved(model, pairs, tmp_path):
     assert float(again.logit_bias) == 0.0
 
 
-def test_the_temperature_stays_within_its_bounds(steady_config):
+def test_the_temperature_stays_within_its_bounds(steady_config, pairs):
     model = AlignModel(steady_config, temperature_bounds=(0.4, 0.55))
     optimizer = keras.optimizers.SGD(1.0)
     for gradient, temperature in ((0.05, 0.45), (1.0, 0.4), (-0.1, 0.5), (-1.0, 0.55)):
         optimizer.apply([ops.convert_to_tensor(gradient)], [model.temperature])
         assert float(model.temperature) == pytest.approx(temperature)
+    model.freeze()  # the projection and the temperature train
+    model.compile(optimizer=keras.optimizers.SGD(1e3))
+    model.fit(pairs, batch_size=4, verbose=0)
+    assert float(model.temperature) in (pytest.approx(0.4), pytest.approx(0.55))
     for bounds in ((0.0, 1.0), (0.5, 0.1)):
         with pytest.raises(ValueError, match=r"temperature_bounds=.*: expected two positive"):
             AlignModel(steady_config, temperature_bounds=bounds)
