@@ -17,8 +17,6 @@ import numpy as np
 from align_tf.client.endpoint import AlignServerError, Endpoint, ServerUnavailable, Tls
 from align_tf.client.signatures import Signature
 
-# --- REST ----------------------------------------------------------------------------------
-
 
 class _NamedConnection(http.client.HTTPSConnection):
     """A connection whose server proves another name than the address."""

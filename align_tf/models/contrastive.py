@@ -168,16 +168,20 @@ class ContrastiveTraining:
     def test_step(self, *state_and_data: Any) -> Any:
         return _over_workers(super().test_step(*state_and_data))
 
+    def make_train_function(self, force: bool = False) -> Any:
+        # Made within the step, an optimizer's variables would have TensorFlow trace it twice.
+        if not self.optimizer.built:
+            strategy = getattr(self, "_distribute_strategy", None)  # TensorFlow's alone
+            with contextlib.nullcontext() if strategy is None else strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        # The model is built as it is made, so that only the optimizer is left. Made within the
-        # step, its variables would have TensorFlow trace the step twice; and under a strategy
-        # Keras would take a batch first and average its replicas, which of a dict fails between
-        # workers (keras issue 20329).
-        optimizer, strategy = self.optimizer, self._distribute_strategy
-        if optimizer is None or optimizer.built:
-            return
-        with contextlib.nullcontext() if strategy is None else strategy.scope():
-            optimizer.build(self.trainable_variables)
+        """Does nothing: the model is built as it is made.
+
+        Under a strategy Keras would take a batch first and average its replicas, which of a dict
+        fails between workers (keras issue 20329).
+        """
 
     def predict_step(self, *state_and_data: Any) -> Any:
         """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot."""

@@ -336,6 +336,8 @@ def test_a_step_is_traced_once(steady_config, pairs):
 
     model = Counted(steady_config)
     model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
+    model.evaluate(pairs, verbose=0)
+    assert not model.optimizer.built  # which would take the memory of a training
     model.fit(pairs, batch_size=2, epochs=2, verbose=0)
     assert len(traced) == 1
 

@@ -33,9 +33,6 @@ def _format(header: tf.Tensor) -> tf.Tensor:
     return tf.argmax(tf.cast(matches, tf.int32), output_type=tf.int32)
 
 
-# --- decoding ------------------------------------------------------------------------------
-
-
 def read(
     image_bytes: tf.Tensor, max_pixels: int, exact: bool = True
 ) -> tuple[tf.Tensor, tf.Tensor]:
