@@ -7,7 +7,7 @@ each part, with the dropout of the first, carries it on to the weights. The loss
 by part, so that the logits of all pairs are never there at once.
 
 A part is every N-th row, so that the rows of each device stay on it. BatchNorm, where it trains,
-takes the statistics of a part.
+takes the statistics of a part; rows of the batch again fill a part that is short.
 """
 
 import functools
@@ -17,7 +17,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from align_tf.models.loss import num_replicas
 from align_tf.models.step_state import step_variables
 
 EMBEDS = ("image_embeds", "text_embeds")
@@ -47,7 +46,9 @@ class _Parts:
         self.fixed = fixed  # (variable, value) of all but the weights that train
         self.rows = ops.shape(x["pixel_values"])[0]
         inputs = {key: x[key] for key in model.tower_inputs if x.get(key) is not None}
-        self.x = {key: _split(value, self.count) for key, value in inputs.items()}
+        self.x = {
+            key: _split(_filled(value, self.count), self.count) for key, value in inputs.items()
+        }
 
     def start(self) -> list:
         """The values of what a forward pass moves, before the first part."""
@@ -116,6 +117,15 @@ def map_rows(function: Callable, rows: Any, others: Sequence, count: int, num_ou
         return carry, list(again(parts[:, part], *others))
 
     return [_join(array, total) for array in _scan(step, [], count, num_outputs)[1]]
+
+
+def _filled(value: Any, count: int) -> Any:
+    """Repeats rows from the first on, to a multiple of `count`: zeros would move BatchNorm."""
+    rows = ops.shape(value)[0]
+    missing = -rows % count
+    if isinstance(missing, int) and not missing:
+        return value
+    return ops.take(value, ops.arange(rows + missing) % rows, axis=0)
 
 
 def _split(value: Any, count: int) -> Any:
@@ -227,7 +237,6 @@ def _tensorflow_step(model: keras.Model, data: Any) -> dict:
     model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
     for variable, value in zip(parts.moving, moved, strict=True):
         variable.assign(value)
-    model._loss_tracker.update_state(loss * num_replicas(), sample_weight=parts.rows)
     return model.compute_metrics(x, y, y_pred, sample_weight)
 
 

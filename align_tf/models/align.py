@@ -17,6 +17,7 @@ from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
+from align_tf.models.fit_watch import CONTRASTED
 from align_tf.models.loss import (
     REDUCTIONS,
     positive_pairs,
@@ -83,7 +84,8 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
         self.temperature_bounds = (least, largest)
         self.accumulation = 1
         self.text_model = AlignTextModel(config.text_config, dtype=self.dtype_policy)
-        self.text_model.pooler.trainable = False  # no part of the embedding, so of no gradient
+        self.text_model.kept_frozen = ("pooler",)  # no part of the embedding, so of no gradient
+        self.text_model.pooler.trainable = False
         self.vision_model = AlignVisionModel(config.vision_config, dtype=self.dtype_policy)
         # The towers own their configurations; one that resizes or prunes shows here too.
         towers = {"text_config": self.text_model.config, "vision_config": self.vision_model.config}
@@ -95,7 +97,9 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
             self.image_projection = layers.Dense(
                 config.projection_dim, name="image_projection", dtype="float32"
             )
-        self.batch_metrics = {name: keras.metrics.Mean(name=name) for name in METRICS}
+        names = (*METRICS, CONTRASTED)
+        self.batch_metrics = {name: keras.metrics.Mean(name=name) for name in names}
+        self.trained_batches = 0  # of `fit`, over all its calls; a resumed training goes on from it
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -238,10 +242,17 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
             model.freeze(blocks)
 
     def unfreeze(self, tower: str | None = None, blocks: Iterable[int] | None = None) -> None:
-        """Lets a tower, or some of its blocks, train; takes what `freeze` takes."""
+        """Lets a tower, or some of its blocks, train; takes what `freeze` takes.
+
+        After Keras's `trainable = False` of the model, projections and temperature train again too.
+        """
+        towers = self._towers(None)
+        if not self.trainable:
+            self._trainable = True  # of the model, and of no tower
+            for part in [*self._scale(), *(layer for layer in self.layers if layer not in towers)]:
+                part.trainable = True
         for model in self._towers(tower):
             model.unfreeze(blocks)
-        self.text_model.pooler.trainable = False
 
     def freeze_batch_norm(self) -> None:
         """Keeps the image tower's BatchNorms as they are; see `AlignVisionModel`."""

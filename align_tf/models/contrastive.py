@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
+from align_tf.models.fit_watch import CONTRASTED, FitWatch, check_contrast, watched
 from align_tf.models.loss import (
     contrastive_rows,
     gather_across_replicas,
@@ -23,7 +24,7 @@ from align_tf.models.loss import (
 )
 from align_tf.models.surgery import open_for_change
 
-METRICS = ("loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
+METRICS = ("loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
 
 
 class ContrastiveTraining:
@@ -87,15 +88,34 @@ class ContrastiveTraining:
         self.compile(**config)
         self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any):
-        """As Keras's `fit`, which drops the sample_weight of arrays that come without targets."""
-        return super().fit(*_with_weight(x, y, sample_weight), *args, **kw)
+    def fit(
+        self,
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Any = "auto",
+        callbacks: Any = None,
+        *args: Any,
+        sample_weight: Any = None,
+        **kw: Any,
+    ) -> keras.callbacks.History:
+        """As Keras's `fit`, on pairs alone, and with the sample_weight of arrays.
+
+        Raises:
+            ValueError: there are targets, or an epoch held no usable pair, or no two in a batch.
+        """
+        x, y = _with_weight(x, y, sample_weight)
+        callbacks = watched(callbacks, FitWatch(), self)
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kw)
 
     def evaluate(
-        self, x: Any = None, y: Any = None, *args: Any, sample_weight: Any = None, **kw: Any
-    ):
+        self, x: Any = None, y: None = None, *args: Any, sample_weight: Any = None, **kw: Any
+    ) -> Any:
         """As Keras's `evaluate`; see `fit`."""
-        return super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
+        logs = super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
+        check_contrast(self, "the data")
+        return logs
 
     def compute_loss(
         self,
@@ -112,11 +132,15 @@ class ContrastiveTraining:
 
         Args:
             x: the batch; its `image_ids`, `text_ids` and `sample_weight` count, see `call`.
-            y: not used.
+            y: None.
             y_pred: what `call` returns.
             sample_weight: (n,), times the one in `x`.
             training: not used.
+
+        Raises:
+            ValueError: there are targets.
         """
+        _check_no_targets(y)
         ids = [gather_across_replicas(x.get(key)) for key in ("image_ids", "text_ids")]
         weight = gather_across_replicas(product(x.get("sample_weight"), sample_weight))
         images, texts = (gather_across_replicas(y_pred[key]) for key in EMBEDS)
@@ -124,9 +148,11 @@ class ContrastiveTraining:
         for name, rows, columns in (("t2i", texts, images), ("i2t", images, texts)):
             loss, accuracy = self._compare(rows, columns, ids, weight)
             values |= {f"loss_{name}": loss, f"accuracy_{name}": accuracy}
-        self._update_metrics(values, ops.shape(images)[0] if weight is None else ops.sum(weight))
         loss = reduce_directions(values["loss_t2i"], values["loss_i2t"], self.loss_reduction)
-        return (loss + sum(self.losses)) / num_replicas()
+        loss += sum(self.losses)
+        weight = ops.ones(ops.shape(images)[0]) if weight is None else weight
+        self._update_metrics({"loss": loss, **values}, weight)
+        return loss / num_replicas()
 
     def _compare(self, rows: Any, columns: Any, ids: list, weight: Any) -> tuple[Any, Any]:
         """Returns the loss and the accuracy of one direction, of all (n, d) by all (n, d).
@@ -153,12 +179,24 @@ class ContrastiveTraining:
             return sigmoid_rows(logits, positives, weight)
         return contrastive_rows(logits, positives, weight, self.label_smoothing)
 
-    def _update_metrics(self, values: dict[str, Any], total: Any) -> None:
+    def _update_metrics(self, values: dict[str, Any], weight: Any) -> None:
         for name, value in values.items():
-            self.batch_metrics[name].update_state(value, sample_weight=total)
+            self.batch_metrics[name].update_state(value, sample_weight=ops.sum(weight))
+        pairs = ops.sum(ops.cast(weight > 0, "float32"))
+        self.batch_metrics[CONTRASTED].update_state(ops.cast(pairs > 1, "float32"))
         # Of the temperature the last value is wanted, not the mean.
         self.batch_metrics["temperature"].reset_state()
         self.batch_metrics["temperature"].update_state(self.temperature)
+
+    @property
+    def metrics(self) -> list:
+        """Keras's, without the mean of `loss` over rows: filler rows would count in it."""
+        keras_loss = getattr(self, "_loss_tracker", None)
+        return [metric for metric in super().metrics if metric is not keras_loss]
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        results = super().get_metrics_result()
+        return {name: value for name, value in results.items() if name != CONTRASTED}
 
     def train_step(self, *state_and_data: Any) -> Any:
         if self.accumulation == 1:
@@ -184,11 +222,17 @@ class ContrastiveTraining:
         """
 
     def predict_step(self, *state_and_data: Any) -> Any:
-        """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot."""
+        """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot.
+
+        `sample_weight` goes along where the batch has one: a row of 0 is no pair.
+        """
         output = super().predict_step(*state_and_data)
         output, *state = output if isinstance(output, tuple) else (output,)
-        embeds = {key: output[key] for key in ("image_embeds", "text_embeds")}
-        return (embeds, *state) if state else embeds
+        joined = {key: output[key] for key in ("image_embeds", "text_embeds")}
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(state_and_data[-1])
+        if x.get("sample_weight") is not None:
+            joined["sample_weight"] = product(x["sample_weight"])
+        return (joined, *state) if state else joined
 
     @property
     def has_logit_bias(self) -> bool:
@@ -220,11 +264,20 @@ class ContrastiveTraining:
 
 def _with_weight(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
     """Moves the sample weight of arrays into the batch."""
+    _check_no_targets(y)
     if sample_weight is None:
         return x, y
     if not isinstance(x, dict):
         raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
     return {**x, "sample_weight": product(x.get("sample_weight"), sample_weight)}, y
+
+
+def _check_no_targets(y: Any) -> None:
+    if y is not None:
+        raise ValueError(
+            "targets beside the batch: expected none; AlignModel learns from pairs alone, and "
+            "what makes positives are the batch's image_ids and text_ids"
+        )
 
 
 def product(*weights: Any) -> Any:

@@ -12,6 +12,7 @@ from align_tf.configuration.blocks import BlockSpec
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
+from align_tf.models.freezing import KeepsFrozen
 from align_tf.models.initialization import kernel_initializer
 
 
@@ -28,7 +29,7 @@ def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
     )
 
 
-class MBConvBlock(layers.Layer):
+class MBConvBlock(KeepsFrozen, layers.Layer):
     """Inverted bottleneck: expand, depthwise convolution, squeeze-and-excite, project.
 
     Args:
@@ -83,6 +84,12 @@ class MBConvBlock(layers.Layer):
             self.drop_connect = layers.Dropout(
                 spec.drop_rate, noise_shape=(None, 1, 1, 1), name="drop_connect", **options
             )
+
+    @property
+    def batch_norms(self) -> tuple[str, ...]:
+        """The names of the block's BatchNorms."""
+        norms = ("depthwise_bn", "project_bn")
+        return norms if self.spec.expand_ratio == 1 else ("expand_bn", *norms)
 
     def build(self, input_shape: Any = None) -> None:
         narrow = (None, None, None, self.spec.in_channels)

@@ -1,4 +1,4 @@
-"""Training on TensorFlow in fewer passes: the branch of an MBConv block, and BERT's gelu.
+"""Training on CPUs by TensorFlow in fewer passes: an MBConv block's branch, and BERT's gelu.
 
 Plain operations read and write a block's wide activations some sixty times in a step, and keep
 five of them for the gradient. Here two are kept, what the first two convolutions give: what
@@ -27,7 +27,7 @@ def can_fuse(activation: Callable, norm: layers.BatchNormalization, x: Any) -> b
         norm: a BatchNorm.
         x: what it normalises, or what that is made from.
     """
-    if keras.backend.backend() != "tensorflow" or activation is not get_activation("swish"):
+    if not _on_cpu() or activation is not get_activation("swish"):
         return False
     # Statistics over all replicas, and those of float64, the fused kernel does not have.
     return x.dtype != "float64" and not (norm.synchronized and norm.trainable)
@@ -194,7 +194,9 @@ def _scale_and_offset(norm: layers.BatchNormalization) -> tuple[Any, Any]:
 
 def _move_averages(norm: layers.BatchNormalization, mean: Any, variance: Any) -> None:
     for moving, value in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
-        moving.assign(moving * norm.momentum + value * (1.0 - norm.momentum))
+        before = ops.cast(moving, "float32")  # the model may be of another dtype than its moments
+        moved = before * norm.momentum + value * (1.0 - norm.momentum)
+        moving.assign(ops.cast(moved, moving.dtype))
 
 
 def _batch_norm(norm: layers.BatchNormalization, x: Any, gamma: Any, beta: Any) -> tuple:
@@ -242,14 +244,12 @@ def _scale_gradients(x: Any, mean: Any, deviation: Any, upstream: Any) -> tuple[
 
 
 def pointwise(layer: layers.Conv2D, x: Any) -> Any:
-    """As layer(x), a convolution of 1x1 without bias, on a CPU as a product of matrices.
+    """As layer(x), a convolution of 1x1 without bias, as a product of matrices.
 
     The gradient at the filter then takes a third to nine tenths of the time.
     """
     import tensorflow as tf
 
-    if not _on_cpu():
-        return layer(x)
     kernel = ops.cast(layer.kernel, x.dtype)[0, 0]
     *places, channels = ops.shape(x)
     with tf.name_scope(layer.name):
@@ -258,7 +258,7 @@ def pointwise(layer: layers.Conv2D, x: Any) -> Any:
 
 
 def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
-    """As layer(x); on a CPU the gradient at a wide filter is computed by three columns at a time.
+    """As layer(x); the gradient at a wide filter is computed by three columns at a time.
 
     Of wider ones oneDNN takes the kernel of grouped convolutions, in three to twenty times the
     time.
@@ -266,7 +266,7 @@ def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
     import tensorflow as tf
 
     height, width = layer.kernel_size
-    if width <= COLUMNS or not _on_cpu():
+    if width <= COLUMNS:
         return layer(x)
     same = layer.padding == "same"
     (top, bottom), (left, right) = (
@@ -312,6 +312,9 @@ def depthwise(layer: layers.DepthwiseConv2D, x: Any) -> Any:
 
 
 def _on_cpu() -> bool:
+    """Whether TensorFlow computes, and on a CPU: a GPU's or a TPU's own compiler fuses better."""
+    if keras.backend.backend() != "tensorflow":
+        return False
     import tensorflow as tf
 
     return not any(map(tf.config.list_logical_devices, ("GPU", "TPU")))
@@ -362,7 +365,7 @@ def gelu_for(activation: Callable, x: Any) -> Callable:
         activation: of BERT's feed-forward layer.
         x: what that layer takes.
     """
-    if keras.backend.backend() != "tensorflow" or x.dtype == "float64":
+    if not _on_cpu() or x.dtype == "float64":
         return activation
     return gelu if activation is get_activation("gelu") else activation
 

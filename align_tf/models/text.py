@@ -13,8 +13,9 @@ from keras import layers, ops
 from align_tf.checkpoints import name_table
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.models.freezing import Tower
 from align_tf.models.outputs import ModelOutput
-from align_tf.models.pretrained import Pretrained, Tower
+from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
 from align_tf.models.surgery import replace_layer
 

@@ -1,7 +1,7 @@
 """The image tower: an EfficientNet without top convolution."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -13,8 +13,9 @@ from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
 from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
+from align_tf.models.freezing import Tower
 from align_tf.models.outputs import ModelOutput
-from align_tf.models.pretrained import Pretrained, Tower
+from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
 
 
@@ -76,23 +77,48 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
             float32.
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
+        x, given = self._one_or_more(x, training)
         x = self.stem_conv(self.stem_pad(x))
         if training and fused_training.can_fuse(self.activation, self.stem_bn, x):
             x = fused_training.normalize_swish(self.stem_bn, x)
         else:
             x = self.activation(self.stem_bn(x, training=training))
-        hidden_states = [x]
+        hidden_states = [given(x)]
         for block in self.blocks:
             run = rematerialize(block) if self.remat and training else block
             x = run(x, training=training)
-            hidden_states.append(x)
+            hidden_states.append(given(x))
 
+        x = given(x)
         pool = ops.mean if self.config.pooling_type == "mean" else ops.max
         pooled = pool(ops.cast(x, "float32"), axis=(1, 2))
         output = ModelOutput(last_hidden_state=x, pooler_output=pooled)
         if output_hidden_states:
             output["hidden_states"] = tuple(hidden_states)
         return output
+
+    def _one_or_more(self, x: Any, training: bool) -> tuple[Any, Callable]:
+        """Puts a black image in the place of none: oneDNN's convolutions fail on an empty batch.
+
+        Of a batch with fewer images than replicas, some get none.
+
+        Returns:
+            The images, and what takes the rows of those that were given.
+        """
+        if keras.backend.backend() != "tensorflow" or x.shape[0]:
+            return x, lambda y: y
+        import tensorflow as tf
+
+        rows = tf.shape(x)[0]
+        moves = any(norm.trainable for _, norm in self._batch_norms())
+        if training and moves:
+            message = (
+                "a replica without an image would move BatchNorm's averages: expected as many "
+                "images in a batch as there are replicas, or freeze_batch_norm()"
+            )
+            tf.debugging.assert_positive(rows, message)
+        x = tf.pad(x, [[0, tf.maximum(1 - rows, 0)], [0, 0], [0, 0], [0, 0]])
+        return x, lambda y: y[:rows]
 
     def freeze_batch_norm(self) -> None:
         """Keeps every BatchNorm at its moving averages, scale and offset; compile again after it.
@@ -115,6 +141,9 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
 
     def _set_batch_norm(self, *, frozen: bool, synchronized: bool = False) -> None:
         self.batch_norm = {"frozen": frozen, "synchronized": synchronized}
+        self.kept_frozen = ("stem_bn",) if frozen else ()
+        for block in self.blocks:
+            block.kept_frozen = block.batch_norms if frozen else ()
         for owner, layer in self._batch_norms():
             layer.trainable = owner.trainable and not frozen
             layer.synchronized = synchronized and keras.backend.backend() == "tensorflow"
@@ -123,13 +152,8 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
         """Yields each BatchNorm, after the layer that it freezes and unfreezes with."""
         yield self.stem_conv, self.stem_bn
         for block in self.blocks:
-            for layer in block._flatten_layers():
-                if isinstance(layer, layers.BatchNormalization):
-                    yield block, layer
-
-    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
-        super()._set_trainable(blocks, value)
-        self._set_batch_norm(**self.batch_norm)  # a block hands its value down to them
+            for name in block.batch_norms:
+                yield block, getattr(block, name)
 
     def _vision_tower(self) -> "AlignVisionModel":
         return self

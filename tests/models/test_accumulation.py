@@ -160,3 +160,18 @@ def test_rematerialised_blocks_take_the_same_step(config):
 def test_rematerialised_blocks_take_the_same_accumulated_step(config, accumulated):
     found = train(make(AlignModel, config), sigmoid=True, remat=True, accumulation=2)
     assert_equal(found, accumulated[0])
+
+
+def test_a_short_part_moves_batch_norm_by_pictures_of_the_batch(config):
+    """Three rows in four parts: pictures of zeros would have it learn of what is not there."""
+    model = AlignModel(config)
+    model.unfreeze_batch_norm()
+    model.compile(optimizer=keras.optimizers.SGD(0.0), accumulation=4)
+    batch = {key: value[:3] for key, value in make_batch().items()}
+    tower = model.vision_model
+    states = ops.convert_to_numpy(tower.stem_conv(tower.stem_pad(batch["pixel_values"])))
+    average = np.zeros(states.shape[-1])
+    for row in (0, 1, 2, 0):
+        average = 0.99 * average + 0.01 * states[row].mean((0, 1))
+    model.train_on_batch(batch)
+    np.testing.assert_allclose(tower.stem_bn.moving_mean, average, rtol=1e-4, atol=1e-7)

@@ -1,6 +1,7 @@
 """Training through Keras's own fit, evaluate and predict, on either backend."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -140,15 +141,67 @@ def test_padding_of_weight_0_changes_nothing(model, padded, expected):
 def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pairs, padded):
     before = model.get_weights()
     absent = {**padded, "sample_weight": np.zeros(6, "float32")}
-    history, weights = train(model, absent, batch_size=6, epochs=1)
-    assert history["loss"] == [0.0]
-    assert apart(weights[0], before) == 0.0
+    assert model.train_on_batch(absent, return_dict=True)["loss"] == 0.0
+    assert apart(model.get_weights(), before) == 0.0
     both = {key: np.concatenate([value, value]) for key, value in padded.items()}
     both["sample_weight"][6:] = 0
     one = model.evaluate(pairs, batch_size=4, verbose=0, return_dict=True)
     two = model.evaluate(both, batch_size=6, verbose=0, return_dict=True)
-    for key in LOGS - {"loss"}:  # Keras takes the mean of `loss` over batches by their rows
+    for key in LOGS:
         assert two[key] == pytest.approx(one[key], abs=1e-6), key
+
+
+def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(model, pairs):
+    """Five pairs in batches of four: of the last, alone in its batch, the loss is 0."""
+    filler = rows(pairs, [0, 1, 2, 3, 0, 0, 0, 0])
+    filler["sample_weight"] = np.array([1, 1, 1, 1, 1, 0, 0, 0], "float32")
+    of_four = float(model(pairs, return_loss=True).loss)
+    assert of_four > 0.5
+    logs = model.evaluate(filler, batch_size=4, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(0.8 * of_four, abs=1e-5)
+    assert logs["loss"] == pytest.approx((logs["loss_i2t"] + logs["loss_t2i"]) / 2, abs=1e-6)
+    for accumulation in (1, 2):
+        still = twin(model)  # at a rate of 0
+        still.compile(optimizer=keras.optimizers.SGD(0.0), accumulation=accumulation)
+        history, _ = train(still, filler, epochs=1)
+        assert history["loss"] == [pytest.approx(0.8 * of_four, abs=1e-5)]
+        assert [metric.name for metric in still.metrics].count("loss") == 1
+
+
+def test_an_epoch_from_which_nothing_can_be_learned_is_an_error(model, pairs):
+    absent = {**pairs, "sample_weight": np.zeros(4, "float32")}
+    alone = {**pairs, "sample_weight": np.array([1, 0, 0, 1], "float32")}  # in batches of 2
+    usable = "no usable pair, .* every row has a sample_weight of 0"
+    one = "one pair in each batch, .* expected a batch_size of 2 or more"
+    fit = functools.partial(model.fit, shuffle=False, verbose=0)
+    for data, size, message in ((absent, 4, usable), (alone, 2, one), (pairs, 1, one)):
+        with pytest.raises(ValueError, match=f"the data: {message}"):
+            model.evaluate(data, batch_size=size, verbose=0)
+        with pytest.raises(ValueError, match=f"epoch 1: {message}"):
+            fit(data, batch_size=size)
+        with pytest.raises(ValueError, match=f"epoch 1: {message}"):  # not the validation's
+            fit(data, batch_size=size, validation_data=pairs)
+        with pytest.raises(ValueError, match=f"the data: {message}"):
+            fit(pairs, batch_size=4, validation_data=data, validation_batch_size=size)
+    fit(pairs, batch_size=3)  # a last batch of one
+
+
+def test_fit_counts_its_batches(model, restart_two_steps, pairs):
+    seen = []
+    callback = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(model.trained_batches)
+    )
+    before = model.trained_batches
+    listed = keras.callbacks.CallbackList([callback], add_history=True, model=model)
+    for callbacks in (callback, [callback], listed):
+        model.fit(pairs, batch_size=2, epochs=2, callbacks=callbacks, verbose=0)
+    model.fit(pairs, batch_size=2, verbose=0)
+    assert [count - before for count in seen] == [2, 4, 6, 8, 10, 12]
+    assert model.trained_batches - before == 14
+    model = restart_two_steps()
+    before = model.trained_batches
+    model.fit(rows(pairs, [0, 1, 2, 3, 0, 1]), batch_size=2, epochs=2, verbose=0)
+    assert model.trained_batches - before == 6
 
 
 def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
@@ -314,6 +367,24 @@ def test_mixed_bfloat16(model, pairs, expected):
     assert {weight.dtype for weight in mixed.weights} == {"float32"}
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_all_of_a_small_dtype_trains_its_batch_norm(dtype, steady_config, pairs):
+    keras.utils.set_random_seed(0)
+    model = AlignModel(steady_config)
+    model.unfreeze_batch_norm()
+    small = twin(model, dtype=dtype)
+    small.unfreeze_batch_norm()
+    for one in (model, small):
+        one.compile(optimizer=keras.optimizers.SGD(0.1))
+        one.fit(pairs, batch_size=4, verbose=0)
+    moving = small.vision_model.stem_bn.moving_variance
+    assert moving.dtype == dtype
+    expected = ops.convert_to_numpy(model.vision_model.stem_bn.moving_variance)
+    assert np.abs(expected - 1).max() > 5e-3
+    found = ops.convert_to_numpy(ops.cast(moving, "float32"))
+    np.testing.assert_allclose(found, expected, atol=1e-2)  # bfloat16 has 256 steps from 1 to 2
+
+
 def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pairs):
     many = rows(pairs, [0, 1, 2, 3, 0])
     for model in (restart(), restart_two_steps()):
@@ -322,6 +393,10 @@ def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pai
         assert list(found) == ["image_embeds", "text_embeds"]
         for key, array in found.items():
             np.testing.assert_allclose(array, ops.convert_to_numpy(expected[key]), atol=1e-6)
+        weight = np.array([1, 1, 1, 0, 0], "float32")
+        found = model.predict({**many, "sample_weight": weight}, batch_size=2, verbose=0)
+        assert set(found) == {"image_embeds", "text_embeds", "sample_weight"}
+        np.testing.assert_array_equal(found["sample_weight"], weight)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's variables")
@@ -351,6 +426,14 @@ def test_what_fit_cannot_take_is_told(steady_config, pairs):
         model.fit({"input_ids": pairs["input_ids"]}, verbose=0)
     with pytest.raises(ValueError, match="expected a dict of pixel_values"):
         model.fit(pairs["pixel_values"], verbose=0)
+    with pytest.raises(ValueError, match="targets beside the batch: expected none"):
+        model.fit(pairs, np.zeros(4), verbose=0)
+    with pytest.raises(ValueError, match="targets beside the batch: expected none"):
+        model.evaluate(pairs, np.zeros(4), verbose=0)
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="targets beside the batch: expected none"):
+        model.fit(tf.data.Dataset.from_tensors((pairs, np.zeros(4))), verbose=0)
     with pytest.raises(ValueError, match="loss='mse': expected None; AlignModel minimises"):
         model.compile(optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match="accumulation=0: expected a positive integer"):

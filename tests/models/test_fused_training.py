@@ -78,7 +78,10 @@ def exactly(tiny_config):
 @pytest.mark.parametrize("shape", BLOCKS)
 @pytest.mark.parametrize("frozen", [False, True])
 # In bfloat16 the plain layers are up to 0.032 off themselves.
-@pytest.mark.parametrize(("policy", "tolerance"), [("float32", 1e-5), ("mixed_bfloat16", 5e-2)])
+@pytest.mark.parametrize(
+    ("policy", "tolerance"),
+    [("float32", 1e-5), ("mixed_bfloat16", 5e-2), ("bfloat16", 5e-2), ("float16", 1e-2)],
+)
 def test_a_block_trains_as_its_layers_do(policy, tolerance, frozen, shape, tiny_config, exactly):
     found = train(make_block(tiny_config, shape, policy, frozen), BATCH)
     exact = exactly(shape, frozen)
@@ -106,6 +109,21 @@ def test_gelu_and_its_gradient(dtype, tolerance):
         assert found.dtype == dtype
         error = np.abs(np.asarray(found, "float64") - np.asarray(exact))
         assert error.max() <= tolerance * np.abs(exact).max()
+
+
+def test_where_a_gpu_or_tpu_computes_the_plain_layers_run(tiny_config, monkeypatch):
+    import tensorflow as tf
+
+    block, x = make_block(tiny_config, "plain", "float32", False), np.zeros(2, "float32")
+    gelu = get_activation("gelu")
+    for device in ("GPU", "TPU"):
+        monkeypatch.setattr(
+            tf.config, "list_logical_devices", lambda kind, d=device: [d] * (kind == d)
+        )
+        assert not fused_training.can_fuse(block.activation, block.depthwise_bn, x)
+        assert fused_training.gelu_for(gelu, x) is gelu
+    monkeypatch.undo()
+    assert fused_training.can_fuse(block.activation, block.depthwise_bn, x)
 
 
 def test_only_exact_gelu_has_another_function_to_train_with():

@@ -245,6 +245,17 @@ def test_losses_of_layers_are_added(model, pairs):
     assert total == pytest.approx(plain + extra, rel=1e-5)
 
 
+def test_a_batch_of_none(unchanged):
+    """With oneDNN, a convolution fails on it."""
+    images, texts = np.zeros((0, 16, 16, 3), "float32"), np.zeros((0, 4), "int32")
+    output = unchanged({"pixel_values": images, "input_ids": texts}, output_hidden_states=True)
+    assert output.logits_per_image.shape == (0, 0)
+    states = output.vision_model_output.hidden_states
+    assert [state.shape[0] for state in states] == [0] * 4
+    assert unchanged.get_image_features(images).shape == (0, 8)
+    assert unchanged.get_text_features(texts).shape == (0, 8)
+
+
 # --- freezing ------------------------------------------------------------------------------
 
 
@@ -336,6 +347,51 @@ def test_unfreezing_blocks_leaves_batch_norm_frozen(model):
     assert batch_norms(model) == [True] * 9
     model.freeze("vision", [1])
     assert batch_norms(model) == [True] * 3 + [False] * 3 + [True] * 3
+
+
+def trainable(model: keras.Model) -> set[str]:
+    return {weight.path for weight in model.trainable_weights}
+
+
+def test_keras_own_switch_thaws_what_trained_before(model):
+    model.freeze_batch_norm()
+    before = trainable(model)
+    assert len(before) == 61
+    parts = (
+        *(model, model.vision_model, model.text_model, model.vision_model.blocks[1]),
+        keras.Sequential([keras.Input((16, 16, 3)), model.vision_model]),
+    )
+    for part in parts:
+        part.trainable = False
+        assert not part.trainable_weights
+        part.trainable = True
+        assert trainable(model) == before
+    assert trainable(AlignModel.from_config(model.get_config())) == before
+    model.unfreeze_batch_norm()
+    assert batch_norms(model) == [True] * 9
+    model.trainable = False
+    model.trainable = True
+    assert batch_norms(model) == [True] * 9
+
+
+def test_unfreeze_undoes_keras_own_switch(model):
+    model.freeze_batch_norm()
+    before = trainable(model)
+    towers = {"text": model.text_model, "vision": model.vision_model}
+    for name, tower in towers.items():
+        tower.trainable = False
+        model.unfreeze(name)
+        assert tower.trainable_weights
+        assert trainable(model) == before
+    model.trainable = False
+    model.unfreeze("vision", [1])  # the blocks 0 and 2, the stem and the text tower stay
+    expected = {path for path in before if "/block_1/" in path or path.startswith("align/")}
+    assert trainable(model) == expected
+    assert trainable(model.vision_model) == {path for path in expected if "/block_1/" in path}
+    assert trainable(AlignModel.from_config(model.get_config())) == expected
+    model.trainable = False
+    model.unfreeze()
+    assert trainable(model) == before
 
 
 @pytest.mark.parametrize("frozen", [True, False])

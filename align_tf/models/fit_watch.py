@@ -1,0 +1,77 @@
+"""What `fit` watches: how many batches it has trained on, and that there is something to learn."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+CONTRASTED = "contrasted"  # the metric, not shown: the share of batches that held two pairs or more
+
+
+class FitWatch(keras.callbacks.Callback):
+    """Counts the batches of a training, and ends one that nothing can come of."""
+
+    async_safe = True  # else Keras would wait after each batch
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._before_epoch = self.model.trained_batches
+        self._unchecked = f"epoch {epoch + 1}"
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        # Keras calls this from several threads, in any order, and with steps_per_execution counts
+        # the last execution as a whole. `_model`: on JAX, `model` would fetch the weights.
+        done = self._before_epoch + min(batch + 1, self.params.get("steps") or math.inf)
+        self._model.trained_batches = max(done, self._model.trained_batches)
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._check()  # before the validation takes the metrics
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        if self._unchecked:
+            check_contrast(self.model, self._unchecked)
+        self._unchecked = ""
+
+
+def watched(callbacks: Any, watch: FitWatch, model: keras.Model) -> Any:
+    """Puts the watch before the callbacks that are given to `fit`, in whatever form it takes."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        watch.set_model(model)
+        watch.set_params(callbacks.params or {})
+        callbacks.callbacks.insert(0, watch)
+        return callbacks
+    if callbacks is None or isinstance(callbacks, keras.callbacks.Callback):
+        callbacks = [callbacks] if callbacks else []
+    return [watch, *callbacks]
+
+
+def check_contrast(model: keras.Model, what: str) -> None:
+    """Raises where the metrics have seen batches, and in none of them two pairs.
+
+    Args:
+        model: an `AlignModel`.
+        what: what the batches are of, for the message.
+
+    Raises:
+        ValueError: there was no usable pair, or one alone in each batch.
+    """
+    contrasted, loss = (model.batch_metrics[name] for name in (CONTRASTED, "loss"))
+    if not _number(contrasted.count) or _number(contrasted.total):
+        return
+    if not _number(loss.count):
+        raise ValueError(
+            f"{what}: no usable pair, so nothing to learn or to measure: every row has a "
+            "sample_weight of 0, as those without a readable image or a caption have"
+        )
+    raise ValueError(
+        f"{what}: one pair in each batch, so nothing to learn or to measure: a pair is told from "
+        "the others of its batch; expected a batch_size of 2 or more"
+    )
+
+
+def _number(variable: Any) -> float:
+    return float(np.sum(ops.convert_to_numpy(variable)))
