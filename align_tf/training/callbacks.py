@@ -3,15 +3,16 @@
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from align_tf.evaluation.embedder import Embedder, in_batches
+from align_tf.evaluation.embedder import Embedder, check_ends, in_batches
+from align_tf.evaluation.identity import text_contents
 from align_tf.evaluation.retrieval import distinct_pairs, retrieval_metrics
-from align_tf.evaluation.zero_shot import class_embeddings, zero_shot_metrics
+from align_tf.evaluation.zero_shot import check_labels, class_embeddings, zero_shot_metrics
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
 from align_tf.training import resume
@@ -21,7 +22,10 @@ COMPILATION, TRAIN_STEP = "/jax/core/compile/backend_compile_duration", "jit(tra
 
 
 class _Evaluation(keras.callbacks.Callback):
-    """Writes figures into the logs; a subclass's `evaluate` measures them."""
+    """Writes figures into the logs; a subclass's `evaluate` measures them.
+
+    Where the optimizer keeps moving averages of the weights, these are measured.
+    """
 
     def __init__(self, every_steps: int | None):
         super().__init__()
@@ -29,7 +33,7 @@ class _Evaluation(keras.callbacks.Callback):
             raise ValueError(f"every_steps={every_steps}: expected 1 or more, or None")
         self.every_steps = every_steps
         self.async_safe = every_steps is None  # else Keras waits after each batch
-        self._step = self._steps_before_epoch = 0
+        self._step = 0
         self._figures: dict[str, float] = {}
 
     def set_model(self, model: keras.Model) -> None:
@@ -40,12 +44,12 @@ class _Evaluation(keras.callbacks.Callback):
         raise NotImplementedError
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._steps_before_epoch = self._step = int(self.model.optimizer.iterations)
+        self._step = self.model.trained_batches
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self.every_steps is None:
             return
-        last, self._step = self._step, self._steps_before_epoch + batch + 1
+        last, self._step = self._step, self._model.trained_batches
         # Not a remainder of 0: with steps_per_execution a batch stands for several.
         if self._step // self.every_steps > last // self.every_steps:
             self._measure(logs)
@@ -57,8 +61,8 @@ class _Evaluation(keras.callbacks.Callback):
             logs.update(self._figures)
 
     def _measure(self, logs: dict[str, float] | None) -> None:
-        _ = self.model  # on JAX, reading it brings the weights up to date
-        self._figures = {f"val_{name}": value for name, value in self.evaluate().items()}
+        with resume.averaged(self.model):  # on JAX, reading it brings the weights up to date
+            self._figures = {f"val_{name}": value for name, value in self.evaluate().items()}
         if logs is not None:
             logs.update(self._figures)
 
@@ -68,13 +72,17 @@ class RetrievalEvaluation(_Evaluation):
 
     The figures are those of `evaluation.retrieval_metrics` with `val_` before the name. Callbacks
     that come after this one, History, the progress bar and TensorBoard see them:
-    `EarlyStopping("val_r1_i2t", mode="max")`.
+    `EarlyStopping("val_r1_i2t", mode="max")`. They are those of `align-tf evaluate` where the pairs
+    are the same; `make_dataset` takes the first caption of an image, `align-tf evaluate` all.
 
     Args:
-        dataset: batches as `fit` takes them, iterated anew each time, or one dict of arrays.
-            Rows of one `image_ids` are one image, rows of one `text_ids` one text.
-        every_steps: measure whenever so many steps are done, and repeat the last figures at the
+        dataset: batches as `fit` takes them, iterated anew each time, or one dict of arrays; as
+            `Embedder.pairs` takes it.
+        every_steps: measure whenever so many batches are done, and repeat the last figures at the
             end of an epoch; None measures at the end of each epoch.
+
+    Raises:
+        ValueError: the data set is endless, or an iterator that is gone after one pass.
     """
 
     def __init__(
@@ -84,6 +92,12 @@ class RetrievalEvaluation(_Evaluation):
         every_steps: int | None = None,
     ):
         super().__init__(every_steps)
+        check_ends(dataset)
+        if isinstance(dataset, Iterator):
+            raise ValueError(
+                f"dataset of {type(dataset).__name__}, gone after one pass: expected a data set, "
+                "which is iterated anew each time"
+            )
         self.dataset = dataset
 
     def evaluate(self) -> dict[str, float]:
@@ -106,6 +120,9 @@ class ZeroShotEvaluation(_Evaluation):
         tokenizer: the tokenizer of the model.
         templates: such as `a photo of a {}.`, whose mean stands for a class.
         every_steps: as in RetrievalEvaluation.
+
+    Raises:
+        ValueError: two of the class names are the same to the model, or every_steps is below 1.
     """
 
     def __init__(
@@ -119,6 +136,7 @@ class ZeroShotEvaluation(_Evaluation):
         every_steps: int | None = None,
     ):
         super().__init__(every_steps)
+        check_labels(class_names, text_contents(tokenizer(list(class_names), padding="longest")))
         self.pixel_values, self.labels = np.asarray(pixel_values), np.asarray(labels)
         self.class_names, self.templates = class_names, templates
         self.tokenizer = tokenizer
@@ -136,12 +154,13 @@ class ZeroShotEvaluation(_Evaluation):
         return np.concatenate(batches)
 
 
-class ResumableCheckpoint(keras.callbacks.Callback):
+class ResumableCheckpoint(resume.MeasuresAverages):
     """Writes a checkpoint after each epoch of `fit`, from which a training goes on.
 
-    `from_pretrained` loads the folder `checkpoint-<step>`, which also holds the optimizer and
-    the states of dropout; it appears when it is whole. A new process compiles the same model and
-    goes on, to the weights of a training that was not interrupted:
+    `from_pretrained` loads the folder `checkpoint-<batches>`, which also holds the optimizer and
+    the states of dropout; it appears when it is whole. With a moving average of the weights, it
+    holds the average, and the validation of `fit` measures that. A new process compiles the same
+    model and goes on, to the weights of a training that was not interrupted:
 
         checkpoints = ResumableCheckpoint("drive/align", processor)
         step = checkpoints.restore(model)
@@ -168,7 +187,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
             model: the model, frozen and compiled as the one that was saved.
 
         Returns:
-            The steps it has taken, 0 where there is no checkpoint.
+            The batches it has trained on, 0 where there is no checkpoint.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole or of
@@ -178,7 +197,7 @@ class ResumableCheckpoint(keras.callbacks.Callback):
         return resume.restore_last(self.output, model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        step = int(self.model.optimizer.iterations)  # on JAX, self.model is brought up to date
+        step = self.model.trained_batches  # on JAX, self.model is brought up to date
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
             raise ValueError(f"step {step}: the loss is {loss}, so no checkpoint is written")

@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+from align_tf.data.limit import LIMIT, is_limit
+
 RECIPE_NAME = "recipe.yaml"
 
 # Of each two, a recipe states one.
@@ -14,14 +16,17 @@ ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))
 POSITIVE = "a number above 0"
 NATURAL = "a whole number of 0 or more"
 COUNT = "a whole number of 1 or more"
+PAIRS = "a whole number of 2 or more, since a pair is told from the others of its batch"
 SHARE = "a number of 0 or more, below 1"
 
 CHECKS = {
     POSITIVE: lambda value: value > 0,
     NATURAL: lambda value: isinstance(value, int) and value >= 0,
     COUNT: lambda value: isinstance(value, int) and value >= 1,
+    PAIRS: lambda value: isinstance(value, int) and value >= 2,
     SHARE: lambda value: 0 <= value < 1,
     "a number of 0 or more": lambda value: value >= 0,
+    LIMIT: is_limit,
 }
 
 
@@ -55,8 +60,10 @@ class Recipe:
     )
     data: str | None = _setting(None, "pairs to train on: a file, a folder or a glob")
     validation_data: str | None = _setting(None, "pairs whose loss is watched")
-    max_errors: int = _setting(
-        100, "pairs that cannot be read and are left out before it is an error", NATURAL
+    max_errors: int | str = _setting(
+        100,
+        "pairs that cannot be read and are left out before it is an error, or a percentage of them",
+        LIMIT,
     )
     output: str | None = _setting(None, "the folder of the checkpoints and the trained model")
     image_size: int | None = _setting(
@@ -65,7 +72,7 @@ class Recipe:
 
     augment: bool = _setting(True, "crop and flip the training images at random", bool)
 
-    batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", COUNT)
+    batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", PAIRS)
     accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
     devices: int | None = _setting(None, "GPUs or TPU cores that share a batch (all)", COUNT)
     remat: bool = _setting(False, "compute activations again for the gradient, to save more", bool)
@@ -238,7 +245,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         if isinstance(value, str):
             value = _number(value)  # YAML takes 1e-3, which has no point, for text
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        valid = number and CHECKS[expected](value)
+        valid = (number or expected == LIMIT) and CHECKS[expected](value)
     if not valid:
         raise ValueError(f"{field.name}={value!r}: expected {wanted}")
     return value

@@ -30,7 +30,8 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
 
     Args:
         output: the folder of the training.
-        step: steps taken, and so the position in the data.
+        step: batches trained on, and so the position in the data; an optimizer that leaves out
+            steps that are not finite has taken fewer.
         model: the model that trains. With a moving average of the weights, `model.safetensors`
             holds the average.
         processor: its AlignProcessor.
@@ -48,7 +49,7 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
     del state
     summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME)}
     (temporary / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
-    with _averaged(model):
+    with averaged(model):
         model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
     if folder.exists():  # broken, so that an older one was resumed
@@ -103,6 +104,7 @@ def restore(folder: pathlib.Path, model: Any) -> int:
             raise files.CheckpointError(f"{path}: of another model: {differing[0]} differs")
         for name, variable in variables.items():
             variable.assign(file.get_tensor(name))
+    model.trained_batches = summary["step"]
     return summary["step"]
 
 
@@ -154,8 +156,19 @@ def _variables(model: Any) -> dict[str, keras.Variable]:
     }
 
 
+class MeasuresAverages(keras.callbacks.Callback):
+    """Has a validation within `fit` measure what `save` writes."""
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._averaged = averaged(self.model)
+        self._averaged.__enter__()
+
+    def on_test_end(self, logs: dict[str, float] | None = None) -> None:
+        self._averaged.__exit__(None, None, None)
+
+
 @contextlib.contextmanager
-def _averaged(model: Any) -> Iterator[None]:
+def averaged(model: Any) -> Iterator[None]:
     """Has the moving averages in the place of the weights, where the optimizer keeps some."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if not optimizer.use_ema:

@@ -23,6 +23,7 @@ from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
+from align_tf.models.fit_watch import check_contrast
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import say
 from align_tf.training import devices, resume
@@ -155,6 +156,7 @@ def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) ->
         text_config = dataclasses.replace(config.text_config, vocab_size=vocab_size)
         config = dataclasses.replace(config, text_config=text_config)
         model = AlignModel(config, dtype=recipe.dtype)
+    model.vision_model.config.image_size = processor.image_processor.crop_size["height"]
     model.label_smoothing = recipe.label_smoothing
     model.loss_reduction = recipe.loss_reduction
     if recipe.loss == "sigmoid":
@@ -221,7 +223,7 @@ def _fit(
         )
 
 
-class Checkpoints(keras.callbacks.Callback):
+class Checkpoints(resume.MeasuresAverages):
     """Writes the checkpoints of a training, and ends it.
 
     Args:
@@ -336,6 +338,7 @@ class Log(keras.callbacks.Callback):
         self.marked = (self.step, now)
         say(line)
         self._write(values)
+        check_contrast(model, f"step {self.step}")
         model.reset_metrics()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:

@@ -37,6 +37,7 @@ def model(shared):
     model, values = shared
     for variable, value in zip(model.variables + model.optimizer.variables, values, strict=True):
         variable.assign(value)
+    model.trained_batches = 0
     return model
 
 
@@ -186,6 +187,63 @@ def test_a_training_goes_on_from_its_last_checkpoint(small_config, pairs, proces
     loaded = AlignModel.from_pretrained(tmp_path / "checkpoint-6")
     for found, expected in zip(loaded.get_weights(), unbroken.get_weights(), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def leaves_out_steps(small_config) -> AlignModel:
+    """A model whose first steps overflow: the scale of its loss is far too high."""
+    keras.utils.set_random_seed(1)
+    model = AlignModel(small_config, dtype="mixed_float16")
+    optimizer = keras.optimizers.SGD(0.01)
+    optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**40)
+    model.compile(optimizer=optimizer, run_eagerly=True)
+    return model
+
+
+def test_batches_are_counted_not_the_steps_of_the_optimizer(
+    small_config, pairs, processor, tmp_path
+):
+    model, checkpoints = leaves_out_steps(small_config), ResumableCheckpoint(tmp_path, processor)
+    assert checkpoints.restore(model) == 0
+    seen = Values("val_r10_i2t")
+    callbacks = (checkpoints, RetrievalEvaluation(pairs, every_steps=3), seen)
+    fit(model, pairs, *callbacks, epochs=2, steps_per_epoch=2, steps=4)
+    assert int(model.optimizer.iterations) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert [value is not None for _, value in seen.values] == [False, False, True, False]
+
+    model, seen = leaves_out_steps(small_config), Values("val_r10_i2t")
+    assert checkpoints.restore(model) == model.trained_batches == 4
+    callbacks = (checkpoints, RetrievalEvaluation(pairs, every_steps=3), seen)
+    fit(model, pairs, *callbacks, initial_epoch=2, epochs=3, steps_per_epoch=2, steps=2)
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert [value is not None for _, value in seen.values] == [False, True]
+
+
+def test_what_is_saved_is_measured(small_config, pairs, processor, tmp_path):
+    """The moving average of the weights, of which validation takes nothing away."""
+    weights = []
+    for measuring in (False, True):
+        keras.utils.set_random_seed(1)
+        model = AlignModel(small_config)
+        optimizer = keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.5)
+        model.compile(optimizer=optimizer, run_eagerly=True)
+        callbacks = (RetrievalEvaluation(pairs), ResumableCheckpoint(tmp_path, processor))
+        options = {"validation_data": pairs, "validation_batch_size": 10}
+        history = fit(
+            *(model, pairs, *callbacks * measuring),
+            **options if measuring else {},
+            epochs=3,
+        )
+        weights.append(model.get_weights())
+    for found, expected in zip(*weights, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    saved = AlignModel.from_pretrained(tmp_path / "checkpoint-15")
+    saved.compile()
+    logs = saved.evaluate(pairs, batch_size=10, verbose=0, return_dict=True)
+    evaluation = RetrievalEvaluation(pairs)
+    evaluation.set_model(saved)
+    for key, value in (logs | evaluation.evaluate()).items():
+        assert history[f"val_{key}"][-1] == pytest.approx(value, rel=1e-5), key
 
 
 def test_a_checkpoint_of_another_model_is_an_error(

@@ -63,6 +63,7 @@ def test_example_recipes_are_read():
         ({"steps": None}, "expected steps or epochs, and one of them"),
         ({"epochs": 2}, "expected steps or epochs, and one of them"),
         ({"data": None}, "data: missing"),
+        ({"batch_size": 1}, "batch_size=1: expected a whole number of 2 or more, since a pair is"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
         ({"batch_size": "many"}, "batch_size='many': expected a whole number"),
         ({"batch_size": True}, "batch_size=True: expected a whole number"),

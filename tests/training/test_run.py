@@ -25,8 +25,9 @@ from align_tf import (
 )
 from align_tf.cli.main import main
 from align_tf.configuration import presets
+from align_tf.data import make_dataset
 from align_tf.files import CheckpointError
-from align_tf.training import Recipe, read_recipe, resume, run, train
+from align_tf.training import Recipe, RetrievalEvaluation, read_recipe, resume, run, train
 
 WORDS = [
     "[PAD]",
@@ -392,12 +393,12 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings, traced_once, m
 
 
 def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, capsys, small_config):
-    """A preset, epochs for steps, a smaller image, frozen blocks, TensorBoard."""
+    """A preset, epochs for steps, a smaller image, frozen blocks, an average, TensorBoard."""
     pytest.importorskip("tensorboard")
     text = {**small_config.text_config.to_dict(), "num_hidden_layers": 2}
     towers = (text, small_config.vision_config.to_dict())
     monkeypatch.setitem(presets.PRESETS, "mine", (*towers, {"projection_dim": 8}))
-    del settings["model"], settings["steps"], settings["ema_momentum"]
+    del settings["model"], settings["steps"]
     settings |= {"preset": "mine", "processor": str(place / "tiny"), "epochs": 2, "seed": 5}
     settings |= {"validation_data": settings["data"], "tensorboard": True, "log_every": 2}
     settings |= {"image_size": 12, "freeze": {"text": [0], "vision": [0]}}
@@ -409,8 +410,19 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     assert "step 6/6  loss " in err  # 24 pairs twice, 8 at a time
     assert "step 6/6  val_loss " in err
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert {"val_loss", "val_r1_i2t"} <= lines[-1].keys()
     model = AlignModel.from_pretrained(output)
+    model.compile()
+    validation = make_dataset(
+        settings["data"], AlignProcessor.from_pretrained(output), batch_size=8
+    )
+    measured = model.evaluate(validation, verbose=0, return_dict=True)
+    retrieved = RetrievalEvaluation(validation)
+    retrieved.set_model(model)
+    measured |= retrieved.evaluate()
+    assert {"val_loss", "val_r1_i2t"} <= lines[-1].keys()
+    for key, value in measured.items():  # of the average, which is what is saved
+        assert lines[-1][f"val_{key}"] == pytest.approx(value, rel=1e-5), key
+    assert model.config.vision_config.image_size == 12
     assert model.config.text_config.vocab_size == len(WORDS)
     assert float(model.logit_bias) == pytest.approx(-np.log(7), abs=0.1)
     processor = AlignProcessor.from_pretrained(output).image_processor
@@ -422,6 +434,17 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     assert not state["model/text_model/layer_0/output/bias"].any()  # as it began
     assert state["model/text_model/layer_1/output/bias"].any()
     assert list((output / "tensorboard").glob("events.*"))
+
+
+def test_a_training_on_nothing_is_an_error(settings, place, tmp_path, traced_once):
+    """Each picture is there, and no caption beside it."""
+    shutil.copytree(place / "pairs", tmp_path / "pairs")
+    for file in (tmp_path / "pairs").glob("*.txt"):
+        file.write_text(" ")
+    settings |= {"data": str(tmp_path / "pairs"), "max_errors": 24}
+    with pytest.raises(ValueError, match=r"no caption|no usable pair"):
+        train(Recipe(**settings))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_the_recipe_of_the_readme_runs(settings, tmp_path):
