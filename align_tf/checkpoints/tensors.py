@@ -4,7 +4,7 @@ import collections
 import contextlib
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -156,6 +156,28 @@ def _torch_tensors(file: pathlib.Path) -> dict[str, Any]:
     return tensors
 
 
+def check_range(tensors: Mapping[str, Any], dtype: str | None) -> None:
+    """Checks that a dtype can hold the finite numbers of tensors.
+
+    Raises:
+        ValueError: it is none that weights are written in, or a number would become infinite.
+    """
+    import ml_dtypes
+
+    if dtype is None:
+        return
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(WEIGHT_DTYPES)}")
+    limit = float(ml_dtypes.finfo(dtype).max)
+    for name, tensor in tensors.items():
+        values = np.abs(np.asarray(tensor).astype("float64"))
+        largest = np.max(values, where=np.isfinite(values), initial=0.0)
+        if largest > limit:
+            raise ValueError(
+                f"{name} reaches {largest:.6g}, {dtype} only {limit:.6g}: choose another dtype"
+            )
+
+
 def write_tensors(
     folder: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str | None = None
 ) -> None:
@@ -167,13 +189,12 @@ def write_tensors(
         dtype: `float32`, `float16` or `bfloat16`; None keeps each array's own.
 
     Raises:
-        ValueError: there is no such dtype.
+        ValueError: there is no such dtype, or it cannot hold a number.
     """
     import ml_dtypes  # noqa: F401  gives numpy the bfloat16
     import safetensors.numpy
 
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(WEIGHT_DTYPES)}")
+    check_range(tensors, dtype)
     arrays = {
         name: np.ascontiguousarray(array, dtype=dtype or array.dtype).reshape(array.shape)
         for name, array in tensors.items()

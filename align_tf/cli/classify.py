@@ -21,12 +21,22 @@ IMAGES_AT_ONCE = 32  # images classified at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--labels", nargs="+", required=True, metavar="LABEL")
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        required=True,
+        metavar="LABEL",
+        help="what to choose from; one that is given twice counts once",
+    )
     parser.add_argument(
         "--template", default="{}", help='wraps each label, such as "a photo of a {}"'
     )
     add_model_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the results as JSON: of each image the probability of each distinct label",
+    )
 
 
 def run(arguments: Any) -> int:
@@ -34,7 +44,7 @@ def run(arguments: Any) -> int:
         raise ValueError(f"--template {arguments.template!r}: expected a {{}} for the label")
     check_files(arguments.images)
     model, processor = load(arguments.model)
-    prompts = [arguments.template.format(label) for label in arguments.labels]
+    prompts = [arguments.template.replace("{}", label) for label in arguments.labels]
     results, broken = [], []
     for path, probs in _classified(model, processor, arguments.images, prompts):
         if isinstance(probs, ValueError):

@@ -69,11 +69,14 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 def probabilities(model: Any, processor: Any, images: list, labels: list[str]) -> Any:
-    """Returns (images, labels), the softmax of each image's logits."""
+    """Returns (images, labels), the softmax of each image's logits, as a server gives it."""
     import keras
 
+    from align_tf.client.batches import classification
+
     output = model(processor(images=images, text=labels, padding="longest"))
-    return keras.ops.convert_to_numpy(keras.ops.softmax(output.logits_per_image, axis=-1))
+    logits = keras.ops.convert_to_numpy(output.logits_per_image)
+    return classification(labels, labels, logits).probs
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -61,7 +61,17 @@ def run(arguments: Any) -> int:
             [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
         ]
         print_table(said, ["cosine", "id", "caption", "file"], rows)
+    _say_gone(hits)
     return 0
+
+
+def _say_gone(hits: list) -> None:
+    gone = [hit.path for hit in hits if hit.path and not os.path.isfile(hit.path)]
+    if gone:
+        say(
+            f"align-tf: warning: {len(gone)} of {len(hits)} pictures are gone, such as {gone[0]}; "
+            "expected the collection embedded and indexed again"
+        )
 
 
 def _short(path: str) -> str:

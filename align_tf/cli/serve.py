@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from typing import Any
 
 from align_tf.cli.common import import_tensorflow, setting_help
@@ -64,7 +63,5 @@ def run(arguments: Any) -> int:
         limits=limits,
         metrics_path=metrics_path,
     )
-    # The weights of what is served stay, so that oneDNN may keep them in the layout it computes in.
-    os.environ.setdefault("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS", "1")
     serve(model_server)
     return 0

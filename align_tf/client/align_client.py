@@ -27,6 +27,7 @@ from align_tf.client.batches import (
 from align_tf.client.endpoint import (
     PROTOCOLS,
     AlignServerError,
+    Attempts,
     Endpoint,
     Tls,
     split_address,
@@ -63,7 +64,8 @@ class AlignClient(Client):
             protocol: "rest" (port 8501 unless given) or "grpc" (port 8500).
             tls: how to encrypt; not needed with an address "https://..." or "grpcs://...".
             token: sent as `authorization: Bearer TOKEN`.
-            timeout: seconds to wait for the answer to a request, its retries included.
+            timeout: seconds until a request has its answer, whole: connecting, sending, retries
+                and their pauses included. Looking up a host's name is not cut off.
             retries: how often a request is sent again where the server is busy or not there:
                 UNAVAILABLE, RESOURCE_EXHAUSTED and CANCELLED, 503 and 429, connections refused and
                 reset.
@@ -170,18 +172,21 @@ class AlignClient(Client):
             ConnectionError: it cannot be reached.
             TimeoutError: it did not answer in time.
         """
+        attempts = self._attempts()  # one deadline for both requests
         if signature_name not in self._signatures:
-            self._signatures = self.metadata()
+            definitions = self._retried(attempts, self._transport.metadata)
+            self._signatures = read_signatures(definitions)
         signature = self._signatures.get(signature_name, Signature({}, {}))
-        return self._retried(self._transport.predict, inputs, signature_name, signature)
+        ask = self._transport.predict
+        return self._retried(attempts, ask, inputs, signature_name, signature)
 
     def status(self) -> list[VersionStatus]:
         """Returns the states of the model's versions, the newest first."""
-        return version_statuses(self._retried(self._transport.status))
+        return version_statuses(self._retried(self._attempts(), self._transport.status))
 
     def metadata(self) -> dict[str, Signature]:
         """Returns the signatures of the newest version, or of the label's, by name."""
-        return read_signatures(self._retried(self._transport.metadata))
+        return read_signatures(self._retried(self._attempts(), self._transport.metadata))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -193,8 +198,7 @@ class AlignClient(Client):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _retried(self, method: Callable, *arguments: Any) -> Any:
-        attempts = self._attempts()
+    def _retried(self, attempts: Attempts, method: Callable, *arguments: Any) -> Any:
         while True:
             try:
                 return method(*arguments, timeout=attempts.timeout)

@@ -24,6 +24,7 @@ from align_tf.client.batches import (
 )
 from align_tf.client.endpoint import (
     AlignServerError,
+    Attempts,
     Endpoint,
     Tls,
     split_address,
@@ -116,18 +117,21 @@ class AsyncAlignClient(Client):
         self, inputs: Mapping[str, Any], signature_name: str = "serving_default"
     ) -> dict[str, np.ndarray]:
         """Runs any signature, in one request, as AlignClient.predict."""
+        attempts = self._attempts()  # one deadline for both requests
         if signature_name not in self._signatures:
-            self._signatures = await self.metadata()
+            definitions = await self._retried(attempts, self._transport.metadata)
+            self._signatures = read_signatures(definitions)
         signature = self._signatures.get(signature_name, Signature({}, {}))
-        return await self._retried(self._transport.predict, inputs, signature_name, signature)
+        ask = self._transport.predict
+        return await self._retried(attempts, ask, inputs, signature_name, signature)
 
     async def status(self) -> list[VersionStatus]:
         """Returns the states of the model's versions, the newest first."""
-        return version_statuses(await self._retried(self._transport.status))
+        return version_statuses(await self._retried(self._attempts(), self._transport.status))
 
     async def metadata(self) -> dict[str, Signature]:
         """Returns the signatures of the newest version, or of the label's, by name."""
-        return read_signatures(await self._retried(self._transport.metadata))
+        return read_signatures(await self._retried(self._attempts(), self._transport.metadata))
 
     async def close(self) -> None:
         """Closes the connection."""
@@ -139,8 +143,7 @@ class AsyncAlignClient(Client):
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _retried(self, method: Callable, *arguments: Any) -> Any:
-        attempts = self._attempts()
+    async def _retried(self, attempts: Attempts, method: Callable, *arguments: Any) -> Any:
         while True:
             try:
                 return await method(*arguments, timeout=attempts.timeout)

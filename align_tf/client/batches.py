@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +26,14 @@ _CALLERS_NAMES = {"image_bytes": "images", "texts": "texts"}
 class Classification:
     """Zero-shot classification of n images over m labels.
 
+    A label counts once, however often it is given, and each of its columns has its probability:
+    the columns of the distinct labels sum to 1 in each row. An empty text for a label is none: its
+    logit is the lowest float32, its probability 0.
+
     Attributes:
         labels: the m labels as the caller gave them.
         logits: float32 (n, m).
-        probs: float32 (n, m), each row sums to 1.
+        probs: float32 (n, m).
     """
 
     labels: list[str]
@@ -40,6 +44,28 @@ class Classification:
     def best(self) -> list[str]:
         """The most probable label of each image."""
         return [self.labels[index] for index in self.probs.argmax(axis=1)]
+
+
+def classification(
+    labels: Sequence[str], prompts: Sequence[str], logits: np.ndarray
+) -> Classification:
+    """Classifies by a model's logits, as the `serving_default` of an export does.
+
+    Args:
+        labels: the m labels.
+        prompts: what the model read for each.
+        logits: (n, m).
+
+    Returns:
+        The labels with their logits and probabilities.
+    """
+    prompts = np.array(prompts, object)
+    logits = np.where(prompts == "", np.finfo(np.float32).min, np.asarray(logits, np.float32))
+    _, first, place = np.unique(prompts, return_index=True, return_inverse=True)
+    distinct = logits[:, first].astype(np.float64)
+    odds = np.exp(distinct - distinct.max(axis=1, keepdims=True)) * (prompts[first] != "")
+    probs = odds / np.maximum(odds.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+    return Classification(list(labels), logits, probs[:, place].astype(np.float32))
 
 
 class Batch(NamedTuple):
@@ -54,7 +80,13 @@ class Job(NamedTuple):
     result: Callable[[dict[str, np.ndarray]], Any]
 
 
-def classify_job(labels: list[str], template: str) -> Job:
+def checked_labels(labels: Iterable[str], template: str) -> tuple[list[str], list[str]]:
+    """Returns the labels, and what the model reads for each.
+
+    Raises:
+        ValueError: there is no label, or the template is without {}.
+        TypeError: one string is given for the labels.
+    """
     if isinstance(labels, str):
         raise TypeError(f"labels={labels!r}: expected a list of strings")
     labels = list(labels)
@@ -62,7 +94,11 @@ def classify_job(labels: list[str], template: str) -> Job:
         raise ValueError("labels: expected at least one")
     if "{}" not in template:
         raise ValueError(f"template={template!r}: expected a {{}} for the label")
-    prompts = [template.replace("{}", label) for label in labels]
+    return labels, [template.replace("{}", label) for label in labels]
+
+
+def classify_job(labels: list[str], template: str) -> Job:
+    labels, prompts = checked_labels(labels, template)
 
     def inputs(batch: Batch) -> dict[str, Any]:
         return {"image_bytes": _all_encoded(batch), "labels": [prompts] * len(batch.items)}

@@ -1,6 +1,7 @@
 """Where a server is, how it is reached, and how often it is asked again."""
 
 import dataclasses
+import ipaddress
 import os
 import random
 import time
@@ -75,6 +76,14 @@ class Endpoint:
     def address(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the host is a loopback address, which no proxy can reach."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 def split_address(address: str, protocol: str, tls: Tls | None) -> tuple[str, int, Tls | None]:

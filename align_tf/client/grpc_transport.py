@@ -1,6 +1,7 @@
 """Requests over gRPC, waiting or under asyncio."""
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class _GrpcMessages:
             ("grpc.initial_reconnect_backoff_ms", round(FIRST_PAUSE * 1000)),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
+        if self.endpoint.on_this_machine:  # else gRPC asks http_proxy for it
+            options.append(("grpc.enable_http_proxy", 0))
         tls = self.endpoint.tls
         if tls is None:
             return module.insecure_channel(self.address, options)
@@ -106,6 +109,9 @@ class _GrpcMessages:
     def error(self, error: Any) -> Exception:
         """Returns what a failed call means to the caller."""
         code, details = error.code().name, error.details()
+        # The code of a server that cannot be reached, too; this is TensorFlow Serving's own word.
+        if code == "UNAVAILABLE" and re.search(r"\bfull\b", details):
+            return AlignServerError(details, HTTP_STATUS[code])
         # Nobody cancels a call here, so that it is a server that stops who did.
         if code in ("UNAVAILABLE", "CANCELLED"):
             return ServerUnavailable(f"{self.address}: cannot reach the server: {details}")

@@ -8,6 +8,7 @@ import json
 import queue
 import socket
 import ssl
+import time
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -15,19 +16,8 @@ from typing import Any
 import numpy as np
 
 from align_tf.client.endpoint import AlignServerError, Endpoint, ServerUnavailable, Tls
+from align_tf.client.http_connection import Connection
 from align_tf.client.signatures import Signature
-
-
-class _NamedConnection(http.client.HTTPSConnection):
-    """A connection whose server proves another name than the address."""
-
-    def __init__(self, *arguments: Any, server_name: str, **options: Any):
-        super().__init__(*arguments, **options)
-        self.server_name = server_name
-
-    def connect(self) -> None:
-        http.client.HTTPConnection.connect(self)
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self.server_name)
 
 
 class Rest:
@@ -40,19 +30,21 @@ class Rest:
         self.headers = {}
         if endpoint.token is not None:
             self.headers["Authorization"] = f"Bearer {endpoint.token}"
-        kind, options = http.client.HTTPConnection, {}
-        if tls:
-            kind, options["context"] = http.client.HTTPSConnection, _ssl_context(tls)
         if tls and tls.server_name:
-            kind, options["server_name"] = _NamedConnection, tls.server_name
             self.headers["Host"] = tls.server_name
-        self.connect = functools.partial(kind, endpoint.host, endpoint.port, **options)
+        self.connect = functools.partial(
+            Connection,
+            endpoint.host,
+            endpoint.port,
+            tls and _ssl_context(tls),
+            tls and tls.server_name,
+        )
         self.model_path = f"/v1/models/{name}"
         self.path = self.model_path
         if endpoint.version_label is not None:
             label = urllib.parse.quote(endpoint.version_label, safe="")
             self.path = f"{self.model_path}/labels/{label}"
-        self.idle: queue.LifoQueue[http.client.HTTPConnection] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Connection] = queue.LifoQueue()
 
     def predict(
         self, inputs: Mapping[str, Any], signature_name: str, signature: Signature, timeout: float
@@ -83,8 +75,9 @@ class Rest:
                 self.idle.get_nowait().close()
 
     def _ask(self, method: str, path: str, timeout: float, body: bytes | None = None) -> Any:
+        deadline = time.monotonic() + timeout
         try:
-            status, content = self._exchange(method, path, timeout, body)
+            status, content = self._exchange(method, path, deadline, body)
         except TimeoutError:
             raise TimeoutError(f"{self.address}: no answer in time") from None
         except (OSError, http.client.HTTPException) as error:
@@ -105,7 +98,7 @@ class Rest:
         )
 
     def _exchange(
-        self, method: str, path: str, timeout: float, body: bytes | None
+        self, method: str, path: str, deadline: float, body: bytes | None
     ) -> tuple[int, bytes]:
         headers = dict(self.headers)
         if body is not None:
@@ -114,9 +107,7 @@ class Rest:
             connection, fresh = self.idle.get_nowait(), False
         except queue.Empty:
             connection, fresh = self.connect(), True
-        connection.timeout = timeout
-        if connection.sock is not None:
-            connection.sock.settimeout(timeout)
+        connection.set_deadline(deadline)
         try:
             with contextlib.suppress(BrokenPipeError):  # the refusal of a large body comes early
                 connection.request(method, path, body, headers)
@@ -127,7 +118,7 @@ class Rest:
             if fresh:
                 raise
             # The server had closed the idle connection.
-            return self._exchange(method, path, timeout, body)
+            return self._exchange(method, path, deadline, body)
         except BaseException:
             connection.close()
             raise

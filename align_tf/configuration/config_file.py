@@ -101,5 +101,8 @@ class ConfigFile:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` into `folder`, which is made if it is not there."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        files.write_text(pathlib.Path(folder) / CONFIG_NAME, text)
+        files.write_text(pathlib.Path(folder) / CONFIG_NAME, self.to_json_string())
+
+    def to_json_string(self) -> str:
+        """Returns the configuration as the text of `config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

@@ -4,6 +4,8 @@ dataset         batches for `fit`, `evaluate` and `predict`
 readers         which files a source is, and those whose records are known by their paths
 streams         records that come in a row: TFRecord, tar, Parquet, a tf.data.Dataset
 sources         what a source of records is
+listing         a source's files, and what has changed of them
+left_out, limit records that are no pairs: why, and how many are too many
 writers         pairs into TFRecord files
 """
 

@@ -1,38 +1,22 @@
 """Image-text data to the batches that AlignModel trains and is evaluated on."""
 
-import atexit
-import os
-import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from align_tf.data.readers import open_source
+from align_tf.data.left_out import JUDGED_FROM, NO_CAPTION, NO_IMAGE, LeftOut
+from align_tf.data.limit import LIMIT, is_limit
+from align_tf.data.readers import PathOrPaths, open_source
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
-from align_tf.preprocessing.decoding import reading
-from align_tf.preprocessing.image_processing import BROKEN, FINE, TOO_LARGE
+from align_tf.preprocessing.image_processing import FINE
 from align_tf.preprocessing.processor import AlignProcessor
 
 LENGTH_BUCKETS = (8, 16, 32, 64)
 MAX_ERRORS = 100
 BATCHES_IN_FLIGHT = 2  # prepared at a time; within each, images are decoded in parallel
 ID_RANGE = 2**31 - 1  # of the fingerprints
-
-# Why a record is left out, beside what AlignImageProcessor.try_pixel_values tells.
-NO_IMAGE, NO_CAPTION = TOO_LARGE + 1, TOO_LARGE + 2
-REASONS = {
-    BROKEN: f"not a decodable image ({reading.EXPECTED})",
-    TOO_LARGE: "the image declares more pixels than max_image_pixels",
-    NO_IMAGE: "no image, or its file cannot be read",
-    NO_CAPTION: "no caption",
-}
-NAMED_ERRORS = 10  # told one by one
-
-PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
 
 # All of it is TensorFlow operations, so that AutoGraph has nothing to convert.
 _graph = tf.autograph.experimental.do_not_convert
@@ -58,7 +42,11 @@ def records(
     Raises:
         FileNotFoundError, ValueError, ModuleNotFoundError: as `make_dataset`.
     """
-    opened = open_source(source, image_key, caption_key)
+    return read_records(open_source(source, image_key, caption_key))
+
+
+def read_records(opened: Source) -> tf.data.Dataset:
+    """Reads the records of a source; see `records`."""
     batches = opened.elements(None).ragged_batch(CHUNK).enumerate()
     dataset = batches.map(_graph(lambda _, elements: _load(opened, elements))).unbatch()
     dataset = dataset.map(_graph(lambda record: record))  # ragged no more: captions are a tensor
@@ -79,7 +67,7 @@ def make_dataset(
     augment: bool = True,
     shard: tuple[int, int] = (0, 1),
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
-    max_errors: int | None = MAX_ERRORS,
+    max_errors: int | str | None = MAX_ERRORS,
     image_key: str | None = None,
     caption_key: str | None = None,
 ) -> tf.data.Dataset:
@@ -115,30 +103,36 @@ def make_dataset(
             length gives all batches the same shape.
         max_errors: records without a caption or a decodable image that are left out, as rows of
             weight 0, before the dataset ends with an error; 0 allows none, None any number.
-            Each counts once, and they are reported on stderr.
+            Each counts once, and they are reported on stderr. `"5%"` allows that share of the
+            records read, judged from the 1,000th on, or at the end of a pass over fewer. A whole
+            pass without a pair is an error in any case.
         image_key: name of the image's column, feature, key or suffix; None finds the usual ones.
         caption_key: name of the caption's.
 
     Returns:
         A dataset of dicts: `pixel_values` float32 (n, h, w, 3); `input_ids`, `attention_mask`,
         `token_type_ids` int32 (n, t); `image_ids`, `text_ids` int32 (n,), fingerprints of the
-        encoded image and of the tokens; `sample_weight` float32 (n,), 0 for a row that is no
-        pair, otherwise 1.
+        encoded image and of the tokens, below 0: of a batch of n, two rows that differ share one
+        by a chance of n^2 / 2^32, which evaluation does not take; `sample_weight` float32 (n,), 0
+        for a row that is no pair, otherwise 1.
 
     Raises:
         FileNotFoundError: there is no such source.
         ValueError: it is empty, of no known kind, has no captions, or has fewer records than a
-            training batch; or an argument is out of range.
+            training batch; or an argument is out of range, such as a batch_size of 1 in training,
+            where a pair has no other to be told from.
         ModuleNotFoundError: Parquet without pyarrow; the message names the pip command.
-        tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out.
+        tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out,
+            or no record of a pass is a pair.
     """
     index, workers = shard
-    _check_arguments(batch_size, start_step, shard, length_buckets)
+    _check_arguments(batch_size, start_step, shard, length_buckets, training, max_errors)
     opened = open_source(source, image_key, caption_key)
     if epochs is None:
         epochs = None if training else 1
     batches, steps = _batches(opened, batch_size * workers, training, seed, epochs, start_step)
-    errors = _Errors(opened.name, max_errors)
+    pass_steps = _pass_steps(opened, batch_size * workers, workers, training, start_step, steps)
+    left_out = LeftOut(opened, max_errors, pass_steps)
 
     @_graph
     def prepare(step: tf.Tensor, elements: Any) -> dict[str, tf.Tensor]:
@@ -148,7 +142,7 @@ def make_dataset(
         batch, problems = _prepare(
             loaded, draws, processor, training, training and augment, sorted(length_buckets)
         )
-        with tf.control_dependencies([_report(errors, loaded["key"], problems)]):
+        with tf.control_dependencies([left_out.report(step, loaded["key"], problems)]):
             return {name: tf.identity(value) for name, value in batch.items()}
 
     dataset = batches.map(prepare, num_parallel_calls=BATCHES_IN_FLIGHT, deterministic=True)
@@ -158,11 +152,19 @@ def make_dataset(
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     if steps is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+    elif epochs is not None and workers == 1:  # the end alone tells that a pass is over
+        end = tf.data.Dataset.range(1).flat_map(_graph(lambda _: dataset.take(left_out.ended())))
+        dataset = dataset.concatenate(end)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 def _check_arguments(
-    batch_size: int, start_step: int, shard: tuple[int, int], length_buckets: Sequence[int]
+    batch_size: int,
+    start_step: int,
+    shard: tuple[int, int],
+    length_buckets: Sequence[int],
+    training: bool,
+    max_errors: int | str | None,
 ) -> None:
     index, workers = shard
     if batch_size < 1 or start_step < 0 or not 0 <= index < workers:
@@ -172,6 +174,30 @@ def _check_arguments(
         )
     if not length_buckets or min(length_buckets) < 2:
         raise ValueError(f"length_buckets={length_buckets!r}: expected lengths of 2 tokens or more")
+    if training and batch_size * workers == 1:
+        raise ValueError(
+            "batch_size=1 in training: expected 2 or more, so that a pair has others in its batch "
+            "to be told from"
+        )
+    if max_errors is not None and not is_limit(max_errors):
+        raise ValueError(f"max_errors={max_errors!r}: expected {LIMIT}; or None")
+
+
+def _pass_steps(
+    opened: Source, size: int, workers: int, training: bool, start_step: int, steps: int | None
+) -> range | None:
+    """Returns the steps of a first pass, `steps` being all that come, or None as it is not known.
+
+    Of a source of unknown length it is the first records of a training. The last batch of an
+    evaluation may leave one of several workers without rows, so that none can judge by its own.
+    """
+    if not training and (workers > 1 or opened.count is None):
+        return None
+    count = JUDGED_FROM if opened.count is None else opened.count
+    of_pass = count // size if training and opened.count is not None else -(-count // size)
+    if steps is not None and steps != tf.data.INFINITE_CARDINALITY:
+        of_pass = min(of_pass, steps)
+    return range(start_step, start_step + of_pass)
 
 
 def _batches(
@@ -292,7 +318,9 @@ def _pad_to_bucket(
 
 
 def _fingerprint(strings: tf.Tensor) -> tf.Tensor:
-    return tf.cast(tf.strings.to_hash_bucket_fast(strings, ID_RANGE), tf.int32)
+    # Of the row alone, so that workers agree who see each their part of a batch; in 32 bits, which
+    # is what JAX takes; below 0, where nobody's own ids are.
+    return -1 - tf.cast(tf.strings.to_hash_bucket_fast(strings, ID_RANGE), tf.int32)
 
 
 def _spelled(tokens: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -300,57 +328,3 @@ def _spelled(tokens: dict[str, tf.Tensor]) -> tf.Tensor:
     ids = tf.strings.as_string(tokens["input_ids"])
     ids = tf.where(tokens["attention_mask"] == 1, ids, "")
     return tf.strings.strip(tf.strings.reduce_join(ids, axis=1, separator=" "))
-
-
-# --- what is left out -------------------------------------------------------------------------
-
-
-def _report(errors: "_Errors", keys: tf.Tensor, problems: tf.Tensor) -> tf.Operation:
-    """Tells of the rows that are no pairs; ends the dataset where they are too many."""
-    problems = problems[: tf.size(keys)]  # the rows that fill a last batch are no errors
-    bad = tf.where(problems != FINE)[:, 0]
-
-    def tell() -> tf.Tensor:
-        return tf.numpy_function(
-            errors, [tf.gather(keys, bad), tf.gather(problems, bad)], tf.string
-        )
-
-    message = tf.cond(tf.size(bad) > 0, tell, lambda: "")
-    return tf.debugging.Assert(message == "", [message])
-
-
-class _Errors:
-    """Counts the records that are left out, each once, and tells of them on stderr."""
-
-    def __init__(self, name: str, limit: int | None):
-        self.name, self.limit = name, limit
-        self.keys: set[bytes] = set()
-        self.lock = threading.Lock()
-
-    def __call__(self, keys: np.ndarray, problems: np.ndarray) -> str:
-        """Takes keys and problems (m,); returns a message where it is the limit, or ""."""
-        with self.lock:
-            for key, problem in zip(keys, problems, strict=True):
-                known = key in self.keys
-                self.keys.add(key)
-                count = len(self.keys)
-                found = f"{key.decode(errors='replace')}: {REASONS[problem]}"
-                if self.limit is not None and count > self.limit:
-                    left_out = f", {count} records left out" if self.limit else ""
-                    return f"{self.name}: {found}{left_out}; max_errors={self.limit}"
-                # Past the limit a known one ends the dataset too: `fit` on JAX throws away the
-                # first iterator, with the error that it has met.
-                if known:
-                    continue
-                if count == 1:
-                    atexit.register(self.summarise)
-                # Each of the first ones, then each time they have doubled.
-                if count <= NAMED_ERRORS or count & (count - 1) == 0:
-                    self._say(f"left out {found} ({count} so far)")
-        return ""
-
-    def summarise(self) -> None:
-        self._say(f"records left out: {len(self.keys)}")
-
-    def _say(self, message: str) -> None:
-        print(f"{self.name}: {message}", file=sys.stderr, flush=True)

@@ -1,16 +1,18 @@
 """Image-text data in the field's file formats, as records that are not decoded yet."""
 
 import csv
+import dataclasses
 import glob
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from align_tf.data.listing import Listing
 from align_tf.data.sources import (
     CAPTION,
     CAPTION_KEYS,
@@ -35,6 +37,7 @@ from align_tf.progress import counted
 TFRECORD = (".tfrecord", ".tfrecord.gz", ".tfrecords", ".tfrecords.gz")
 TAR = (".tar", ".tar.gz", ".tgz")
 TABLE = (".csv", ".tsv", ".jsonl", ".parquet")
+PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
 EXPECTED = (
     "a folder of images beside .txt or .json captions, or files that end in "
     f"{', '.join((*TFRECORD[:2], *TAR[:2], *TABLE))}"
@@ -63,24 +66,61 @@ def open_source(
     keys = Keys(image_key, caption_key, need_captions)
     if isinstance(source, tf.data.Dataset):
         return open_dataset(source, keys)
+    name, kind, paths = _found(source, keys)
+    return OPENERS[kind](name, paths, keys)
+
+
+def list_files(source: PathOrPaths, image_key: str | None = None) -> Listing:
+    """Lists the files of a source with their sizes and times, without opening the images.
+
+    An image of a folder counts with the caption file that is read with it, a table with the images
+    that it names. Shards count without their times, which many a copy of them does not keep.
+
+    Args:
+        source: see `align_tf.data.make_dataset`; no tf.data.Dataset, which has no files.
+        image_key: as in `open_source`.
+
+    Returns:
+        The listing; `digest` tells it from another, `changes` says what another has.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `open_source`.
+    """
+    keys = Keys(image_key, None, False)
+    name, kind, paths = _found(source, keys)
+    listing = Listing()
+    for file, timed in counted(_files(kind, paths, keys), f"Listing {name}", "files"):
+        listing.add(file, timed)
+    return listing
+
+
+def _files(kind: str, paths: list[pathlib.Path], keys: Keys) -> Iterator[tuple[str, bool]]:
+    """Yields the files of a source, each with whether its time counts."""
+    if kind == "folder":
+        for folder in paths:
+            for image, beside in _images(folder):
+                yield from ((file, True) for file in (image, _caption_file(image, beside)) if file)
+        return
+    yield from ((str(path), kind == "table") for path in paths)
+    if kind == "table":
+        images = (image for path in paths for _, image, _ in _image_rows(path, keys))
+        yield from ((image, True) for image in dict.fromkeys(images))
+
+
+# --- finding files -------------------------------------------------------------------------
+
+
+def _found(source: Any, keys: Keys) -> tuple[str, str, list[pathlib.Path]]:
+    """Returns the name of a source for messages, a key of OPENERS, and its files or folders."""
     paths = _find(source)
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
         raise ValueError(f"{name}: expected one kind of file, found {', '.join(sorted(kinds))}")
     kind = kinds.pop()
-    if kind == "tfrecord":
-        return open_tfrecords(name, paths, keys)
-    if kind == "tar":
-        return open_tars(name, paths, keys)
-    if kind == "folder":
-        return _open_folders(name, paths, keys)
-    if any(image_column(path, keys.image) for path in paths):
-        return open_image_tables(name, paths, keys)
-    return _open_tables(name, paths, keys)
-
-
-# --- finding files -------------------------------------------------------------------------
+    if kind == "table" and any(image_column(path, keys.image) for path in paths):
+        kind = "images in tables"
+    return name, kind, paths
 
 
 def _find(source: Any) -> list[pathlib.Path]:
@@ -195,13 +235,20 @@ def _images(folder: pathlib.Path) -> Iterator[tuple[str, set[str]]]:
                 yield os.path.join(root, file), beside
 
 
-def _captions_beside(image: str, beside: set[str], caption_key: str | None) -> list[str]:
+def _caption_file(image: str, beside: set[str]) -> str | None:
+    """Finds the file of an image's captions."""
     stem = os.path.splitext(image)[0]
-    for suffix in CAPTION:
-        if os.path.basename(stem) + suffix in beside:
-            with open(stem + suffix, "rb") as file:
-                return read_captions(suffix, file.read(), caption_key)
-    return []
+    found = (suffix for suffix in CAPTION if os.path.basename(stem) + suffix in beside)
+    suffix = next(found, None)
+    return suffix and stem + suffix
+
+
+def _captions_beside(image: str, beside: set[str], caption_key: str | None) -> list[str]:
+    path = _caption_file(image, beside)
+    if path is None:
+        return []
+    with open(path, "rb") as file:
+        return read_captions(os.path.splitext(path)[1], file.read(), caption_key)
 
 
 def _open_tables(
@@ -212,24 +259,33 @@ def _open_tables(
     captions: dict[str, list[str]] = {}  # of each path, in the order of its first row
     names: dict[str, str] = {}
     for file in files:
-        rows = _table_rows(file)
-        first = next(rows, None)
-        if first is None:
-            continue
-        image = choose_key(str(file), "image", keys.image, PATH_KEYS, first)
-        caption = choose_key(
-            str(file), "caption", keys.caption, CAPTION_KEYS, first, keys.need_captions
-        )
-        for row in counted(itertools.chain([first], rows), f"Reading {file}", "rows"):
-            if not isinstance(row.get(image), str):
-                raise ValueError(f"{file}: expected a path in column {image!r} of each row")
-            path = os.path.join(file.parent, row[image])
-            names.setdefault(path, os.path.splitext(row[image])[0])
-            texts = strings_in(row.get(caption)) if caption else []
+        rows = counted(_image_rows(file, keys), f"Reading {file}", "rows")
+        for name_of_image, path, texts in rows:
+            names.setdefault(path, name_of_image)
             captions.setdefault(path, []).extend(texts)
-    return _open_listed(
+    opened = _open_listed(
         name, list(names.values()), list(captions), list(captions.values()), keys.need_captions
     )
+    folders = ", ".join(dict.fromkeys(os.path.abspath(file.parent) for file in files))
+    cause = f"paths are taken relative to the folder of the table, {folders}"
+    return dataclasses.replace(opened, image_cause=cause)
+
+
+def _image_rows(file: pathlib.Path, keys: Keys) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields the name, the path and the captions of each row of a table."""
+    rows = _table_rows(file)
+    first = next(rows, None)
+    if first is None:
+        return
+    image = choose_key(str(file), "image", keys.image, PATH_KEYS, first)
+    caption = choose_key(
+        str(file), "caption", keys.caption, CAPTION_KEYS, first, keys.need_captions
+    )
+    for row in itertools.chain([first], rows):
+        if not isinstance(row.get(image), str):
+            raise ValueError(f"{file}: expected a path in column {image!r} of each row")
+        texts = strings_in(row.get(caption)) if caption else []
+        yield os.path.splitext(row[image])[0], os.path.join(file.parent, row[image]), texts
 
 
 def _table_rows(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
@@ -247,3 +303,12 @@ def _table_rows(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
                     raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
         else:
             yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+
+
+OPENERS = {
+    "tfrecord": open_tfrecords,
+    "tar": open_tars,
+    "folder": _open_folders,
+    "table": _open_tables,
+    "images in tables": open_image_tables,
+}

@@ -41,6 +41,8 @@ class Source:
         load: takes a batch of elements to `key` (n,), `image_bytes` (n,) and `captions`, ragged
             (n, None). What could not be read has no image and no caption.
         paths: the image file of each record, where the images are files.
+        image_cause: why images are usually missing in such a source; "" where nothing is usual.
+        caption_cause: why captions are.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Source:
     elements: Callable[..., tf.data.Dataset]
     load: Callable[[Any], dict[str, Any]]
     paths: list[str] | None = None
+    image_cause: str = ""
+    caption_cause: str = ""
 
 
 def choose_key(

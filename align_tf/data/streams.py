@@ -1,6 +1,7 @@
 """Image-text records that come in a row: TFRecord, tar shards, images in Parquet, tf.data."""
 
 import contextlib
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -32,6 +33,7 @@ from align_tf.progress import counted
 FILES_AT_A_TIME = 4  # of a shuffled stream, read in turn
 SHUFFLE_BUFFER = 4096  # records of a shuffled stream held in memory, undecoded
 CHUNK = 16  # records that a Python reader hands over at once
+TAR_APART = "the files of a record lie side by side in a tar, as `tar --sort=name` packs them"
 READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
 
 
@@ -179,12 +181,13 @@ def open_tars(
 ) -> Source:
     """Opens webdataset shards."""
     images = IMAGE if keys.image is None else (f".{keys.image}",)
-    return _open_files(
+    opened = _open_files(
         name,
         files,
         functools.partial(_count_tar, images=images, need_captions=keys.need_captions),
         functools.partial(_tar_records, images=images, caption_key=keys.caption),
     )
+    return dataclasses.replace(opened, image_cause=TAR_APART, caption_cause=TAR_APART)
 
 
 def open_image_tables(
@@ -373,9 +376,10 @@ def open_dataset(
         captions = features[caption_key] if caption_key else tf.boolean_mask([""], [False])
         if image.dtype != tf.string:
             image = tf.io.encode_png(image, compression=0)  # stored: quick, and exact
-        captions = captions[inner] if inner else captions
+        captions = tf.reshape(captions[inner] if inner else captions, [-1])
+        captions = tf.boolean_mask(captions, captions != "")  # of a length not known, as above
         key = features.get("key", _place(tf.constant(name), number))
-        return key, image, tf.reshape(captions, [-1])
+        return key, image, captions
 
     records = dataset.enumerate().map(element)
     return Source(

@@ -1,6 +1,7 @@
 """Evaluation: arrays in, numbers out; and over data sets.
 
 tasks               the four tasks of `align-tf evaluate`, over files
+identity            which rows are one image or one text
 embedder            a model's towers, compiled: batches in, arrays out
 retrieval           ranks and recalls of images and their texts
 zero_shot           classes by their names

@@ -7,11 +7,13 @@ import keras
 import numpy as np
 from keras import ops
 
+from align_tf.evaluation.identity import RowIds, image_contents, text_contents
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
 
 BATCH_SIZE = 64
+INFINITE = -1  # tf.data.INFINITE_CARDINALITY
 
 
 class Embedder:
@@ -60,8 +62,10 @@ class Embedder:
 
         Args:
             dataset: batches as `AlignModel.fit` takes them, or one dict of arrays. A row of
-                `sample_weight` 0 is left out. `image_ids` and `text_ids`, where they are missing,
-                number the rows.
+                `sample_weight` 0 is left out. Rows of one `image_ids` of 0 or more are one image,
+                and of one `text_ids` one text. Where they are missing or below 0, the fingerprints
+                of `make_dataset`, rows of the same pixels are one image, and of the same tokens
+                one text, compared in full.
             progress: show it on stderr.
 
         Returns:
@@ -69,18 +73,19 @@ class Embedder:
             a pair are the same in all of them.
 
         Raises:
-            ValueError: the data set holds no pair.
+            ValueError: the data set holds no pair, is endless, or has ids in some rows alone.
         """
-        parts, count = [], 0
-        for batch in track(_batches(dataset), "Embedding", show=progress):
-            part = self._pair_batch(batch, count)
-            count += len(part["image_ids"])
-            parts.append(part)
-        if not count:
+        check_ends(dataset)
+        row_ids = {name: RowIds(name) for name in ("image_ids", "text_ids")}
+        batches = track(_batches(dataset), "Embedding", show=progress)
+        parts = [self._pair_batch(batch, row_ids) for batch in batches]
+        if not any(len(part["image_ids"]) for part in parts):
             raise ValueError("the data set holds no pair to embed")
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def _pair_batch(self, batch: Mapping[str, Any], first_id: int) -> dict[str, np.ndarray]:
+    def _pair_batch(
+        self, batch: Mapping[str, Any], row_ids: dict[str, RowIds]
+    ) -> dict[str, np.ndarray]:
         embeds = {
             "image_embeds": self.images(batch["pixel_values"]),
             "text_embeds": self.texts(batch),
@@ -88,12 +93,29 @@ class Embedder:
         size = len(embeds["image_embeds"])
         kept = np.asarray(batch.get("sample_weight", np.ones(size))) != 0
         part = {name: values[kept] for name, values in embeds.items()}
-        for name in ("image_ids", "text_ids"):
-            if name in batch:
-                part[name] = np.asarray(batch[name])[kept]
-            else:
-                part[name] = np.arange(first_id, first_id + kept.sum())
+        tokens = {name: np.asarray(batch[name])[kept] for name in TOKEN_INPUTS if name in batch}
+        contents = {
+            "image_ids": lambda: image_contents(np.asarray(batch["pixel_values"])[kept]),
+            "text_ids": lambda: text_contents(tokens),
+        }
+        for name, ids in row_ids.items():
+            given = np.asarray(batch[name])[kept] if name in batch else None
+            part[name] = ids(given, contents[name], int(kept.sum()))
         return part
+
+
+def check_ends(dataset: Any) -> None:
+    """Refuses a `tf.data.Dataset` that says that it is endless.
+
+    Raises:
+        ValueError: it does.
+    """
+    cardinality = getattr(dataset, "cardinality", None)
+    if cardinality is not None and int(cardinality()) == INFINITE:
+        raise ValueError(
+            "the data set is endless: expected one that ends, such as make_dataset(...) without "
+            "training, or dataset.take(100)"
+        )
 
 
 def in_batches(values: Any, size: int = BATCH_SIZE) -> list:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import importlib.resources
 import itertools
 import pathlib
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.data import dataset, sources
+from align_tf.data import dataset, left_out, sources
+from align_tf.data.readers import open_source
 from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retrieval, zero_shot
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
+from align_tf.evaluation.identity import Numbering, image_contents, text_contents
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -28,10 +29,11 @@ Record = tuple[str, bytes, list[str]]
 
 @dataclasses.dataclass
 class Embedded:
-    """Images that could be decoded, each once."""
+    """The images of records, those that could be decoded."""
 
     image_embeds: np.ndarray  # (n, d)
-    captions: list[list[str]]  # of each image
+    contents: list[bytes]  # (n)
+    captions: list[list[str]]  # of each record
     skipped: dict[str, str]  # key of an image that is left out -> why
 
 
@@ -63,19 +65,28 @@ def evaluate(model: Any, processor: AlignProcessor, options: Any) -> dict[str, A
 
 
 def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
-    records = dataset.records(options.data)
+    opened = open_source(options.data)
+    records = dataset.read_records(opened)
     count = int(records.cardinality())
-    images = _embed_images(embedder, processor, captioned_images(records), count, merge=True)
+    images = _embed_images(embedder, processor, captioned_images(records), count, opened)
     captions = sorted({caption for captions in images.captions for caption in captions})
+    texts, contents = _embed_texts(embedder, processor, captions, progress=True)
+    # A row for each caption of each record: of an image, and of a text.
     rows = {caption: row for row, caption in enumerate(captions)}
-    pairs = [(i, rows[c]) for i, captions in enumerate(images.captions) for c in captions]
-    texts = _text_embedder(embedder, processor, progress=True)(captions)
+    of_image = np.repeat(np.arange(len(images.captions)), [len(c) for c in images.captions])
+    of_text = np.array([rows[caption] for captions in images.captions for caption in captions])
+    image_rows, text_rows, pairs = retrieval.distinct_pairs(
+        Numbering()(images.contents)[of_image], Numbering()(contents)[of_text]
+    )
     metrics = retrieval.retrieval_metrics(
-        images.image_embeds, texts, np.array(pairs), progress=True
+        images.image_embeds[of_image[image_rows]],
+        texts[of_text[text_rows]],
+        pairs,
+        progress=True,
     )
     return {
-        "images": len(images.captions),
-        "texts": len(captions),
+        "images": len(image_rows),
+        "texts": len(text_rows),
         "skipped": images.skipped,
         "metrics": metrics,
     }
@@ -85,9 +96,14 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
     folders = class_folders(options.data)
     labels = class_labels(options.labels, list(folders))
     templates = read_templates(options.templates)
+    names = list(labels.values())
+    zero_shot.check_labels(names, text_contents(processor.tokenizer(names, padding="longest")))
     embeds, classes, skipped = _embed_classes(embedder, processor, folders)
     class_embeds = zero_shot.class_embeddings(
-        list(labels.values()), templates, _text_embedder(embedder, processor), progress=True
+        names,
+        templates,
+        lambda texts: _embed_texts(embedder, processor, texts)[0],
+        progress=True,
     )
     rows = {name: row for row, name in enumerate(labels)}
     metrics = zero_shot.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
@@ -164,7 +180,7 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
         Class -> label; a class need not have a folder.
 
     Raises:
-        ValueError: a folder is of no class, or a class or label comes twice.
+        ValueError: a folder is of no class, a class comes twice, or a label is blank.
     """
     if labels is None:
         return {name: name.replace("_", " ") for name in folders}
@@ -177,6 +193,8 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
             label, name = line, line if line in folders else line.replace(" ", "_")
         if name in classes:
             raise ValueError(f"--labels: class {name!r} comes twice")
+        if not label.strip():
+            raise ValueError(f"--labels: class {name!r} has a blank label")
         classes[name] = label
     unknown = [name for name in folders if name not in classes]
     if unknown:
@@ -234,7 +252,14 @@ def _embed_classes(
     files = [(name, file) for name, found in folders.items() for file in found]
     records = ((str(file), file.read_bytes(), [name]) for name, file in files)
     images = _embed_images(embedder, processor, records, len(files))
-    return images.image_embeds, np.concatenate(images.captions), images.skipped
+    classes = np.concatenate(images.captions)
+    for name, found in folders.items():
+        if name not in classes:
+            raise ValueError(
+                f"class {name!r}: none of its {len(found)} images can be decoded, such as "
+                f"{found[0]}; expected one or more"
+            )
+    return images.image_embeds, classes, images.skipped
 
 
 def _embed_images(
@@ -242,7 +267,7 @@ def _embed_images(
     processor: AlignProcessor,
     records: Iterable[Record],
     total: int,
-    merge: bool = False,
+    opened: sources.Source | None = None,
 ) -> Embedded:
     """Embeds the images of records.
 
@@ -251,58 +276,56 @@ def _embed_images(
         processor: of the model.
         records: what to read.
         total: how many there are, for the progress; negative where that is not known.
-        merge: records whose image files hold the same bytes are one image with the captions of
-            all of them.
+        opened: where they are from, for what is said of absent images.
     """
-    keys, captions, skipped, seen = [], [], {}, {}
+    keys, captions, skipped = [], [], {}
 
-    def contents() -> Iterator[bytes]:
+    def files() -> Iterator[bytes]:
         for key, content, texts in records:
-            same = hashlib.blake2b(content).digest() if merge and content else key
-            if same in seen:
-                captions[seen[same]].extend(texts)
-            elif texts:
-                seen[same] = len(keys)
+            if texts:
                 keys.append(key)
                 captions.append(list(texts))
                 yield content
             else:
-                skipped[key] = dataset.REASONS[dataset.NO_CAPTION]
+                skipped[key] = left_out.REASONS[left_out.NO_CAPTION]
 
-    def decode(batch: list[bytes]) -> tuple[tf.Tensor, np.ndarray]:
+    def decode(batch: list[bytes]) -> tuple[tf.Tensor, list[bytes], np.ndarray]:
         pixel_values, problems, _ = processor.image_processor.try_pixel_values_of(batch)
         absent = np.array([not content for content in batch])
-        return pixel_values, np.where(absent, dataset.NO_IMAGE, problems)
+        contents = image_contents(pixel_values)
+        return pixel_values, contents, np.where(absent, left_out.NO_IMAGE, problems)
 
-    embeds, problems = [], []
+    embeds, contents, problems = [], [], []
     batches = None if total < 0 else -(-total // BATCH_SIZE)
-    decoded = _ahead(decode, _batched(contents()))
-    for pixel_values, problem in track(decoded, "Embedding images", batches):
+    decoded = _ahead(decode, _batched(files()))
+    for pixel_values, content, problem in track(decoded, "Embedding images", batches):
         embeds.append(embedder.images(pixel_values))
+        contents.extend(content)
         problems.append(problem)
     if not keys:
         raise ValueError(f"no captions: none of {len(skipped)} images has one")
     problems = np.concatenate(problems)
     fine = problems == image_processing.FINE
-    skipped.update((keys[row], dataset.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
+    skipped.update((keys[row], left_out.REASONS[problems[row]]) for row in np.flatnonzero(~fine))
     if not fine.any():
-        raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}")
-    captions = [captions[row] for row in np.flatnonzero(fine)]
-    return Embedded(np.concatenate(embeds)[fine], captions, skipped)
+        why = left_out.tally(collections.Counter(problems.tolist()), opened)
+        raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}: {why}")
+    contents, captions = ([of[row] for row in np.flatnonzero(fine)] for of in (contents, captions))
+    return Embedded(np.concatenate(embeds)[fine], contents, captions, skipped)
 
 
-def _text_embedder(
-    embedder: Embedder, processor: AlignProcessor, progress: bool = False
-) -> Callable[[list[str]], np.ndarray]:
-    def embed(texts: list[str]) -> np.ndarray:
-        order = np.argsort([len(text) for text in texts])  # texts of a batch need little padding
-        embeds = [
-            embedder.texts(processor.tokenizer([texts[i] for i in rows], padding="longest"))
-            for rows in track(in_batches(order), "Embedding texts", show=progress)
-        ]
-        return np.concatenate(embeds)[np.argsort(order)]
-
-    return embed
+def _embed_texts(
+    embedder: Embedder, processor: AlignProcessor, texts: list[str], progress: bool = False
+) -> tuple[np.ndarray, list[bytes]]:
+    """Embeds texts (m, d), and returns what tells which of them are the same."""
+    order = np.argsort([len(text) for text in texts])  # texts of a batch need little padding
+    embeds, contents = [], []
+    for rows in track(in_batches(order), "Embedding texts", show=progress):
+        tokens = processor.tokenizer([texts[i] for i in rows], padding="longest")
+        embeds.append(embedder.texts(tokens))
+        contents.extend(text_contents(tokens))
+    places = np.argsort(order)
+    return np.concatenate(embeds)[places], [contents[place] for place in places]
 
 
 def _batched(items: Iterable) -> Iterator[list]:

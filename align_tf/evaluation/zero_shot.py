@@ -13,6 +13,26 @@ from align_tf.progress import track
 PROMPTS = 1024
 
 
+def check_labels(labels: Sequence[str], contents: Sequence[bytes]) -> None:
+    """Refuses two classes of the same label, of whose images none could be told right.
+
+    Args:
+        labels: the names of the classes (c).
+        contents: what stands for the text of each, see `identity.text_contents`.
+
+    Raises:
+        ValueError: two labels are the same to the model.
+    """
+    seen: dict[bytes, str] = {}
+    for label, content in zip(labels, contents, strict=True):
+        if content in seen:
+            raise ValueError(
+                f"labels {seen[content]!r} and {label!r} of two classes are the same to the model: "
+                "expected labels that differ"
+            )
+        seen[content] = label
+
+
 def class_embeddings(
     labels: Sequence[str],
     templates: Sequence[str],

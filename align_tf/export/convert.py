@@ -2,23 +2,23 @@
 
 import collections
 import dataclasses
+import math
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 import keras
-import ml_dtypes
-import numpy as np
-from keras import ops
 
 from align_tf import hub
 from align_tf.checkpoints import import_plan, tensors
 from align_tf.configuration.blocks import block_table
+from align_tf.export.fit import check_fit
 from align_tf.export.saved_model import export_saved_model
+from align_tf.export.temporary import temporary_folder
 from align_tf.files import CheckpointError
 from align_tf.models.align import AlignModel
-from align_tf.models.initialization import no_init_weights
+from align_tf.models.effective_weights import effective_weights
+from align_tf.models.plain_copy import plain_copy
 from align_tf.preprocessing.image_processing import AlignImageProcessor
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
@@ -63,7 +63,8 @@ def convert(
         FileNotFoundError: there is no such checkpoint, or a file of it is missing.
         FileExistsError: the output is there already.
         CheckpointError: the source is broken or is no ALIGN.
-        ValueError: the model cannot be had in that format or dtype, or a setting is wrong.
+        ValueError: the model cannot be had in that format or dtype, the processor does not fit
+            it, or a setting is wrong.
     """
     output, notes = pathlib.Path(output).expanduser(), []
     _check_output(output, to, overwrite)
@@ -82,9 +83,10 @@ def convert(
             f"{source}: no tokenizer with it, so the folder gets the weights and "
             "config.json alone; name a processor for the rest"
         )
+    weights = effective_weights(model)
     if dtype is not None:
-        _check_range(model, dtype)
-        model = model if to == "hf" else _in_dtype(model, dtype)
+        tensors.check_range(weights, dtype)
+        model = model if to == "hf" else plain_copy(model, dtype)
     if not dry_run:
         output = _WRITERS[to](model, prepared, output, dtype)
     return {
@@ -92,8 +94,8 @@ def convert(
         "source_format": found["format"],
         "to": to,
         "output": os.fspath(output),
-        "tensors": len(model.weights),
-        "parameters": model.count_params(),
+        "tensors": len(weights),
+        "parameters": sum(math.prod(weight.shape) for weight in weights.values()),
         "dtype": dtype or model.variable_dtype,
         "unused": dict(found["unused"]),
         "dry_run": dry_run,
@@ -164,18 +166,18 @@ def _read_processor(
     tokenizer = AlignTokenizer.from_pretrained(given) if given else _first(AlignTokenizer, folders)
     if tokenizer is None:
         return None
-    rows = model.config.text_config.vocab_size
-    if len(tokenizer.vocab) > rows:
-        raise ValueError(
-            f"{folders[0]}: a vocabulary of {len(tokenizer.vocab)} words, the model knows {rows}"
-        )
     images = _first(AlignImageProcessor, folders)
     if images is None:
         images = AlignImageProcessor()
         notes.append("no image settings in the source: those of align-base")
     if image_mode is not None:
         images = AlignImageProcessor.from_dict({**images.to_dict(), "mode": image_mode})
-    return AlignProcessor(images, tokenizer)
+    processor = AlignProcessor(images, tokenizer)
+    try:
+        check_fit(model, processor)
+    except ValueError as error:
+        raise ValueError(f"{folders[0]}: {error}") from error
+    return processor
 
 
 def _first(half: type, folders: list) -> Any:
@@ -222,36 +224,14 @@ def _check_transformers_has(model: AlignModel, source: str | os.PathLike) -> Non
         )
 
 
-def _check_range(model: AlignModel, dtype: str) -> None:
-    if dtype not in tensors.WEIGHT_DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(tensors.WEIGHT_DTYPES)}")
-    largest = float(ml_dtypes.finfo(dtype).max)
-    for weight in model.weights:
-        values = np.abs(ops.convert_to_numpy(weight).astype("float64"))
-        if np.any(values[np.isfinite(values)] > largest):
-            raise ValueError(
-                f"{weight.path} reaches {values.max():.6g}, {dtype} only {largest:.6g}: "
-                "choose another dtype"
-            )
-
-
-def _in_dtype(model: AlignModel, dtype: str) -> AlignModel:
-    """Copies a model into another dtype; what computes in float32 whatever the policy stays."""
-    with no_init_weights():
-        copy = AlignModel.from_config({**model.get_config(), "dtype": dtype})
-    for weight, value in zip(copy.weights, model.weights, strict=True):
-        weight.assign(ops.cast(value, weight.dtype))
-    return copy
-
-
 # --- writing -------------------------------------------------------------------------------
 
 
 def _write_hf(
     model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
 ) -> pathlib.Path:
-    with _temporary_folder(output) as temporary:
-        folder = pathlib.Path(temporary) / output.name
+    with temporary_folder(output.parent, output.name) as temporary:
+        folder = temporary / output.name
         model.save_pretrained(folder, dtype=dtype)
         if processor is not None:
             processor.save_pretrained(folder)
@@ -267,8 +247,8 @@ def _write_hf(
 def _write_keras(
     model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
 ) -> pathlib.Path:
-    with _temporary_folder(output) as temporary:
-        file = pathlib.Path(temporary) / output.name
+    with temporary_folder(output.parent, output.name) as temporary:
+        file = temporary / output.name
         model.save(file)
         file.replace(output)
     return output
@@ -278,11 +258,6 @@ def _write_saved_model(
     model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
 ) -> pathlib.Path:
     return export_saved_model(model, processor, output)
-
-
-def _temporary_folder(output: pathlib.Path) -> tempfile.TemporaryDirectory:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
 
 
 # format: writer

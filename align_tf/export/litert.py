@@ -12,10 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
+from align_tf.export.fit import check_fit
+from align_tf.export.temporary import temporary_folder
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel
-from align_tf.models.initialization import no_init_weights
+from align_tf.models.plain_copy import plain_copy
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
@@ -49,7 +51,8 @@ def export_litert(
     the longest text that the text tower takes.
 
     Args:
-        model: the model; its towers are written in float32 whatever it was trained in.
+        model: the model; its towers are written in float32 whatever it was trained in, with LoRA
+            merged and what Keras quantized as floating point: `quantize` is of its own.
         processor: its processor.
         directory: made if it is not there; files of the same names in it are replaced, once all
             of the new ones are written.
@@ -62,7 +65,9 @@ def export_litert(
         The directory.
 
     Raises:
-        ValueError: quantize is neither, or Keras runs on another backend than TensorFlow.
+        FileExistsError: a file is in the place of the directory.
+        ValueError: quantize is neither, Keras runs on another backend than TensorFlow, model and
+            processor do not fit each other, or the model cannot be copied: see `plain_copy`.
     """
     if quantize not in QUANTIZATIONS:
         raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
@@ -71,11 +76,11 @@ def export_litert(
             "LiteRT export runs on Keras's TensorFlow backend alone: save the model, then "
             "align-tf export --format litert --model FOLDER"
         )
+    check_fit(model, processor)
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".litert.", dir=directory) as new:
-        new = pathlib.Path(new)
-        for row in track(_towers(_in_float32(model), processor), "Converting", show=progress):
+    with temporary_folder(directory, "litert") as new:
+        towers = _towers(plain_copy(model, "float32"), processor)
+        for row in track(towers, "Converting", show=progress):
             file, signature, function, inputs, weights = row
             content = _convert(signature, function, inputs, weights, quantize)
             (new / file).write_bytes(content)
@@ -85,15 +90,6 @@ def export_litert(
         for path in new.iterdir():
             path.replace(directory / path.name)
     return directory
-
-
-def _in_float32(model: AlignModel) -> AlignModel:
-    if model.compute_dtype == model.variable_dtype == "float32":
-        return model
-    with no_init_weights():
-        copy = AlignModel.from_config({**model.get_config(), "dtype": "float32"})
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def _towers(model: AlignModel, processor: AlignProcessor) -> list[tuple]:

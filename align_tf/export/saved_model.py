@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,23 +12,32 @@ import keras
 import tensorflow as tf
 
 import align_tf
+from align_tf.export.fit import check_fit
 from align_tf.export.signatures import make_signatures
+from align_tf.export.temporary import temporary_folder
 from align_tf.models.align import AlignModel
 from align_tf.models.inference_copy import inference_copy
+from align_tf.models.plain_copy import check_configured
 from align_tf.preprocessing.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
-# What a process on the TensorFlow backend does for another backend.
-EXPORT = """
+# What a process on the TensorFlow backend does for another backend, and how it ends where the model
+# cannot be had so, which it then says.
+REFUSED = 3
+EXPORT = f"""
 import sys
 from align_tf import AlignModel, AlignProcessor, export_saved_model
 
 folder, dtype, directory, version = sys.argv[1:]
 model, processor = AlignModel.from_pretrained(folder), AlignProcessor.from_pretrained(folder)
-export_saved_model(model, processor, directory, version=int(version), dtype=dtype)
+try:
+    export_saved_model(model, processor, directory, version=int(version), dtype=dtype)
+except ValueError as error:
+    print(error)
+    sys.exit({REFUSED})
 """
 
 
@@ -61,7 +69,10 @@ def export_saved_model(
                          token_type_ids int32 (n, t)       -> text_embeds (n, d)
 
     Args:
-        model: the model; its outputs are float32 whatever it was trained in.
+        model: the model; its outputs are float32 whatever it was trained in. LoRA is merged into
+            the weights. Of what Keras quantized to int8 or int4 the weights are written in
+            floating point; inputs are not rounded, as Keras does in int8: embeddings are close
+            to the model's, not equal (see `inference_copy`).
         processor: the processor; its image and text settings go into the graph.
         directory: the model's folder, which holds one numbered folder for each version.
         version: the version to write; None takes the next free number.
@@ -73,14 +84,17 @@ def export_saved_model(
 
     Raises:
         RuntimeError: the process on TensorFlow failed; the message is its own.
-        FileExistsError: that version is there already.
-        ValueError: version is not a positive number, or dtype is none of those.
+        FileExistsError: that version is there already, or a file in the place of the directory.
+        ValueError: version is not a positive number, dtype is none of those, model and processor
+            do not fit each other, or the model cannot be copied: a weight is NaN or more than
+            the dtype can hold, a layer is quantized to another thing, or computes what the
+            configuration does not say.
     """
+    check_fit(model, processor)
     dtype = model.dtype_policy.compute_dtype if dtype is None else dtype
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}")
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     version = _next_version(directory) if version is None else version
     if version < 1:
         raise ValueError(f"version={version}: expected a positive number")
@@ -88,22 +102,20 @@ def export_saved_model(
     if target.exists():
         raise FileExistsError(f"{target}: this version is there already")
     if keras.backend.backend() != "tensorflow":
+        check_configured(model)
         _export_in_tensorflow(model, processor, directory, version, dtype)
         return target
 
-    model = inference_copy(model, dtype)
-    signatures = make_signatures(model, processor)
-    module = tf.Module()
-    module.weights = [weight.value for weight in model.weights]
     # A server scans for numbered folders, so it sees the version only when it is whole.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{version}.", dir=directory))
-    try:
-        tf.saved_model.save(module, os.fspath(temporary), signatures=signatures)
-        _write_extras(temporary / "assets.extra", model, processor, dtype)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with temporary_folder(directory, str(version)) as temporary:
+        model = inference_copy(model, dtype)
+        signatures = make_signatures(model, processor)
+        module = tf.Module()
+        module.weights = [weight.value for weight in model.weights]
+        whole = temporary / target.name
+        tf.saved_model.save(module, os.fspath(whole), signatures=signatures)
+        _write_extras(whole / "assets.extra", model, processor, dtype)
+        whole.rename(target)
     return target
 
 
@@ -125,17 +137,18 @@ def _export_in_tensorflow(
         done = subprocess.run(
             [sys.executable, "-c", EXPORT, *arguments],
             env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
+    if done.returncode == REFUSED:
+        raise ValueError(done.stdout.strip())
     if done.returncode:
         raise RuntimeError(f"export on TensorFlow failed:\n{done.stderr[-2000:]}")
 
 
 def _next_version(directory: pathlib.Path) -> int:
-    return max((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), default=0) + 1
+    return max((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), default=0) + 1
 
 
 def _write_extras(
@@ -150,14 +163,16 @@ def _write_extras(
     }
     (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n")
     image = tf.io.encode_jpeg(tf.zeros([64, 64, 3], tf.uint8)).numpy()
-    size = model.config.vision_config.image_size
-    tokens = tf.ones([1, 8], tf.int32)
+    height, width, channels = processor.image_processor.output_shape
+    default = model.config.vision_config.image_size  # where each image keeps its own size
+    pixels = tf.zeros([1, height or default, width or default, channels])
+    tokens = tf.ones([1, min(8, model.config.text_config.max_position_embeddings)], tf.int32)
     # signature: inputs
     requests = {
         "serving_default": {"image_bytes": [image], "labels": [["a cat", "a dog"]]},
         "embed_image": {"image_bytes": [image]},
         "embed_text": {"texts": ["a cat"]},
-        "embed_pixels": {"pixel_values": tf.zeros([1, size, size, 3])},
+        "embed_pixels": {"pixel_values": pixels},
         "embed_tokens": {
             "input_ids": tokens,
             "attention_mask": tokens,

@@ -11,20 +11,7 @@ from align_tf.models.packing import text_features
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
-# signature: its inputs: name, shape, dtype
-INPUTS = {
-    "serving_default": (
-        ("image_bytes", [None], tf.string),
-        ("labels", [None, None], tf.string),
-    ),
-    "embed_image": (("image_bytes", [None], tf.string),),
-    "embed_text": (("texts", [None], tf.string),),
-    "embed_pixels": (("pixel_values", [None, None, None, 3], tf.float32),),
-    "embed_tokens": tuple((name, [None, None], tf.int32) for name in TOKEN_INPUTS),
-}
-
-# What a label that is none gets for a logit, an empty one or one that pads a short list: the lowest
-# float32, so that a softmax over the row agrees with `probs`, and JSON can hold it.
+# What an empty label gets for a logit, as it is none: the lowest float32, which JSON can hold.
 NO_LABEL_LOGIT = tf.float32.min
 
 # What several signatures call is traced once: tracing is most of an export's time.
@@ -43,19 +30,33 @@ class _Embed(NamedTuple):
 def make_signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, Any]:
     """Traces the signatures of a model, by name; see `export_saved_model`."""
     embed = _embed(model, processor)
+    # Of one size: a server that merges requests pads what a signature leaves open.
+    size = [None, *processor.image_processor.output_shape]
+    images = ("image_bytes", [None], tf.string)
+    # signature: its inputs: name, shape, dtype
+    inputs = {
+        "serving_default": [images, ("labels", [None, None], tf.string)],
+        "embed_image": [images],
+        "embed_text": [("texts", [None], tf.string)],
+        "embed_pixels": [("pixel_values", size, tf.float32)],
+        "embed_tokens": [(name, [None, None], tf.int32) for name in TOKEN_INPUTS],
+    }
     functions = {
         "serving_default": functools.partial(_classify, model, embed),
         "embed_image": lambda image_bytes: {"image_embeds": embed.image(image_bytes)},
         "embed_text": lambda texts: {"text_embeds": embed.text(texts)},
-        "embed_pixels": lambda pixel_values: {"image_embeds": embed.pixels(pixel_values)},
+        "embed_pixels": lambda pixel_values: {
+            # A session takes any shape for an input; this op looks at it when it runs.
+            "image_embeds": embed.pixels(tf.ensure_shape(pixel_values, size))
+        },
         "embed_tokens": functools.partial(
             _embed_padded_tokens, embed, processor.tokenizer.cls_token_id
         ),
     }
     signatures = {}
-    for name, inputs in INPUTS.items():
-        specs = [tf.TensorSpec(shape, dtype, input_name) for input_name, shape, dtype in inputs]
-        traced = _traced_once(functions[name], input_signature=specs)
+    for name, function in functions.items():
+        specs = [tf.TensorSpec(shape, dtype, key) for key, shape, dtype in inputs[name]]
+        traced = _traced_once(function, input_signature=specs)
         signatures[name] = traced.get_concrete_function()
     return signatures
 
@@ -89,15 +90,23 @@ def _classify(
     image_embeds = embed.image(image_bytes)  # (n, d)
     # A label that occurs in several rows is encoded once.
     unique, index = tf.unique(tf.reshape(labels, [-1]))
-    cosines = tf.matmul(image_embeds, embed.text(unique), transpose_b=True)  # (n, unique)
     own = tf.reshape(index, tf.shape(labels))
-    logits = tf.gather(cosines, own, batch_dims=1) / model.temperature.value  # (n, m)
+    logits = tf.matmul(image_embeds, embed.text(unique), transpose_b=True)  # (n, unique)
+    logits /= model.temperature.value
     if model.has_logit_bias:
         logits += model.logit_bias.value
-    none = tf.equal(labels, "") | _server_padding(own)
-    logits = tf.where(none, NO_LABEL_LOGIT, logits)
-    probs = tf.where(none, 0.0, tf.nn.softmax(logits))
-    return {"logits": logits, "probs": probs}
+    logits = tf.where(unique == "", NO_LABEL_LOGIT, logits)
+    # A label counts once, however often a row holds it: TensorFlow Serving pads the rows of a
+    # short request with its first label (batching_util.cc, PadTensor), as a caller may repeat it.
+    in_row = tf.math.bincount(
+        own, minlength=tf.size(unique), maxlength=tf.size(unique), axis=-1, binary_output=True
+    )
+    probs = tf.nn.softmax(tf.where(in_row > 0, logits, NO_LABEL_LOGIT))
+    probs = tf.where(unique == "", 0.0, probs)
+    return {
+        "logits": tf.gather(logits, own, batch_dims=1),
+        "probs": tf.gather(probs, own, batch_dims=1),
+    }
 
 
 def _embed_padded_tokens(
@@ -107,22 +116,39 @@ def _embed_padded_tokens(
     attention_mask: tf.Tensor,
     token_type_ids: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
-    # A text begins with [CLS] and never ends with it.
-    padding = tf.equal(input_ids, cls_token_id) & _server_padding(input_ids)
+    """Embeds token ids that a server may have padded with their request's first one."""
+    # No text ends with [CLS]: where it is a request's first token, the end shows the padding.
+    to_come = tf.cumsum(tf.cast(input_ids != cls_token_id, tf.int32), axis=1, reverse=True)
+    padding = (to_come == 0) & (tf.range(tf.shape(input_ids)[1]) > 0)
+    with tf.control_dependencies([_require_cls(cls_token_id, input_ids, attention_mask)]):
+        attention_mask = tf.where(padding, 0, attention_mask)
     tokens = {
         "input_ids": input_ids,
-        "attention_mask": tf.where(padding, 0, attention_mask),
+        "attention_mask": attention_mask,
         "token_type_ids": token_type_ids,
     }
     return {"text_embeds": embed.tokens(tokens)}
 
 
-def _server_padding(values: tf.Tensor) -> tf.Tensor:
-    """Marks the end of each row, (n, m), as far as it repeats the row's first value.
+def _require_cls(
+    cls_token_id: int, input_ids: tf.Tensor, attention_mask: tf.Tensor
+) -> tf.Operation:
+    """Refuses rows whose ends may be tokens as well as a server's padding.
 
-    So look the rows of a short request that TensorFlow Serving merged with a longer one: it pads
-    with the request's first value (batching_util.cc, PadTensor), not with "" or 0.
+    The first row of a request that was padded ends with what it begins with, attended to if that
+    is. A row on its own was merged with no other.
     """
-    differs = tf.cast(tf.not_equal(values, values[:, :1]), tf.int32)
-    differ_from_here = tf.cumsum(differs, axis=1, reverse=True)
-    return tf.equal(differ_from_here, 0) & (tf.range(tf.shape(values)[1]) > 0)
+    rows, length = tf.unstack(tf.shape(input_ids))
+    attended = attention_mask[:, :1] * attention_mask[:, -1:] != 0
+    alike = (input_ids[:, :1] == input_ids[:, -1:]) & (input_ids[:, :1] != cls_token_id)
+    unclear = tf.reduce_any(alike & attended, axis=1) & (rows > 1) & (length > 1)
+    # One more, so that a batch of none has a first row too.
+    row = tf.argmax(tf.cast(tf.pad(unclear, [[0, 1]]), tf.int32), output_type=tf.int32)
+    message = tf.strings.join(
+        [
+            "input_ids[",
+            tf.strings.as_string(row),
+            f"]: begins and ends with one token that is not [CLS]: expected {cls_token_id} first",
+        ]
+    )
+    return tf.debugging.Assert(~tf.reduce_any(unclear), [message])

@@ -18,6 +18,7 @@ from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
 from align_tf.models.fit_watch import CONTRASTED
+from align_tf.models.inputs import TakesNames, gather
 from align_tf.models.loss import (
     REDUCTIONS,
     positive_pairs,
@@ -36,7 +37,7 @@ PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
+class AlignModel(TakesNames, ContrastiveTraining, Pretrained, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
     A `.keras` file of it loads with `keras.saving.load_model` once
@@ -57,6 +58,7 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
     config_class = AlignConfig
     table = name_table.JOINT_TABLE
     tower_inputs = ("pixel_values", *TEXT_INPUTS)
+    input_names = (*tower_inputs, *PAIR_INPUTS)
 
     def __init__(
         self,
@@ -144,6 +146,8 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
     ) -> ModelOutput:
         """Embeds images and texts and compares all of them.
 
+        `model(inputs)` and `model(**inputs)` are the same.
+
         Args:
             inputs: `pixel_values` (n, h, w, 3) and what `AlignTextModel` takes, (m, t). The loss
                 also reads, of n = m pairs, `image_ids` and `text_ids`, int (n,): pairs that share
@@ -162,7 +166,6 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
         Raises:
             ValueError: `pixel_values` or the texts are missing, or an input is not known.
         """
-        _check_inputs(inputs)
         vision_output = self.vision_model(
             inputs["pixel_values"], output_hidden_states=output_hidden_states, training=training
         )
@@ -175,46 +178,73 @@ class AlignModel(ContrastiveTraining, Pretrained, keras.Model):
         image_embeds = _unit(self._project_image(vision_output))
         text_embeds = _unit(self._project_text(text_output))
         logits_per_text = similarities(text_embeds, image_embeds, *self._scale())
-        output = ModelOutput(
-            logits_per_image=ops.transpose(logits_per_text),
+        logits_per_image = ops.transpose(logits_per_text)
+        loss = {}
+        if return_loss:
+            loss["loss"] = self._loss(inputs, logits_per_text, logits_per_image)
+        return ModelOutput(  # in the order of Hugging Face's
+            **loss,
+            logits_per_image=logits_per_image,
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             text_model_output=text_output,
             vision_model_output=vision_output,
         )
-        if return_loss:
-            positives = positive_pairs(inputs.get("image_ids"), inputs.get("text_ids"))
-            weight = product(inputs.get("sample_weight"), None)
-            both = (output.logits_per_text, output.logits_per_image)
-            rows = (self._loss_rows(logits, positives, weight) for logits in both)
-            directions = (weighted_mean(values, weight) for values in rows)
-            output["loss"] = reduce_directions(*directions, self.loss_reduction)
-        return output
 
-    def get_text_features(self, inputs: Any, training: bool = False) -> Any:
-        """Embeds texts.
+    def _check_inputs(self, inputs: Any) -> None:
+        if not isinstance(inputs, dict):
+            kind = type(inputs).__name__
+            raise ValueError(f"inputs of {kind}: expected a dict of pixel_values, ...")
+        known = self.input_names
+        unknown = [key for key in inputs if key not in known]
+        if unknown:
+            raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
+        if inputs.get("pixel_values") is None:
+            raise ValueError("expected pixel_values; for texts alone call get_text_features")
+        texts = {key: inputs[key] for key in TEXT_INPUTS if key in inputs}
+        if texts.get("input_ids") is None and texts.get("inputs_embeds") is None:
+            raise ValueError("expected input_ids; for images alone call get_image_features")
+        self.vision_model._check_inputs(inputs["pixel_values"])
+        self.text_model._check_inputs(texts)
+
+    def _loss(self, inputs: dict[str, Any], *both: Any) -> Any:
+        """The loss of the logits of both directions, text to image first."""
+        positives = positive_pairs(inputs.get("image_ids"), inputs.get("text_ids"))
+        weight = product(inputs.get("sample_weight"), None)
+        rows = (self._loss_rows(logits, positives, weight) for logits in both)
+        directions = (weighted_mean(values, weight) for values in rows)
+        return reduce_directions(*directions, self.loss_reduction)
+
+    def get_text_features(self, inputs: Any = None, training: bool = False, **named: Any) -> Any:
+        """Embeds texts, not normalised, as the reference does.
 
         Args:
             inputs: what `AlignTextModel` takes.
             training: apply dropout.
+            **named: the inputs by name, in the place of `inputs` or beside them.
 
         Returns:
-            (m, projection_dim), float32, before normalisation.
+            (m, projection_dim), float32.
         """
+        inputs = gather(TEXT_INPUTS, inputs, named)
         output = self.text_model(inputs, first_token_only=True, training=training)
         return self._project_text(output)
 
-    def get_image_features(self, inputs: Any, training: bool = False) -> Any:
-        """Embeds images.
+    def get_image_features(
+        self, inputs: Any = None, training: bool = False, *, pixel_values: Any = None
+    ) -> Any:
+        """Embeds images, not normalised, as the reference does.
 
         Args:
             inputs: what `AlignVisionModel` takes.
             training: apply drop-connect, and BatchNorm by the batch's statistics.
+            pixel_values: the images by name, in the place of `inputs`.
 
         Returns:
-            (n, projection_dim), float32, before normalisation.
+            (n, projection_dim), float32.
         """
+        inputs = inputs if pixel_values is None else pixel_values
         return self._project_image(self.vision_model(inputs, training=training))
 
     def _project_text(self, output: ModelOutput) -> Any:
@@ -356,20 +386,6 @@ def _tower_config(config_class: type, folder: pathlib.Path, model_type: str) -> 
         )
     known = {field.name for field in dataclasses.fields(config_class)} - {"extra"}
     return config_class(**{key: value for key, value in values.items() if key in known})
-
-
-def _check_inputs(inputs: Any) -> None:
-    """Says which input is missing or not known."""
-    known = (*AlignModel.tower_inputs, *PAIR_INPUTS)
-    if not isinstance(inputs, dict):
-        raise ValueError(f"inputs of {type(inputs).__name__}: expected a dict of pixel_values, ...")
-    unknown = [key for key in inputs if key not in known]
-    if unknown:
-        raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
-    if inputs.get("pixel_values") is None:
-        raise ValueError("expected pixel_values; for texts alone call get_text_features")
-    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
-        raise ValueError("expected input_ids; for images alone call get_image_features")
 
 
 def _unit(x: Any) -> Any:

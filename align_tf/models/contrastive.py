@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -116,6 +117,10 @@ class ContrastiveTraining:
         logs = super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
         check_contrast(self, "the data")
         return logs
+
+    def predict(self, x: Any, *args: Any, **kw: Any) -> dict[str, Any]:
+        """As Keras's `predict`; see `predict_step`."""
+        return super().predict(_with_weight(x, None, None)[0], *args, **kw)
 
     def compute_loss(
         self,
@@ -265,6 +270,7 @@ class ContrastiveTraining:
 def _with_weight(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
     """Moves the sample weight of arrays into the batch."""
     _check_no_targets(y)
+    x = dict(x) if isinstance(x, Mapping) else x
     if sample_weight is None:
         return x, y
     if not isinstance(x, dict):

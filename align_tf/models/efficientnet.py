@@ -97,6 +97,8 @@ class MBConvBlock(KeepsFrozen, layers.Layer):
         if self.spec.expand_ratio != 1:
             self.expand_conv.build(narrow)
             self.expand_bn.build(wide)
+        if self.spec.stride == 2:
+            self.depthwise_pad.build(wide)
         self.depthwise_conv.build(wide)
         self.depthwise_bn.build(wide)
         self.se_reduce.build((None, 1, 1, self.expanded))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers, ops
@@ -11,7 +10,7 @@ from keras import layers, ops
 from align_tf.models.activation import get_activation
 from align_tf.models.align import AlignModel
 from align_tf.models.fused_training import area_mean
-from align_tf.models.initialization import no_init_weights
+from align_tf.models.plain_copy import assign, unfilled_copy
 from align_tf.models.surgery import open_for_change
 from align_tf.models.vision import AlignVisionModel
 
@@ -22,30 +21,31 @@ CONVOLUTIONS = ("stem", "expand", "depthwise", "project")
 def inference_copy(model: AlignModel, dtype: str) -> AlignModel:
     """Copies a model, with the scale and offset of each BatchNorm in its convolution.
 
+    LoRA is merged into the weights. Of what Keras quantized to int8 or int4 the copy has the
+    weights in floating point; it does not round the inputs of a layer, as Keras does in int8. On
+    align-tiny that leaves a cosine of 0.9999 between the embeddings of a text.
+
     Args:
         model: the model; it stays as it is.
         dtype: of weights and activations. What is folded is computed in float64 and rounded once.
 
     Returns:
         A model without BatchNorm, that gives what `model` gives without `training`.
+
+    Raises:
+        ValueError: the model computes what its configuration does not say, a weight holds NaN or
+            infinity or more than the dtype can hold, or is quantized to another thing.
     """
-    with no_init_weights():
-        copy = AlignModel.from_config({**model.get_config(), "dtype": dtype})
-    values = model._relative_weights()
-    for path, weight in copy._relative_weights().items():
-        if "_bn/" not in path:
-            weight.assign(ops.cast(values[path].value, weight.dtype))
-    _fold_batch_norms(model.vision_model, copy.vision_model)
+    copy, values = unfilled_copy(model, dtype)
+    for owner in (copy.vision_model, *copy.vision_model.blocks):
+        for name in CONVOLUTIONS:
+            if hasattr(owner, f"{name}_conv"):
+                _fold(owner, name, values)
+    weights = copy._relative_weights()
+    for path, value in values.items():
+        assign(weights[path], value, path)
     _use_fast_kernels(copy.vision_model)
     return copy
-
-
-def _fold_batch_norms(source: AlignVisionModel, target: AlignVisionModel) -> None:
-    owners = zip((source, *source.blocks), (target, *target.blocks), strict=True)
-    for source_owner, target_owner in owners:
-        for name in CONVOLUTIONS:
-            if hasattr(source_owner, f"{name}_conv"):
-                _fold(source_owner, target_owner, name)
 
 
 def _use_fast_kernels(tower: AlignVisionModel) -> None:
@@ -63,18 +63,23 @@ def swish_product(x: tf.Tensor) -> tf.Tensor:
     return x * tf.sigmoid(x)
 
 
-def _fold(source: layers.Layer, target: layers.Layer, name: str) -> None:
-    """Puts the convolution `name` and its BatchNorm of one owner into that of another."""
-    kernel = _float64(getattr(source, f"{name}_conv").kernel)
-    norm, convolution = getattr(source, f"{name}_bn"), getattr(target, f"{name}_conv")
-    scale = _float64(norm.gamma) / np.sqrt(_float64(norm.moving_variance) + norm.epsilon)
-    offset = _float64(norm.beta) - _float64(norm.moving_mean) * scale
+def _fold(owner: layers.Layer, name: str, values: dict[str, Any]) -> None:
+    """Puts the convolution `name` and its BatchNorm into the convolution, out of `values`."""
+    convolution, norm = getattr(owner, f"{name}_conv"), getattr(owner, f"{name}_bn")
+    path = f"{convolution.path}/kernel"
+    kernel = _float64(values.pop(path))
+    gamma, beta, mean, variance = (
+        _float64(values.pop(f"{norm.path}/{part}"))
+        for part in ("gamma", "beta", "moving_mean", "moving_variance")
+    )
+    scale = gamma / np.sqrt(variance + norm.epsilon)
+    offset = beta - mean * scale
     if isinstance(convolution, layers.DepthwiseConv2D):
         scale = scale[:, None]  # its kernel is (h, w, channels, 1)
-    convolution.kernel.assign(kernel * scale)
-    layer = Offset(len(offset), name=f"{name}_offset", dtype=target.dtype_policy)
-    layer.bias.assign(offset)
-    _replace(target, f"{name}_bn", layer)
+    layer = Offset(len(offset), name=f"{name}_offset", dtype=owner.dtype_policy)
+    assign(convolution.kernel, kernel * scale, path)
+    assign(layer.bias, offset, norm.path)
+    _replace(owner, f"{name}_bn", layer)
 
 
 def _replace(owner: layers.Layer, attribute: str, new: Callable) -> None:
@@ -96,5 +101,5 @@ class Offset(layers.Layer):
         return tf.nn.bias_add(inputs, self.bias)
 
 
-def _float64(weight: keras.Variable) -> np.ndarray:
+def _float64(weight: Any) -> np.ndarray:
     return ops.convert_to_numpy(weight).astype(np.float64)

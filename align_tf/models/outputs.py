@@ -1,4 +1,4 @@
-"""The output of a model: a dict whose values are also attributes."""
+"""The output of a model: a dict whose values are also attributes, and a tuple's."""
 
 from typing import Any
 
@@ -10,8 +10,16 @@ class ModelOutput(dict):
     """Outputs of a model by name, as `output["image_embeds"]` and as `output.image_embeds`.
 
     It holds only what was computed: `loss`, `hidden_states` and `attentions` are there when
-    asked for.
+    asked for. `output[0]` is the first of them in the reference's order, as of `to_tuple()`.
     """
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple:
+        """Returns the values, those of the towers as tuples too."""
+        values = self.values()
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in values)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -33,7 +33,7 @@ def text_features(model: AlignModel, inputs: Mapping[str, tf.Tensor]) -> tf.Tens
 def _first_token_states(
     tower: AlignTextModel, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None
 ) -> tf.Tensor:
-    tower._check_length(input_ids.shape[1])
+    tower._check_inputs(input_ids)
     mask = tf.ones_like(input_ids) if attention_mask is None else attention_mask
     mask = tf.cast(mask, tf.bool)
     place, position = _pack(mask)

@@ -1,22 +1,23 @@
-"""What the models share: reading and writing checkpoints, and freezing a tower by block."""
+"""What the models share: reading and writing checkpoints and configurations."""
 
 import dataclasses
 import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import ops
 
 from align_tf import files, hub
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
 from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
 from align_tf.configuration.config_file import CONFIG_NAME
+from align_tf.models.effective_weights import effective_weights
 from align_tf.models.initialization import no_init_weights
+from align_tf.models.quantization import quantizations, quantize_again
 
 logger = logging.getLogger(__name__)
 
@@ -154,11 +155,19 @@ class Pretrained:
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes `config.json` and `model.safetensors` as transformers reads them.
 
+        LoRA is merged into the weights, and what Keras quantized to int8 or int4 is written in
+        floating point. NaN is written as it is: what a training went wrong by is to be seen.
+
         Args:
             folder: made if it is not there.
             dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
+
+        Raises:
+            ValueError: there is no such dtype or it cannot hold a weight, or a weight is
+                quantized to another thing.
+            CheckpointError: a weight has no name in the checkpoint.
         """
-        weights = self._relative_weights()
+        weights = effective_weights(self)
         names = name_table.to_hugging_face(weights, self.table)
         tensors = {
             hf: name_table.permute(ops.convert_to_numpy(weights[path]), transform, to_keras=False)
@@ -176,50 +185,22 @@ class Pretrained:
         state = {"frozen": frozen}
         if self._vision_tower() is not None:
             state["batch_norm"] = self._vision_tower().batch_norm
+        quantized = quantizations(self)
+        if quantized:
+            state["quantized"] = quantized
         return {**super().get_config(), "config": self.config.to_dict(), **state}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
         config = dict(config)
         frozen, trainable = config.pop("frozen"), config.pop("trainable")
-        batch_norm = config.pop("batch_norm", None)
+        batch_norm, quantized = config.pop("batch_norm", None), config.pop("quantized", {})
         model = cls(cls.config_class.from_dict(config.pop("config")), **config)
         if batch_norm is not None:
             model._vision_tower()._set_batch_norm(**batch_norm)
-        for layer in model._flatten_layers(include_self=False):
-            if layer.path in frozen:
-                layer.trainable = False
-        if not trainable:
-            model.trainable = False
+        quantize_again(model, quantized)
+        model.trainable = trainable
+        for layer in model._flatten_layers(include_self=False):  # what holds others before them
+            if layer.weights:
+                layer.trainable = layer.path not in frozen
         return model
-
-
-class Tower:
-    """Freezing by block, shared by the two towers."""
-
-    def freeze(self, blocks: Iterable[int] | None = None) -> None:
-        """Stops the tower from training.
-
-        Args:
-            blocks: indices of the blocks to freeze; None freezes the whole tower.
-
-        Raises:
-            ValueError: there is no block of that index.
-        """
-        self._set_trainable(blocks, False)
-
-    def unfreeze(self, blocks: Iterable[int] | None = None) -> None:
-        """Lets the tower train; takes what `freeze` takes."""
-        self._set_trainable(blocks, True)
-
-    def _set_trainable(self, blocks: Iterable[int] | None, value: bool) -> None:
-        # The tower itself stays trainable: Keras asks the parent before the child.
-        chosen = self.layers if blocks is None else [self._block(index) for index in blocks]
-        for layer in chosen:
-            layer.trainable = value
-
-    def _block(self, index: int) -> layers.Layer:
-        count = len(self.blocks)
-        if not -count <= index < count:
-            raise ValueError(f"block {index}: {self.name} has blocks 0 to {count - 1}")
-        return self.blocks[index]

@@ -14,6 +14,7 @@ from align_tf.checkpoints import name_table
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.models.freezing import Tower
+from align_tf.models.inputs import TakesNames
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
@@ -23,7 +24,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", 
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignTextModel(Pretrained, Tower, keras.Model):
+class AlignTextModel(TakesNames, Pretrained, Tower, keras.Model):
     """The text tower: a BERT encoder.
 
     Args:
@@ -36,6 +37,7 @@ class AlignTextModel(Pretrained, Tower, keras.Model):
     table = name_table.TEXT_TABLE
     prefix = "text_model."
     unused = name_table.UNUSED_BY_TEXT_TOWER
+    input_names = TEXT_INPUTS
 
     def __init__(
         self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
@@ -94,10 +96,7 @@ class AlignTextModel(Pretrained, Tower, keras.Model):
         inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
         given = {key: inputs[key] for key in TEXT_INPUTS if inputs.get(key) is not None}
         attention_mask = given.pop("attention_mask", None)
-        if ("input_ids" in given) == ("inputs_embeds" in given):
-            raise ValueError("expected input_ids or inputs_embeds, not both and not neither")
         length = ops.shape(given.get("input_ids", given.get("inputs_embeds")))[1]
-        self._check_length(length)
         if attention_mask is None:
             attention_mask = ops.ones((1, length), dtype="bool")
         attention_mask = ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2))  # (m, 1, 1, t)
@@ -119,11 +118,21 @@ class AlignTextModel(Pretrained, Tower, keras.Model):
             output["attentions"] = tuple(attentions)
         return output
 
-    def _check_length(self, length: Any) -> None:
-        if isinstance(length, int) and length > self.config.max_position_embeddings:
+    def _check_inputs(self, inputs: Any) -> None:
+        if not isinstance(inputs, dict):
+            inputs = {"input_ids": inputs}
+        given = [inputs.get(key) for key in ("input_ids", "inputs_embeds")]
+        given = [value for value in given if value is not None]
+        if len(given) != 1:
+            raise ValueError("expected input_ids or inputs_embeds, not both and not neither")
+        shape = getattr(given[0], "shape", ())
+        if len(shape) < 2:
+            kind = f"of shape {tuple(shape)}" if shape else f"of {type(given[0]).__name__}"
+            raise ValueError(f"input_ids {kind}: expected an array or a tensor (texts, tokens)")
+        limit = self.config.max_position_embeddings
+        if isinstance(shape[1], int) and shape[1] > limit:
             raise ValueError(
-                f"a text of {length} tokens: expected at most max_position_embeddings="
-                f"{self.config.max_position_embeddings}"
+                f"a text of {shape[1]} tokens: expected at most max_position_embeddings={limit}"
             )
 
     def resize_token_embeddings(self, vocab_size: int) -> None:

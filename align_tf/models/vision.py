@@ -14,13 +14,14 @@ from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
 from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
 from align_tf.models.freezing import Tower
+from align_tf.models.inputs import TakesNames, check_pixels
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignVisionModel(Pretrained, Tower, keras.Model):
+class AlignVisionModel(TakesNames, Pretrained, Tower, keras.Model):
     """The image tower: an EfficientNet without top convolution.
 
     Args:
@@ -33,6 +34,7 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
     table = name_table.VISION_TABLE
     prefix = "vision_model."
     unused = name_table.UNUSED_BY_VISION_TOWER
+    input_names = ("pixel_values",)
 
     def __init__(
         self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
@@ -75,6 +77,9 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
         Returns:
             `last_hidden_state` (n, h', w', embed_dim) and `pooler_output` (n, embed_dim),
             float32.
+
+        Raises:
+            ValueError: the images are not floats with the channels last.
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
         x, given = self._one_or_more(x, training)
@@ -97,6 +102,13 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
             output["hidden_states"] = tuple(hidden_states)
         return output
 
+    def _check_inputs(self, inputs: Any) -> None:
+        if not isinstance(inputs, dict):
+            inputs = {"pixel_values": inputs}
+        if inputs.get("pixel_values") is None:
+            raise ValueError(f"inputs {', '.join(inputs) or 'of none'}: expected pixel_values")
+        check_pixels(inputs["pixel_values"], self.config.num_channels)
+
     def _one_or_more(self, x: Any, training: bool) -> tuple[Any, Callable]:
         """Puts a black image in the place of none: oneDNN's convolutions fail on an empty batch.
 
@@ -117,8 +129,10 @@ class AlignVisionModel(Pretrained, Tower, keras.Model):
                 "images in a batch as there are replicas, or freeze_batch_norm()"
             )
             tf.debugging.assert_positive(rows, message)
-        x = tf.pad(x, [[0, tf.maximum(1 - rows, 0)], [0, 0], [0, 0], [0, 0]])
-        return x, lambda y: y[:rows]
+        black = tf.zeros([tf.maximum(1 - rows, 0), *tf.unstack(tf.shape(x))[1:]], x.dtype)
+        # By operations from which LiteRT's converter learns the sizes.
+        filled = tf.ensure_shape(tf.concat([x, black], axis=0), [None, *x.shape[1:]])
+        return filled, lambda y: y[:rows]
 
     def freeze_batch_norm(self) -> None:
         """Keeps every BatchNorm at its moving averages, scale and offset; compile again after it.

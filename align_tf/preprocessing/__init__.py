@@ -1,8 +1,8 @@
 """Images and texts to what the models take, inside the TensorFlow graph.
 
-processor           both halves
+processor           both halves; what they return is a batch_feature
 tokenization        texts to ids, over tokenizer_files and normalizer
-image_processing    pixels to pixel_values, over resampling
+image_processing    pixels to pixel_values, over resampling; image_input takes what callers have
 decoding            encoded images to pixels, a file a format
 """
 

@@ -11,8 +11,11 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import files, hub
+from align_tf.preprocessing import image_input
+from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.decoding import reading
 from align_tf.preprocessing.decoding.orientation import exif_orientation, turn_upright
+from align_tf.preprocessing.decoding.reading import BROKEN, FINE, TOO_LARGE
 from align_tf.preprocessing.resampling import BICUBIC, BILINEAR, NEAREST, resize
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -44,8 +47,6 @@ OWN_DEFAULTS = {
 MODES = ("hf", "original")
 IMAGES_WITHOUT_GRAPH = 8
 IMAGES_IN_FLIGHT = 8  # of a batch, decoded at a time
-
-FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
 
 # All of it is TensorFlow operations, so that AutoGraph has nothing to convert.
 _graph = tf.autograph.experimental.do_not_convert
@@ -133,6 +134,24 @@ class AlignImageProcessor:
             self.try_pixel_values, input_signature=[tf.TensorSpec([None], tf.string)]
         )
         self._images_seen = 0
+
+    def __call__(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
+        """Prepares images.
+
+        Args:
+            images: a PIL image of 8 bits a channel, an array of uint8, (h, w), (h, w, 1),
+                (h, w, 3) or with transparency, which is left out, (h, w, 4); a path, the bytes of
+                a file; or n of them: a list, a tuple, or an array (n, h, w, 3).
+            return_tensors: as AlignProcessor takes it.
+
+        Returns:
+            `pixel_values`, float32 (n, h, w, 3).
+
+        Raises:
+            ValueError: an image cannot be read; the message names it.
+            FileNotFoundError: a path is no file.
+        """
+        return as_tensors({"pixel_values": image_input.pixel_values(self, images)}, return_tensors)
 
     # --- files -----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from tensorflow_text.core.pybinds import (
 
 from align_tf import files, hub
 from align_tf.preprocessing import tokenizer_files
+from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
 
 # What a text becomes: what `embed_tokens` and the text tower take.
@@ -288,13 +289,14 @@ class AlignTokenizer:
 
     @tf.autograph.experimental.do_not_convert
     def encode(
-        self, texts: tf.Tensor, *, max_length: int = MAX_LENGTH, padding: str = "longest"
-    ) -> dict[str, tf.Tensor]:
+        self, texts: tf.Tensor | str, *, max_length: int = MAX_LENGTH, padding: str = "longest"
+    ) -> dict[str, tf.Tensor] | list[int]:
         """Takes strings to ids in TensorFlow operations, for tf.data and tf.function.
 
         Args:
             texts: UTF-8 strings (n,); bytes that are not UTF-8 are left out. Time and memory grow
-                with the length of the strings alone, whatever is in them.
+                with the length of the strings alone, whatever is in them. A Python string gives
+                the list of its ids, as Hugging Face's `encode` does.
             max_length: the longest sequence, special tokens included; what is longer is cut.
             padding: "longest" (t is the length of the longest sequence) or "max_length".
 
@@ -304,6 +306,9 @@ class AlignTokenizer:
         if padding not in ("longest", "max_length"):
             raise ValueError(f"padding={padding!r}: expected 'longest' or 'max_length'")
         _check_max_length(max_length)
+        if isinstance(texts, str):
+            ids = self(texts, padding=padding, max_length=max_length, return_tensors="np")
+            return ids.input_ids[0].tolist()
         if padding == "longest":
             return self._encode(texts, max_length, 0)
         output = self._encode(texts, max_length, max_length)
@@ -376,14 +381,16 @@ class AlignTokenizer:
         padding: str | bool = "max_length",
         truncation: bool = True,
         max_length: int | None = MAX_LENGTH,
-    ) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-        """Encodes a text or a list of them.
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Encodes a text or several.
 
         Args:
-            texts: a string, or a list of n.
+            texts: a string, or n of them: a list, a tuple or an array.
             padding: "max_length", "longest" (or True), "do_not_pad" (or False).
             truncation: cuts what is longer than max_length.
             max_length: special tokens included; None is model_max_length.
+            return_tensors: as AlignProcessor takes it.
 
         Returns:
             input_ids, token_type_ids and attention_mask, int32 (n, t); ragged with "do_not_pad".
@@ -410,8 +417,8 @@ class AlignTokenizer:
         output = self._encode(texts, limit, max_length if padding == "max_length" else 0)
         if padding == "do_not_pad":
             lengths = tf.reduce_sum(output["attention_mask"], axis=1)
-            return {k: tf.RaggedTensor.from_tensor(v, lengths) for k, v in output.items()}
-        return output
+            output = {k: tf.RaggedTensor.from_tensor(v, lengths) for k, v in output.items()}
+        return as_tensors(output, return_tensors)
 
 
 def _distinct(vocab: Sequence[str]) -> list[str]:

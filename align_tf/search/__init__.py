@@ -8,6 +8,7 @@ index, recall   the FAISS index, and how many of its lists are searched
 embedding       embedding a collection, by one of two engines:
 shard_writer    this process
 ray_engine      Ray
+source_files    whether they are those the collection was begun with
 collection      the Parquet shards
 fingerprint, thumbnail, vectors
 """

@@ -31,6 +31,8 @@ class Settings:
         dim: their width.
         model: the name the model was loaded by; "" where it came as an object.
         fingerprint: of the model.
+        listing: digest of the names, sizes and times of the source's files; "" where it has none,
+            None in a collection of before there were listings.
     """
 
     source: str
@@ -40,6 +42,7 @@ class Settings:
     dim: int
     model: str
     fingerprint: str
+    listing: str | None = ""
 
     @property
     def shards(self) -> int:
@@ -121,12 +124,12 @@ class Collection:
     def __init__(self, folder: str | os.PathLike):
         require_pyarrow()
         self.folder = pathlib.Path(folder)
-        files = _shard_files(self.folder)
+        files = shard_files(self.folder)
         if not files:
             raise FileNotFoundError(
                 f"{folder}: no embeddings; expected what `align-tf embed` wrote"
             )
-        self.settings = _read_header(files[0])[0]
+        self.settings = read_header(files[0])[0]
         shards = read_shards(self.folder, self.settings)
         if len(shards) < self.settings.shards:
             raise ValueError(
@@ -139,7 +142,7 @@ class Collection:
         """Yields the columns of each shard, as a `pyarrow.Table`."""
         import pyarrow.parquet as pq
 
-        for file in _shard_files(self.folder):
+        for file in shard_files(self.folder):
             yield pq.read_table(file, columns=columns)
 
     def image_embeds(self) -> Iterator[np.ndarray]:
@@ -182,15 +185,15 @@ def _array(column: Any, dim: int) -> np.ndarray:
     return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def _shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("shard-*.parquet"))
 
 
 def read_shards(folder: pathlib.Path, settings: Settings) -> list[Shard]:
     """Reads what the shards of a folder say, and checks that they are of one collection."""
     shards = []
-    for file in _shard_files(folder):
-        theirs, shard = _read_header(file)
+    for file in shard_files(folder):
+        theirs, shard = read_header(file)
         for name, value in dataclasses.asdict(settings).items():
             found = getattr(theirs, name)
             if name != "model" and found != value:
@@ -202,13 +205,13 @@ def read_shards(folder: pathlib.Path, settings: Settings) -> list[Shard]:
     return shards
 
 
-def _read_header(file: pathlib.Path) -> tuple[Settings, Shard]:
+def read_header(file: pathlib.Path) -> tuple[Settings, Shard]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         about = json.loads(pq.read_schema(file).metadata[METADATA])
         shard = Shard(**about.pop("shard"))
-        return Settings(**about), shard
+        return Settings(**{"listing": None, **about}), shard
     except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a whole shard of `align-tf embed`") from error

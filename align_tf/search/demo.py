@@ -1,10 +1,11 @@
 """A web page: zero-shot classification, search over a collection, and text+image queries."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ TRIED = 5  # example pictures, a row of them
 SHOWN = 12  # results of a search
 PICTURE = 320  # pixels of a result
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 LABELS = ("panda", "police car", "pineapple", "cupcake", "rose", "star")
 FONTS = ("system-ui", "sans-serif")
@@ -85,19 +87,39 @@ def serve(
         button_primary_background_fill="*primary_600",  # white on it can be read
         button_primary_background_fill_hover="*primary_700",
     )
-    _, url, _ = page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        max_file_size=MAX_UPLOAD,
-        footer_links=[],
-        theme=theme,
-        css=CSS,
-        prevent_thread_lock=True,
-    )
+    with reached_directly(host):
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            max_file_size=MAX_UPLOAD,
+            footer_links=[],
+            theme=theme,
+            css=CSS,
+            prevent_thread_lock=True,
+        )
     return url, page.close
+
+
+@contextlib.contextmanager
+def reached_directly(host: str) -> Iterator[None]:
+    """Has this process ask no proxy for its own page, as Gradio does to see whether it is up.
+
+    Args:
+        host: the address that the page listens on.
+    """
+    before = {name: os.environ.get(name) for name in ("no_proxy", "NO_PROXY")}
+    excepted = [*filter(None, before.values()), *LOOPBACK, host]
+    os.environ |= dict.fromkeys(before, ",".join(excepted))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def example_searcher(encoder: Encoder | AlignClient) -> Searcher:

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from align_tf.data import dataset
-from align_tf.data.readers import open_source
+from align_tf.data.left_out import NO_IMAGE, REASONS
+from align_tf.data.readers import PathOrPaths, list_files, open_source
 from align_tf.data.sources import Source
+from align_tf.data.streams import CHUNK
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
+from align_tf.search import source_files
 from align_tf.search.collection import (
     EMBEDDING_DTYPES,
     SKIPPED_NAMED,
@@ -34,7 +35,7 @@ ENGINES = ("default", "ray")
 
 
 def embed(
-    source: dataset.PathOrPaths | tf.data.Dataset,
+    source: PathOrPaths | tf.data.Dataset,
     output: str | os.PathLike,
     *,
     model: str | os.PathLike | AlignModel = "align-tiny",
@@ -53,7 +54,8 @@ def embed(
     next call starts at the first record that is missing, and ends at the files of an unbroken
     run. Its columns are `id`, the record's key; `path`, the image file where there is one;
     `caption`, the first; `thumbnail`, a small JPEG where there is no file; `image_embeds` and, of
-    the caption, `text_embeds`, of unit length.
+    the caption, `text_embeds`, of unit length. `_listing.npz` beside them holds the names,
+    sizes and times of the source's files: what was begun with others is not gone on with.
 
     Args:
         source: as `data.make_dataset` takes it; captions may be missing.
@@ -75,13 +77,16 @@ def embed(
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as `data.make_dataset`.
-        ValueError: an argument is out of range, the folder holds another collection, no image
-            can be decoded, or an embedding is not finite.
+        ValueError: an argument is out of range, the folder holds another collection, the files of
+            the source have changed since it was begun or while they were embedded, no image can be
+            decoded, or an embedding is not finite.
     """
     _check_arguments(source, model, dtype, batch_size, shard_size, engine, workers)
     require_pyarrow()
     source = _absolute(source)
     reading = (source, image_key, caption_key)
+    # Before the source is opened, and again at the end: what was read lies between.
+    listing = None if isinstance(source, tf.data.Dataset) else list_files(source, image_key)
     opened = open_source(*reading, need_captions=False)
     name = ""
     if not isinstance(model, AlignModel):
@@ -95,9 +100,11 @@ def embed(
         dim=model.config.projection_dim,
         model=name,
         fingerprint=fingerprint(model, processor),
+        listing="" if listing is None else listing.digest(),
     )
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    source_files.claim(output, settings, listing)
     shards = {shard.number: shard for shard in read_shards(output, settings)}
     missing = [number for number in range(settings.shards) if number not in shards]
     with Rate("Embedding", settings.records, "images") as rate:
@@ -118,7 +125,9 @@ def embed(
             shards[shard.number] = shard
     for left in output.glob(".shard-*"):  # of processes that were killed
         left.unlink(missing_ok=True)
-    return _summary(output, settings, shards)
+    if listing is not None:
+        source_files.check_unchanged(settings, listing, list_files(source, image_key))
+    return _summary(output, settings, shards, opened)
 
 
 def _check_arguments(
@@ -148,7 +157,11 @@ def _count(opened: Source) -> int:
     """Returns how many records a source holds, reading it through where it does not say."""
     if opened.count is not None:
         return opened.count
-    return int(opened.elements(None).reduce(np.int64(0), lambda n, _: n + 1))
+    ones = opened.elements(None).map(lambda *_: 1).batch(CHUNK)
+    with Rate(f"Counting {opened.name}", None, "records") as rate:
+        for some in ones:
+            rate.advance(len(some))
+    return rate.done
 
 
 def _absolute(source: Any) -> Any:
@@ -169,13 +182,17 @@ def _tell(shard: Shard, before: int) -> None:
         print(f"left out {key}: {reason}", file=sys.stderr, flush=True)
 
 
-def _summary(output: pathlib.Path, settings: Settings, shards: dict[int, Shard]) -> dict[str, Any]:
+def _summary(
+    output: pathlib.Path, settings: Settings, shards: dict[int, Shard], opened: Source
+) -> dict[str, Any]:
     ordered = [shards[number] for number in sorted(shards)]
     named = dict(itertools.chain.from_iterable(shard.named.items() for shard in ordered))
     named = dict(itertools.islice(named.items(), SKIPPED_NAMED))
     images = sum(shard.rows for shard in ordered)
     if not images:
         key, reason = next(iter(named.items()))
+        if reason == REASONS[NO_IMAGE] and opened.image_cause:
+            reason += f" ({opened.image_cause})"
         raise ValueError(
             f"{settings.source}: none of {settings.records} images can be embedded, "
             f"such as {key}: {reason}"

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.client.batches import Classification
+from align_tf.client.batches import Classification, checked_labels, classification
 from align_tf.evaluation.embedder import Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
@@ -33,9 +33,9 @@ class Encoder:
 
     def classify(self, images: Any, labels: Sequence[str], template: str = "{}") -> Classification:
         """Classifies images, as `AlignClient.classify` does."""
-        if "{}" not in template:
-            raise ValueError(f"template={template!r}: expected a {{}} for the label")
-        texts = self.embed_texts([template.replace("{}", label) for label in labels])
+        labels, prompts = checked_labels(labels, template)
+        texts = self.embed_texts(prompts)
         logits = self.embed_images(images) @ texts.T / float(self.model.temperature)
-        probs = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return Classification(list(labels), logits, probs / probs.sum(axis=1, keepdims=True))
+        if self.model.has_logit_bias:
+            logits += float(self.model.logit_bias)
+        return classification(labels, prompts, logits)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from align_tf.extras import extra
+from align_tf.search import source_files
 from align_tf.search.collection import Settings, Shard
 from align_tf.search.fingerprint import fingerprint, load_model
 from align_tf.search.shard_writer import ShardWriter
@@ -74,7 +75,7 @@ class _Worker:
     """An actor: it has a model of its own, and takes the numbers of shards."""
 
     def __init__(self, reading: tuple, settings: Settings, output: str, batch_size: int):
-        from align_tf.data.readers import open_source
+        from align_tf.data.readers import list_files, open_source
         from align_tf.evaluation.embedder import Embedder
 
         model, processor = load_model(settings.model, None)
@@ -84,6 +85,8 @@ class _Worker:
                 f"{settings.model}: its fingerprint here is {found[:8]}, expected "
                 f"{settings.fingerprint[:8]}, that of the machine the work was started on"
             )
+        listing = list_files(*reading[:2])
+        source_files.check_listed(pathlib.Path(output), settings, listing)
         opened = open_source(*reading, need_captions=False)
         self.writer = ShardWriter(
             opened, settings, pathlib.Path(output), batch_size, Embedder(model), processor

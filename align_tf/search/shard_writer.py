@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.data import dataset
+from align_tf.data import left_out
 from align_tf.data.sources import Source
 from align_tf.evaluation.embedder import Embedder
 from align_tf.preprocessing import image_processing
@@ -77,7 +77,7 @@ class ShardWriter:
             loaded = self.opened.load(elements)
             images = loaded["image_bytes"]
             pixels, problems, _ = self.processor.image_processor.try_pixel_values(images)
-            problems = tf.where(images == "", dataset.NO_IMAGE, problems)
+            problems = tf.where(images == "", left_out.NO_IMAGE, problems)
             return {**loaded, "pixel_values": pixels, "problem": problems}
 
         batches = elements.ragged_batch(self.batch_size).enumerate()
@@ -113,7 +113,7 @@ class ShardWriter:
             "image_embeds": embeds,
             "text_embeds": self._embed_texts(captions),
             "skipped": {
-                ids[row]: dataset.REASONS[problems[row]]
+                ids[row]: left_out.REASONS[problems[row]]
                 for row in np.flatnonzero(problems != image_processing.FINE)
             },
         }

@@ -264,7 +264,7 @@ class Batcher:
     def _run(self, run: Callable, tasks: Sequence[_Task]) -> None:
         try:
             outputs = self._run_merged(run, tasks)
-        except Exception as error:
+        except BaseException as error:  # else the thread would end, and its callers wait for ever
             if len(tasks) == 1:
                 tasks[0].result.set_exception(error)
                 return

@@ -28,11 +28,11 @@ class ModelConfig:
         """
         path = self.base_path
         if (path / "saved_model.pb").is_file():
-            return {int(path.name) if path.name.isdecimal() else 1: path}
+            return {1 if (version := _version(path.name)) is None else version: path}
         found = {
-            int(entry.name): entry
-            for entry in (path.iterdir() if path.is_dir() else ())
-            if entry.name.isdecimal() and entry.is_dir()
+            version: entry
+            for entry in sorted(path.iterdir() if path.is_dir() else ())  # 1 comes after 0001
+            if (version := _version(entry.name)) is not None and entry.is_dir()
         }
         versions = sorted(found, reverse=True)
         if self.policy == "latest":
@@ -40,6 +40,12 @@ class ModelConfig:
         elif self.policy == "specific":
             versions = [version for version in versions if version in self.specific]
         return {version: found[version] for version in versions}
+
+
+def _version(name: str) -> int | None:
+    """Returns the version that a folder's name stands for, as in 3, 0 or 0003; None if none."""
+    is_number = name.isascii() and name.isdecimal()
+    return int(name) if is_number and int(name) < 2**63 else None
 
 
 def read_model_config_file(path: str | os.PathLike) -> list[ModelConfig]:

@@ -34,6 +34,7 @@ from align_tf.server.prometheus import Metrics
 from align_tf.server.rest_api import RestApp
 from align_tf.server.servables import Servables
 
+FROZEN_WEIGHTS = "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"
 GRACE_SECONDS = 20.0  # that requests in flight have when the server stops
 
 
@@ -249,9 +250,24 @@ def serve(server: ModelServer) -> None:
 
     Raises: what its start() does.
     """
-    with server:
+    with _frozen_weights(), server:
         server.wait(lambda: print(server.summary, file=sys.stderr, flush=True))
         print("Stopping ...", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _frozen_weights() -> Iterator[None]:
+    """Has oneDNN keep weights in the layout it computes in, as those of what is served stay.
+
+    Only as long as this lasts: a training in the same process would compute with its first weights.
+    """
+    before = os.environ.get(FROZEN_WEIGHTS)
+    os.environ.setdefault(FROZEN_WEIGHTS, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(FROZEN_WEIGHTS, None)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passe
 
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _POST_PATH = re.compile(
-    rf"/v1/models/(?P<name>[^/:]+){_VERSION}:(?P<method>classify|regress|predict)", re.I | re.A
+    rf"/v1/models/(?P<name>[^/:]+){_VERSION}:(?P<method>(?-i:classify|regress|predict))",
+    re.I | re.A,
 )
 _GET_PATH = re.compile(
     rf"/v1/models(?:/(?P<name>[^/:]+))?{_VERSION}(?P<metadata>/metadata)?", re.I | re.A
@@ -39,7 +40,10 @@ _NOT_FOUND_PAGE = (
 
 
 class RestApp:
-    """The ASGI application. Its routes know no case and keep the query string as part of them."""
+    """The ASGI application.
+
+    Its routes know no case but for the verb, and keep the query string as part of them.
+    """
 
     def __init__(
         self,
@@ -153,7 +157,7 @@ class RestApp:
             return 500, rest_json.error_body(f"{type(error).__name__}: {error}")
 
     def _run(self, match: re.Match, body: bytes, encoding: str) -> bytes:
-        method = match["method"].lower()
+        method = match["method"]
         model = self.servables.label(urllib.parse.unquote(match["name"]))
         with self.metrics.request(model, method, "REST"), self.gate:
             if encoding.lower() == "gzip":
@@ -178,7 +182,7 @@ class RestApp:
         document = rapidjson.read(body)
         rest_json.check_examples(document)
         signature = _signature(self.servables.find(spec), rest_json.signature_name(document))
-        kind = "classification" if match["method"].lower() == "classify" else "regression"
+        kind = "classification" if match["method"] == "classify" else "regression"
         if "inputs" not in signature.inputs:
             raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
         raise RequestError(

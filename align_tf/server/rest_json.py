@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from align_tf.server.rapidjson import FLOAT_MAX, INDENT, decimals, encode, quote, render, stringify
+from align_tf.server.rapidjson import INDENT, decimals, encode, quote, render, stringify
 from align_tf.server.status_codes import RequestError, invalid_argument
 
 MAX_RANK = 64  # numpy's
 BYTES_SUFFIX = "_bytes"  # string outputs whose name ends so are written as {"b64": ...}
 
-# dtype: (name in errors, JSON types it takes, lowest and highest number taken without a look)
-_NUMBER = {int, float}
+# dtype: (name in errors, JSON types it takes, lowest and highest number it takes); what a float
+# cannot hold is rounded, or infinite.
 _DTYPES = {
-    tf.float32: ("float", _NUMBER, 1 - 2**24, 2**24 - 1),
-    tf.float64: ("double", _NUMBER, 1 - 2**53, 2**53 - 1),
+    tf.float32: ("float", {int, float}, None, None),
+    tf.float64: ("double", {int, float}, None, None),
     tf.int8: ("int8", {int}, -(2**31), 2**31 - 1),  # wider than the type, as in the original
     tf.uint8: ("uint8", {int}, -(2**31), 2**31 - 1),
     tf.int16: ("int16", {int}, -(2**31), 2**31 - 1),
@@ -250,11 +250,6 @@ def _leaf(value: Any, dtype: tf.DType) -> Any:
             f"JSON Value: {stringify(value)} Type: {_type_name(value)} is not of expected type: "
             f"{name}"
         )
-    lossy = type(value) is int and types == _NUMBER and abs(value) > high
-    if lossy or (dtype == tf.float32 and math.isfinite(value) and abs(value) > FLOAT_MAX):
-        raise invalid_argument(
-            f"Cannot convert JSON value: {stringify(value)} to {name} without loss of precision."
-        )
     return value.encode("utf-8", "surrogateescape") if dtype == tf.string else value
 
 
@@ -280,7 +275,8 @@ def _array(name: str, values: list, shape: list[int], dtype: tf.DType) -> np.nda
         array[:] = values
         return array.reshape(shape)
     wide = np.float64 if dtype.is_floating else np.uint64 if dtype == tf.uint64 else np.int64
-    return np.array(values, wide).astype(dtype.as_numpy_dtype).reshape(shape)
+    with np.errstate(over="ignore"):  # beyond float's range is infinite
+        return np.array(values, wide).astype(dtype.as_numpy_dtype).reshape(shape)
 
 
 # --- responses -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers its ops, which a SavedModel may use
+from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf.error_codes_pb2 import Code
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -49,7 +50,7 @@ class Servable:
 
         Raises:
             tf.errors.OpError, RuntimeError, OSError, ValueError: the folder holds no SavedModel
-                that can be loaded.
+                that can be loaded, or warmup requests that cannot be read.
             RequestError: a warmup request fails.
         """
         self.name, self.version = name, version
@@ -75,12 +76,14 @@ class Servable:
         if not path.is_file():
             return
         for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
-            log = prediction_log_pb2.PredictionLog.FromString(record)
-            if not log.HasField("predict_log"):
-                continue
-            request = log.predict_log.request
-            inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
-            self.predict(request.model_spec.signature_name, inputs, request.output_filter)
+            try:
+                log = prediction_log_pb2.PredictionLog.FromString(record)
+                request = log.predict_log.request
+                inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
+            except (DecodeError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: not warmup requests: {error}") from None
+            if log.HasField("predict_log"):
+                self.predict(request.model_spec.signature_name, inputs, request.output_filter)
 
     def predict(
         self,

@@ -1,11 +1,15 @@
 """What is served: the versions that are loaded, kept in step with the folders."""
 
+import dataclasses
+import os
 import pathlib
 import sys
 import threading
+import time
 from collections.abc import Iterable
 
 import tensorflow as tf
+from tensorflow.core.protobuf.error_codes_pb2 import Code
 from tensorflow_serving.apis import (
     get_model_status_pb2,
     model_pb2,
@@ -20,12 +24,52 @@ from align_tf.server.status_codes import RequestError, invalid_argument
 VersionStatus = get_model_status_pb2.ModelVersionStatus
 
 POLL_SECONDS = 1.0
+# A version that failed is tried again when its folder has changed; and as TensorFlow Serving does
+# (--max_num_load_retries, --load_retry_interval_micros) without that, as memory may come free.
+LOAD_RETRIES = 5
+LOAD_RETRY_SECONDS = 60.0
+
+
+@dataclasses.dataclass
+class _Failure:
+    """A version that did not load."""
+
+    folder: frozenset  # as it was then
+    retries: int
+    due: float  # when it is tried again though the folder is the same
+
+    def is_due(self, folder: pathlib.Path) -> bool:
+        """Tells whether it is time to load the folder again."""
+        retried = self.retries < LOAD_RETRIES and time.monotonic() >= self.due
+        return retried or _state_of(folder) != self.folder
+
+
+def _state_of(folder: pathlib.Path) -> frozenset:
+    """Returns what tells whether files of a folder have changed."""
+    found = set()
+    for path, _, names in os.walk(folder, followlinks=True):
+        for file in (os.path.join(path, name) for name in names):
+            try:
+                stat = os.stat(file)
+            except OSError:  # it has just gone
+                continue
+            found.add((file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    return frozenset(found)
 
 
 def _version_status(version: int, state: int, code: int = 0, message: str = "") -> VersionStatus:
     status = VersionStatus(version=version, state=state)
     status.status.error_code, status.status.error_message = code, message
     return status
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """Returns the status code and the message of what a load fails with."""
+    if isinstance(error, tf.errors.OpError):
+        return error.error_code, error.message
+    if isinstance(error, RequestError):
+        return Code.Value(error.code), error.message
+    return tf.errors.UNKNOWN, str(error) or type(error).__name__
 
 
 class Servables:
@@ -38,6 +82,7 @@ class Servables:
         self.configs = {config.name: config for config in configs}
         self._available: dict[str, dict[int, Servable]] = {name: {} for name in self.configs}
         self._statuses: dict[str, dict[int, VersionStatus]] = {name: {} for name in self.configs}
+        self._failures: dict[str, dict[int, _Failure]] = {name: {} for name in self.configs}
         self._stopped = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="poll-versions", daemon=True)
 
@@ -132,22 +177,30 @@ class Servables:
         return get_model_status_pb2.GetModelStatusResponse(model_version_status=newest_first)
 
     def _poll(self) -> None:
+        told: dict[str, str] = {}  # model: what it fails with
         while not self._stopped.wait(POLL_SECONDS):
             for config in self.configs.values():
                 try:
                     self._update(config)
-                except OSError as error:  # the folder is out of reach for now
-                    print(f"align-tf: {config.base_path}: {error}", file=sys.stderr)
+                    told.pop(config.name, None)
+                except Exception as error:  # the folder may be out of reach for now
+                    _, message = _told(error)
+                    if told.get(config.name) != message:
+                        told[config.name] = message
+                        print(f"align-tf: {config.base_path}: {message}", file=sys.stderr)
 
     def _update(self, config: ModelConfig) -> None:
         """Loads the versions that are missing, then lets go of those no longer wanted.
 
-        A version that fails is tried again at the next poll: it may be half copied. As long as
-        nothing that is wanted is available, what was served before stays.
+        A version that fails fails alone, and is tried again once it is due. As long as nothing
+        that is wanted is available, what was served before stays.
         """
-        folders = config.folders()
+        folders, failures = config.folders(), self._failures[config.name]
         for version, folder in folders.items():
-            if version not in self._available[config.name]:
+            failed = failures.get(version)
+            if version not in self._available[config.name] and (
+                failed is None or failed.is_due(folder)
+            ):
                 self._load(config.name, version, folder)
         served, statuses = self._available[config.name], self._statuses[config.name]
         wanted = {version: served[version] for version in folders if version in served}
@@ -155,24 +208,26 @@ class Servables:
             self._available[config.name] = wanted
             for version in served.keys() - wanted.keys():
                 statuses[version] = _version_status(version, VersionStatus.END)
-        for version in statuses.keys() - folders.keys():
-            if statuses[version].state == VersionStatus.LOADING:
-                del statuses[version]  # it never loaded, and its folder is gone
+        for version in failures.keys() - folders.keys():  # it never loaded, and has gone
+            del failures[version], statuses[version]
 
     def _load(self, name: str, version: int, folder: pathlib.Path) -> None:
-        statuses = self._statuses[name]
-        failed_before = statuses.get(version)
-        if failed_before is None or failed_before.state == VersionStatus.END:
+        statuses, failures = self._statuses[name], self._failures[name]
+        failed, state = failures.get(version), _state_of(folder)
+        if failed is None:
             statuses[version] = _version_status(version, VersionStatus.LOADING)
         try:
             servable = Servable(folder, name, version, self.metrics, self.batcher)
-        except (tf.errors.OpError, RequestError, RuntimeError, OSError, ValueError) as error:
-            code = error.error_code if isinstance(error, tf.errors.OpError) else tf.errors.UNKNOWN
-            message = str(getattr(error, "message", error))
-            statuses[version] = _version_status(version, VersionStatus.LOADING, code, message)
-            if failed_before is None and self._poller.is_alive():
+        except Exception as error:  # a broken SavedModel may raise anything
+            code, message = _told(error)
+            statuses[version] = _version_status(version, VersionStatus.END, code, message)
+            same = failed is not None and failed.folder == state
+            retries = failed.retries + 1 if same else 0
+            failures[version] = _Failure(state, retries, time.monotonic() + LOAD_RETRY_SECONDS)
+            if failed is None and self._poller.is_alive():
                 print(f"align-tf: {folder} does not load: {message}", file=sys.stderr)
             return
+        failures.pop(version, None)
         # A new dict each time, so that a request sees one or the other.
         self._available[name] = {**self._available[name], version: servable}
         statuses[version] = _version_status(version, VersionStatus.AVAILABLE)

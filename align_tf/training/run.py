@@ -1,5 +1,6 @@
 """Training by a recipe: the model, its data, the steps, and going on where it was stopped."""
 
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -21,6 +22,8 @@ from keras import ops
 from align_tf import files
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
+from align_tf.data.listing import Listing
+from align_tf.data.readers import list_files
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
 from align_tf.models.fit_watch import check_contrast
@@ -32,6 +35,7 @@ from align_tf.training.optimization import make_optimizer
 from align_tf.training.recipe import RECIPE_NAME, Recipe, read_recipe
 
 METRICS_NAME = "metrics.jsonl"
+LISTING_NAME = "data_listing.npz"
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 # Of what a validation finds, these are shown; `metrics.jsonl` has all.
@@ -67,6 +71,7 @@ def train(recipe: Recipe) -> pathlib.Path:
         KeyboardInterrupt: a signal stopped the training, after its checkpoint.
     """
     output = _claim(recipe)
+    _check_data(recipe, output)
     limit_arenas()
     keras.utils.set_random_seed(recipe.seed)
     count = devices.count_devices() if recipe.devices is None else recipe.devices
@@ -113,6 +118,19 @@ def _claim(recipe: Recipe) -> pathlib.Path:
         raise ValueError(f"{output}: not empty and not of a training; expected another output")
     recipe.save(path)
     return output
+
+
+def _check_data(recipe: Recipe, output: pathlib.Path) -> None:
+    """Keeps the listing of the data, or refuses to go on over others: a step is a place in them."""
+    path, listing = output / LISTING_NAME, list_files(recipe.data)
+    before = Listing.read(path) if resume.list_checkpoints(output) else None
+    if before is None:
+        listing.save(path)
+    elif before.digest() != listing.digest():
+        raise ValueError(
+            f"{recipe.data}: changed since {output} was begun: "
+            f"{before.changes(listing, recipe.data)}; expected the same files, or another output"
+        )
 
 
 def _make_processor(recipe: Recipe) -> AlignProcessor:
@@ -264,10 +282,12 @@ def _data_errors() -> Iterator[None]:
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        found = re.search(r"assertion failed: \[b?'?(.*?)'?\]", error.message)
+        found = re.search(r"assertion failed: \[(.*?)\](?:\n| \[\[|$)", error.message, re.DOTALL)
         if found is None:
             raise
-        raise ValueError(found[1]) from error
+        # TensorFlow escapes what it tells as C does.
+        told, _ = codecs.escape_decode(found[1].encode())
+        raise ValueError(told.decode(errors="replace")) from error
 
 
 @contextlib.contextmanager

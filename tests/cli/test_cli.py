@@ -63,6 +63,14 @@ def test_classify_prints_json_with_probabilities_that_sum_to_one(capsys):
         assert sum(result["probs"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_classify_takes_a_template_with_other_braces(capsys):
+    template = ["--template", "{} in {x} {"]
+    code, out, _ = run(
+        capsys, "classify", EXAMPLES[0], "--json", "--labels", "pizza", "rocket", *template
+    )
+    assert code == 0 and list(json.loads(out)[0]["probs"]) == ["pizza", "rocket"]
+
+
 def test_classify_prints_a_table(capsys):
     code, out, err = run(capsys, "classify", EXAMPLES[0], "--labels", "pizza", "rocket")
     assert code == 0
@@ -152,7 +160,6 @@ def test_serve_answers_as_its_flags_say_until_ctrl_c(capsys, monkeypatch):
         wait(server, announce_and_stop)
 
     monkeypatch.setattr(ModelServer, "wait", asked_and_stopped)
-    monkeypatch.setenv("TF_ONEDNN_ASSUME_FROZEN_WEIGHTS", "0")  # the command's default stays in it
     flags = ["--model-config-file", MODELS, "--grpc-port", "0", "--rest-port", "0"]
     flags += ["--enable-batching", "--batching-parameters-file", SERVING / "batching.config"]
     flags += ["--monitoring-config-file", SERVING / "monitoring.config"]

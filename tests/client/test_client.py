@@ -239,6 +239,31 @@ def test_a_silent_server_times_out(protocol):
             client.status()
 
 
+def test_a_prediction_and_what_it_asks_before_have_one_deadline(clock):
+    answer = b'{"metadata": {"signature_def": {"signature_def": {}}}}'
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            clock.sleep(50)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def do_POST(self):
+            clock.sleep(20)
+            self.send_error(503)
+
+        def log_message(self, *arguments):
+            pass
+
+    with serving(Handler) as address:
+        started = clock.now
+        with pytest.raises(AlignServerError, match="answered 503"):
+            AlignClient(address, timeout=60, retries=1000).embed_texts("a")
+    assert clock.now - started == 70  # and not asked again
+
+
 def test_another_servers_answer_is_shown():
     with socket.create_server(("127.0.0.1", 0)) as other:
         client = AlignClient(f"127.0.0.1:{other.getsockname()[1]}")
@@ -523,11 +548,17 @@ def busy_rest(status, times):
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with serving(Handler) as address:
+        yield address, calls
+
+
+@contextlib.contextmanager
+def serving(handler):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"127.0.0.1:{server.server_port}", calls
+            yield f"127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
@@ -546,6 +577,22 @@ def test_grpc_asks_a_busy_server_again(code):
 
         assert asyncio.run(main()) == []
         assert len(calls) == 3
+
+
+def test_a_full_queue_is_told_as_what_it_is():
+    full = "The batch scheduling queue to which this task was submitted is full"
+    with busy_grpc("UNAVAILABLE", 9, full) as (address, calls):
+        with pytest.raises(AlignServerError) as error:
+            AlignClient(address, protocol="grpc", retries=1).status()
+        assert (str(error.value), error.value.status, len(calls)) == (full, 503, 2)
+
+        async def main():
+            async with AsyncAlignClient(address, retries=1) as client:
+                await client.status()
+
+        with pytest.raises(AlignServerError) as error:
+            asyncio.run(main())
+        assert (str(error.value), error.value.status, len(calls)) == (full, 503, 4)
 
 
 @pytest.mark.parametrize("status", [503, 429, None])

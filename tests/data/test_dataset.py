@@ -315,6 +315,13 @@ def test_images_alone_are_read_where_captions_are_not_needed(tmp_path, name):
     assert [texts for batch in loaded for texts in batch["captions"].to_list()] == [[], [], []]
 
 
+@pytest.mark.parametrize(("captions", "expected"), [(b"a", [b"a"]), ([b"a", b"b"], [b"a", b"b"])])
+def test_captions_of_a_data_set_that_are_one_or_a_fixed_number(captions, expected):
+    features = {"image": [encoded(0)], "caption": [captions]}
+    (record,) = records(tf.data.Dataset.from_tensor_slices(features)).as_numpy_iterator()
+    assert record["captions"].tolist() == expected
+
+
 def test_records_are_plain_tensors(source):
     dataset = records(source("tar"))
     assert len(dataset) == 10

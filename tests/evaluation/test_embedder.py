@@ -44,10 +44,11 @@ def test_rows_of_weight_0_are_left_out_and_ids_kept(embedder, pairs):
     np.testing.assert_allclose(embeds["text_embeds"], whole["text_embeds"][rows], atol=1e-5)
 
 
-def test_rows_without_ids_are_numbered_across_batches(embedder, pairs):
+def test_rows_without_ids_are_numbered_by_content_across_batches(embedder, pairs):
     weighted = {**pairs, "sample_weight": np.array([1.0, 0.0, 1.0, 1.0])}
     embeds = embedder.pairs([weighted, pairs])
-    assert embeds["image_ids"].tolist() == list(range(7))
+    assert embeds["image_ids"].tolist() == [0, 1, 2, 0, 3, 1, 2]
+    assert embeds["text_ids"].tolist() == [0, 1, 2, 0, 3, 1, 2]
 
 
 def test_a_tf_data_set_and_arrays_longer_than_a_batch(embedder, pairs):

@@ -225,6 +225,38 @@ def test_a_value_that_the_dtype_cannot_hold_is_named(folder, tmp_path):
     convert(tmp_path / "model.keras", "hf", tmp_path / "hf", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_what_keras_made_of_the_layers_is_converted(mode, folder, pairs, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = AlignModel.from_pretrained(folder)
+    expected = model(pairs)
+    if mode:
+        model.quantize(mode)
+    query = model.text_model.blocks[0].attention.query
+    query.enable_lora(2)
+    query.lora_kernel_b.assign(np.random.default_rng(0).normal(0, 1, (2, 16)))
+    plain, expected = expected, model(pairs)
+    assert np.sum(plain.text_embeds * expected.text_embeds, axis=-1).min() < 0.99
+    model.save(tmp_path / "model.keras")
+    for to, name, dtype in (("hf", "hf", None), ("keras", "half.keras", "bfloat16")):
+        summary = convert(tmp_path / "model.keras", to, tmp_path / name, dtype=dtype)
+        assert (summary["tensors"], summary["parameters"]) == (99, 7311)
+    half = keras.saving.load_model(tmp_path / "half.keras")
+    assert {layer.quantization_mode for layer in half._flatten_layers()} == {None}
+    for again in (AlignModel.from_pretrained(tmp_path / "hf"), half):
+        assert np.sum(again(pairs).text_embeds * expected.text_embeds, axis=-1).min() > 0.998
+
+
+def test_images_too_small_for_the_model_are_refused(file, folder, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "vocab.txt").write_bytes((folder / "vocab.txt").read_bytes())
+    AlignImageProcessor(size=3, crop_size=3).save_pretrained(small)
+    with pytest.raises(ValueError, match=r"small: the processor's images are 3 pixels high: the"):
+        convert(file, "hf", tmp_path / "hf", processor=small)
+    assert names(tmp_path) == ["small"]
+
+
 def test_a_vocabulary_beyond_the_embeddings_is_refused(file, tmp_path):
     with pytest.raises(ValueError, match=r"align-tiny: a vocabulary of 6000 .* the model knows 40"):
         convert(file, "hf", tmp_path / "hf", processor="align-tiny")

@@ -21,6 +21,9 @@ def test_the_export_embeds_as_the_model_on_jax(tmp_path):
     model = AlignModel.from_pretrained("align-tiny")
     # Weights that are on no disk: the export has them from the model.
     model.text_projection.kernel.assign(model.text_projection.kernel * 1.5 + 0.01)
+    query = model.text_model.blocks[0].attention.query
+    query.enable_lora(2)
+    query.lora_kernel_b.assign(np.random.default_rng(0).normal(0, 0.5, query.lora_kernel_b.shape))
     processor = AlignProcessor.from_pretrained("align-tiny")
     assert export_saved_model(model, processor, tmp_path) == tmp_path / "1"
     pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))[:2]
@@ -38,9 +41,24 @@ def test_the_export_embeds_as_the_model_on_jax(tmp_path):
         export_saved_model(model, processor, tmp_path, version=1)
 
 
-def test_a_failure_on_tensorflow_is_told(tiny_config, tmp_path, monkeypatch):
+def test_a_failure_on_tensorflow_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(saved_model, "EXPORT", "raise OSError('no space left on device')")
     processor = AlignProcessor.from_pretrained("align-tiny")
     with pytest.raises(RuntimeError, match=r"(?s)on TensorFlow failed:.*no space left on device"):
-        export_saved_model(AlignModel(tiny_config), processor, tmp_path)
+        export_saved_model(AlignModel.from_pretrained("align-tiny"), processor, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_tensorflow_cannot_have_is_told_in_a_line(tmp_path):
+    model = AlignModel.from_pretrained("align-tiny")
+    processor = AlignProcessor.from_pretrained("align-tiny")
+    layer = model.text_model.blocks[0]
+    layer.intermediate.bias.assign(np.full(layer.intermediate.bias.shape, 70000.0))
+    message = r"^text_model/layer_0/intermediate/bias reaches 70000, float16 only 65504: choose \w+"
+    with pytest.raises(ValueError, match=message):
+        export_saved_model(model, processor, tmp_path / "new", dtype="float16")
+    layer.activation = keras.activations.relu
+    message = r"^text_model.blocks\[0\]: activation <.*> is not what the configuration says"
+    with pytest.raises(ValueError, match=message):
+        export_saved_model(model, processor, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

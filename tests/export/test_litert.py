@@ -32,8 +32,9 @@ EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 def unlike_new(model):
     """Gives BatchNorm statistics that matter, as those of a trained model do."""
     rng = np.random.default_rng(0)
-    for _, layer in model.vision_model._batch_norms():
-        layer.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in layer.weights])
+    for layer in model.vision_model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in layer.weights])
     return model
 
 
@@ -154,6 +155,26 @@ def test_a_model_of_another_kind_is_written_in_float32(tiny_config, processor, t
     embeds = run(tmp_path, IMAGE_TOWER, pixel_values=pixels)
     np.testing.assert_allclose(embeds, unit(twin.get_image_features(pixels)), atol=CLOSE)
     assert json.loads((tmp_path / SETTINGS_NAME).read_text())["logit_bias"] == -3.0
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_adapted_model_is_written_as_it_computes(tiny_config, processor, quantize, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = AlignModel(tiny_config)
+    tokens = some_tokens(3, 6)
+    plain = unit(model.get_text_features(tokens).numpy())
+    if quantize:
+        model({**tokens, "pixel_values": np.ones((1, 16, 16, 3), "float32")})
+        model.quantize("int8")
+    for block in model.text_model.blocks:
+        block.attention.value.enable_lora(2)
+        b = block.attention.value.lora_kernel_b
+        b.assign(np.random.default_rng(0).normal(0, 1, b.shape))
+    expected = unit(model.get_text_features(tokens).numpy())
+    assert (plain * expected).sum(-1).min() < 0.9
+    export_litert(model, processor, tmp_path, quantize=quantize)
+    embeds = run(tmp_path, TEXT_TOWER, **tokens)
+    assert (embeds * expected).sum(-1).min() > (0.995 if quantize else 1 - 1e-5)
 
 
 def test_a_failure_leaves_the_files_that_were_there(tiny_config, processor, tmp_path):

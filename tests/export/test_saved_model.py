@@ -1,5 +1,6 @@
 """The exported SavedModel: signatures, equality with the model, batching, errors, versions."""
 
+import concurrent.futures
 import io
 import json
 import os
@@ -21,7 +22,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 from image_files import declare
 from tensorflow.core.framework import node_def_pb2
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import config_pb2, saved_model_pb2
 
 from align_tf import export_saved_model
 from align_tf.export import saved_model
@@ -234,6 +235,13 @@ def tokens(processor, texts):
     return {key: value.numpy() for key, value in encoded.items()}
 
 
+def without_cls(encoded, rows):
+    """The same without the [CLS] of these rows, which is no longer their first token."""
+    encoded["input_ids"] = encoded["input_ids"].copy()
+    encoded["input_ids"][rows, 0] = VOCAB.index("car")
+    return encoded
+
+
 def pixels(processor, seeds):
     return {"pixel_values": processor(images=[picture(seed) for seed in seeds])["pixel_values"]}
 
@@ -247,6 +255,9 @@ CALLERS = {
         # Lists that differ within a request begin with an empty label.
         {"image_bytes": [picture(8)] * 2, "labels": [["", "a car", "dog"], ["", "cat", ""]]},
         {"image_bytes": [picture(9)], "labels": [["a cat", "a dog", "a cat", "car", "red", "a"]]},
+        {"image_bytes": [picture(3)], "labels": [["red", "car", "red"]]},
+        {"image_bytes": [picture(2)], "labels": [["dog", "dog"]]},
+        {"image_bytes": [picture(1)] * 2, "labels": [["", "a", "a"], ["", "", "dog"]]},
     ],
     "embed_image": lambda _: [
         {"image_bytes": [picture(1)]},
@@ -262,6 +273,7 @@ CALLERS = {
         tokens(processor, ["a red cat " * 5]),
         tokens(processor, ["a"]),
         tokens(processor, ["a dog", "dogs a car"]),
+        without_cls(tokens(processor, ["a cat", "cats a dog", "red"]), [1, 2]),
     ],
 }
 
@@ -271,24 +283,70 @@ def test_callers_who_share_a_batch_get_what_they_get_alone(signatures, processor
     requests = CALLERS[name](processor)
     if name == "embed_tokens":
         assert len({request["input_ids"].shape[1] for request in requests}) == 3
-    together = serve_merged(signatures[name], requests, allowed_batch_size=8)
+    together = serve_merged(signatures[name], requests, allowed_batch_size=16)
     for request, answer in zip(requests, together, strict=True):
         alone = run(signatures[name], request)
         assert set(answer) == set(alone)
         for output, expected in alone.items():
             got = answer[output]
             if name == "serving_default":  # wider than the caller's own list
-                assert (got[:, expected.shape[1] :] == {"probs": 0}.get(output, NO_LABEL)).all()
-                got = got[:, : expected.shape[1]]
+                beyond, got = got[:, expected.shape[1] :], got[:, : expected.shape[1]]
+                assert (beyond == got[:, :1]).all()  # the request's first label once more
             np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_what_repeats_the_first_label_at_the_end_is_padding(signatures):
-    logits, probs = classify(signatures, [picture(6)] * 2, [["a", "dog", "a", "a"], ["a"] * 4])
-    np.testing.assert_allclose(probs[0, :2].sum(), 1, atol=1e-6)
-    assert probs[0, 2:].tolist() == [0, 0]
-    assert probs[1].tolist() == [1, 0, 0, 0]
-    assert logits[1, 1:].tolist() == [NO_LABEL] * 3
+def test_a_label_counts_once_however_often_a_row_holds_it(signatures):
+    lists = [["a", "dog", "a", "a"], ["dog", "a", "", "a"], ["a"] * 4, ["a", "a", "dog", "car"]]
+    logits, probs = classify(signatures, [picture(6)] * 4, lists)
+    own = dict(zip(["a", "dog", "car"], logits[3, 1:].tolist(), strict=True))
+    for row, labels in enumerate(lists):
+        total = sum(np.exp(own[label]) for label in {*labels} - {""})
+        expected = [np.exp(own[label]) / total if label else 0 for label in labels]
+        np.testing.assert_allclose(probs[row], expected, atol=1e-6)
+        assert logits[row].tolist() == [own.get(label, NO_LABEL) for label in labels]
+    assert probs[2].tolist() == [1, 1, 1, 1]
+
+
+def raw_session(folder, signature, value):
+    """Runs a signature of one input as a server does: no shape is looked at in Python."""
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        meta = tf.compat.v1.saved_model.load(session, ["serve"], os.fspath(folder))
+        info = meta.signature_def[signature]
+        options = config_pb2.CallableOptions(
+            feed=[tensor.name for tensor in info.inputs.values()],
+            fetch=[output.name for output in info.outputs.values()],
+        )
+        return session._make_callable_from_options(options)(value)
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 24, 3), (1, 32, 40, 3), (1, 32, 32, 4)])
+def test_pixels_of_another_size_are_refused_where_no_one_looks_at_shapes(folder, shape):
+    (embeds,) = raw_session(folder, "embed_pixels", np.ones((2, 32, 32, 3), "float32"))
+    assert embeds.shape == (2, 32)
+    message = re.escape(f"[{','.join(map(str, shape))}] is not compatible")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"pixel_values.*{message}") as error:
+        raw_session(folder, "embed_pixels", np.ones(shape, "float32"))
+    assert "expected shape [?,32,32,3]" in error.value.message
+
+
+def test_token_rows_whose_padding_cannot_be_seen_are_named(signatures, processor):
+    car, dog, cls = (VOCAB.index(word) for word in ("car", "dog", "[CLS]"))
+
+    def ask(*rows, first_mask=1):
+        ids = np.array(rows, np.int32)
+        mask = np.ones_like(ids)
+        mask[:, 0] = first_mask
+        request = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
+        return run(signatures["embed_tokens"], request)["text_embeds"]
+
+    message = rf"input_ids\[1\]: begins and ends with one token.*expected {cls} first"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        ask([cls, car, dog], [car, dog, car])
+    alone = ask([car, dog, car])  # merged with no other, and so not padded
+    assert np.linalg.norm(alone) == pytest.approx(1, abs=1e-5)
+    for rows in ([[car, dog]] * 2, [[car]] * 2, [[cls, car, cls]] * 2):
+        assert ask(*rows).shape == (2, 32)
+    assert ask([car, dog, car], [cls, car, dog], first_mask=0).shape == (2, 32)
 
 
 def test_empty_labels_have_no_part_in_the_answer(signatures):
@@ -337,6 +395,35 @@ def test_the_server_names_the_row_of_a_bad_image(folder, tmp_path):
             assert re.search(message, error.value.details())
         answer = stub.Predict(request([picture(7)]), timeout=60)
         assert tf.make_ndarray(answer.outputs["image_embeds"]).shape == (1, 32)
+
+
+def test_the_server_merges_pixels_of_the_right_size_alone(folder, signatures, processor):
+    pytest.importorskip("tensorflow_serving")
+    from align_tf.client import AlignClient, AlignServerError
+    from align_tf.server import ModelServer
+    from align_tf.server.batching import BatchingParameters
+
+    right = [pixels(processor, [seed])["pixel_values"] for seed in (1, 2)]
+    small = np.ascontiguousarray(right[0][:, 4:28, 4:28])
+    parameters = BatchingParameters(
+        3, batch_timeout_micros=500_000, pad_variable_length_inputs=True
+    )
+    with (
+        ModelServer(folder, batching=parameters) as server,
+        AlignClient(f"127.0.0.1:{server.grpc_port}", protocol="grpc") as client,
+        concurrent.futures.ThreadPoolExecutor(3) as callers,
+    ):
+        asked = [
+            callers.submit(client.predict, {"pixel_values": values}, "embed_pixels")
+            for values in (right[0], small, right[1])
+        ]
+        message = r"pixel_values.*\[1,24,24,3\] is not compatible with expected shape \[\?,32,32,3"
+        with pytest.raises(AlignServerError, match=message) as error:
+            asked[1].result()
+        assert error.value.status == 400
+        for values, answer in zip(right, asked[::2], strict=True):
+            expected = run(signatures["embed_pixels"], {"pixel_values": values})["image_embeds"]
+            np.testing.assert_allclose(answer.result()["image_embeds"], expected, atol=2e-5)
 
 
 def test_versions_count_up_and_are_never_overwritten(model, processor, tmp_path, monkeypatch):

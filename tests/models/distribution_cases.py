@@ -68,10 +68,10 @@ def make_model(*, sigmoid: bool = False, batch_norm: str = "frozen", dropout: fl
     return model
 
 
-def fit(model: AlignModel, *, epochs: int, validate: bool = False) -> dict:
+def fit(model: AlignModel, *, epochs: int, validate: bool = False, batch_size: int = 16) -> dict:
     import tensorflow as tf
 
-    dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(16)
+    dataset = tf.data.Dataset.from_tensor_slices(BATCH).batch(batch_size)
     validation = {"validation_data": dataset} if validate else {}
     return model.fit(dataset, epochs=epochs, shuffle=False, verbose=0, **validation).history
 
@@ -80,10 +80,11 @@ def train(
     *,
     accumulation: int = 1,
     validate: bool = False,
+    batch_size: int = 16,
     clip_norm: float | None = None,
     **options,
 ) -> tuple[list[np.ndarray], dict]:
-    """Five steps on 16 pairs; returns the weights, and the logs of each step."""
+    """Five epochs on 16 pairs; returns the weights, and the logs of each epoch."""
     model = make_model(**options)
     optimizer = keras.optimizers.SGD(0.1)
     if clip_norm is not None:
@@ -93,7 +94,7 @@ def train(
         optimizer.epsilon = 0.1  # so that rounding is not blown up where a gradient is zero
     model.compile(optimizer=optimizer, accumulation=accumulation)
     before = model.get_weights()
-    logs = fit(model, epochs=5, validate=validate)
+    logs = fit(model, epochs=5, validate=validate, batch_size=batch_size)
     assert apart(before, model.get_weights()) > 0.02
     return model.get_weights(), logs
 
@@ -182,6 +183,21 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     show("synchronized_logs", logs_apart(found, logs))
     with within(count):
         dropout_and_statistics(show, each)
+    if mode == "tensorflow":
+        without_an_image(train_on, count, show)
+
+
+def without_an_image(train_on: Callable, count: int, show: Callable) -> None:
+    """Of a last batch of one pair, a replica gets none: by the pairs of the others, or refused."""
+    options = {"batch_size": 5, "validate": True}
+    alone, logs = train_on(1, **options)
+    weights, found = train_on(count, **options)
+    show("short", apart(alone, weights))
+    show("short_logs", logs_apart(found, logs))
+    try:
+        train_on(count, batch_norm="own", **options)
+    except Exception as error:
+        show("refused", float("a replica without an image would move" not in str(error)))
 
 
 def main(mode: str, argument: str) -> None:

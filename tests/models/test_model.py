@@ -1,5 +1,6 @@
 """The models as a user meets them: call, fit, freeze, resize, prune, save, policies."""
 
+import collections
 import dataclasses
 import io
 import json
@@ -243,6 +244,79 @@ def test_losses_of_layers_are_added(model, pairs):
     extra = float((ops.convert_to_numpy(model.text_projection.kernel) ** 2).sum())
     total = float(model.compute_loss(pairs, y_pred=model(pairs)))
     assert total == pytest.approx(plain + extra, rel=1e-5)
+
+
+def test_calls_of_keras_and_of_hugging_face_are_the_same(unchanged, pairs):
+    given = {**pairs, "sample_weight": np.array([1, 1, 1, 0], "float32")}
+    calls = [
+        unchanged(given, return_loss=True),
+        unchanged(**given, return_loss=True),
+        unchanged(collections.UserDict(given), return_loss=True),
+    ]
+    for output in calls:
+        assert list(output) == [
+            *("loss", "logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+            *("text_model_output", "vision_model_output"),
+        ]
+        for key in list(output)[:5]:
+            np.testing.assert_array_equal(output[key], calls[0][key])
+        assert output[0] is output.loss
+        assert output[1:3] == (output.logits_per_image, output.logits_per_text)
+        assert output.to_tuple()[-1] == (output[-1][0], output[-1][1])
+        assert output[-1][1] is output.vision_model_output.pooler_output
+    texts = {key: pairs[key] for key in ("input_ids", "attention_mask")}
+    images = pairs["pixel_values"]
+    text_features, image_features = unchanged.get_text_features, unchanged.get_image_features
+    for calls in (
+        [text_features(texts), text_features(**texts)],
+        [image_features(images), image_features(pixel_values=images)],
+        [unchanged.text_model(**texts)[1], unchanged.text_model(texts).pooler_output],
+        [unchanged.vision_model(images)[1], unchanged.vision_model(pixel_values=images)[1]],
+    ):
+        np.testing.assert_array_equal(*calls)
+    several = unchanged.text_model(pairs["input_ids"], attention_mask=pairs["attention_mask"])
+    np.testing.assert_array_equal(several[1], unchanged.text_model(texts)[1])
+    inputs = {
+        key: keras.Input(value.shape[1:], dtype=value.dtype, name=key)
+        for key, value in {**texts, "pixel_values": images}.items()
+    }
+    for logits in (unchanged(inputs).logits_per_image, unchanged(**inputs).logits_per_image):
+        found = keras.Model(inputs, logits)({**texts, "pixel_values": images})
+        np.testing.assert_allclose(found, unchanged(pairs).logits_per_image, atol=1e-5)
+
+
+def test_a_data_set_of_any_mapping(model, pairs):
+    model.compile(optimizer="sgd", run_eagerly=True)
+    given = collections.UserDict(pairs)
+    model.fit(given, batch_size=4, verbose=0)
+    assert model.predict(given, verbose=0)["image_embeds"].shape == (4, 8)
+    assert model.evaluate(given, verbose=0)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (
+            np.zeros((2, 3, 16, 16), "float32"),
+            r"of shape \(2, 3, 16, 16\), channels first: expected",
+        ),
+        (np.zeros((16, 16, 3), "float32"), r"of shape \(16, 16, 3\): expected float \(n, height"),
+        (np.zeros((2, 16, 16, 4), "float32"), r"of shape \(2, 16, 16, 4\): expected float"),
+        (np.zeros((2, 16, 16, 3), "uint8"), "of uint8: expected float"),
+        (np.full((2, 16, 16, 3), 255, "float32"), "that reach 255: expected float"),
+    ],
+)
+def test_pixels_that_no_processor_gives_are_refused_in_one_line(pixels, message, unchanged, pairs):
+    calls = (
+        unchanged.get_image_features,
+        unchanged.vision_model,
+        lambda pixels: unchanged({**pairs, "pixel_values": pixels}),
+    )
+    for call in calls:
+        for given in (pixels, ops.convert_to_tensor(pixels)):
+            with pytest.raises(ValueError, match=f"^pixel_values {message}") as error:
+                call(given)
+            assert "\n" not in str(error.value)
 
 
 def test_a_batch_of_none(unchanged):

@@ -86,6 +86,45 @@ def test_broken_files(processor, tmp_path):
         processor(images=tmp_path / "none.jpg")
 
 
+def test_pictures_of_every_mode_and_layout(processor, array):
+    """As Pillow converts them to RGB; transparency is left out."""
+    rgb = PIL.Image.fromarray(array)
+    expected = {
+        mode: processor(images=rgb.convert(mode).convert("RGB")).pixel_values
+        for mode in ("RGBA", "P", "L", "LA", "1", "CMYK")
+    }
+    for mode, pixel_values in expected.items():
+        np.testing.assert_array_equal(
+            processor(images=rgb.convert(mode)).pixel_values, pixel_values
+        )
+    rgba = np.dstack([array, np.zeros(array.shape[:2], "uint8")])
+    for given in (rgba, rgba[None], (rgba,), [array]):
+        found = processor(images=given).pixel_values
+        np.testing.assert_array_equal(found, expected["RGBA"])
+
+
+def test_both_halves_are_called_and_give_mappings_with_attributes(processor, array, tmp_path):
+    PIL.Image.fromarray(array).save(tmp_path / "a.png")
+    both = processor(images=array, text=["a", "b"], return_tensors="np")
+    assert isinstance(both.input_ids, np.ndarray) and both["input_ids"] is both.input_ids
+    assert set(both) == {"input_ids", "token_type_ids", "attention_mask", "pixel_values"}
+    for given in (np.array(["a", "b"]), ("a", "b"), [np.str_("a"), "b"]):
+        np.testing.assert_array_equal(processor.tokenizer(given).input_ids, both.input_ids)
+    for given in (array, tmp_path / "a.png", np.str_(tmp_path / "a.png"), (tmp_path / "a.png",)):
+        pixel_values = processor.image_processor(given, return_tensors="np").pixel_values
+        np.testing.assert_array_equal(pixel_values, both.pixel_values)
+    ids = processor.tokenizer.encode("a b")
+    assert ids == processor.tokenizer(["a b"], padding="longest").input_ids[0].numpy().tolist()
+    with pytest.warns(UserWarning, match=r"inputs\.to\(\.\.\.\) is not needed"):
+        assert both.to("cuda") is both
+    with pytest.raises(AttributeError, match="no 'labels', but input_ids, token_type_ids"):
+        _ = both.labels
+    with pytest.raises(
+        ValueError, match="'pt': expected one of tf, np; PyTorch's are made of 'np'"
+    ):
+        processor(text="a", return_tensors="pt")
+
+
 def test_too_many_pixels(processor, tmp_path):
     PIL.Image.new("RGB", (40, 30)).save(tmp_path / "large.gif")
     with pytest.raises(
@@ -99,8 +138,24 @@ def test_too_many_pixels(processor, tmp_path):
     [
         ({}, "expected images, text or both, found neither"),
         ({"images": []}, "expected one or more, found an empty list"),
-        ({"images": np.zeros((4, 4, 3))}, r"expected uint8 of shape \(h, w, 3\), found float64"),
-        ({"images": np.zeros((4, 4, 2), np.uint8)}, r"found uint8 \(4, 4, 2\)"),
+        (
+            {"images": np.zeros((4, 4, 3))},
+            r"images\[0\]: an array of float64: expected levels of 0 to 255 as uint8, such as "
+            r"\(image \* 255\)\.astype\('uint8'\)",
+        ),
+        (
+            {"images": np.full((4, 4, 3), 9, "float32")},
+            r"float32: .* such as image\.astype",
+        ),
+        ({"images": np.zeros((4, 4, 2), np.uint8)}, r"of shape \(4, 4, 2\): expected \(height"),
+        ({"images": np.zeros((3, 9, 9), np.uint8)}, r"\(3, 9, 9\), channels first: expected"),
+        *(
+            (
+                {"images": PIL.Image.new(mode, (3, 3))},
+                f"a PIL image of mode {mode}: expected one of 8",
+            )
+            for mode in ("I", "F", "I;16")
+        ),
         ({"text": "a", "text_kwargs": {"pad": 1}}, "text_kwargs: unknown pad; expected padding"),
         ({"text": "a", "common_kwargs": {"return_tensors": "pt"}}, "return_tensors='pt': expected"),
         ({"text": 3}, "text"),

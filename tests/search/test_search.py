@@ -1,6 +1,7 @@
 """Search: the index and its recall, queries and their arithmetic, the page and the picture."""
 
 import base64
+import copy
 import html.parser
 import io
 import json
@@ -258,6 +259,33 @@ def test_a_server_of_the_model_answers_alike(index, searcher):
     served = Searcher(index, client=searcher.encoder)
     for ours, theirs in zip(searcher.search("red"), served.search("red"), strict=True):
         assert theirs.id == ours.id and theirs.score == pytest.approx(ours.score, abs=1e-5)
+
+
+def test_an_encoder_classifies_by_the_models_own_logits(tiny_config, processor):
+    biased = copy.deepcopy(tiny_config)
+    biased.logit_bias_init_value = -2.5
+    for config in (tiny_config, biased):
+        model = AlignModel(config)
+        pictures = [np.full((20, 30, 3), level, "uint8") for level in (0, 90, 250)]
+        inputs = processor(images=pictures, text=["red", "a green picture"], padding="longest")
+        own = np.asarray(model(inputs).logits_per_image)
+        answer = Encoder(model, processor).classify(pictures, ["red", "a green picture", "red", ""])
+        np.testing.assert_allclose(answer.logits[:, :2], own, atol=1e-5)
+        assert (answer.logits[:, 2] == answer.logits[:, 0]).all()
+        assert (answer.logits[:, 3] == np.finfo(np.float32).min).all()
+        odds = np.exp(own)
+        probs = odds / odds.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(answer.probs[:, :2], probs, atol=1e-6)
+        np.testing.assert_allclose(answer.probs[:, 2:], [[p, 0] for p in probs[:, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "message"),
+    [([], "{}", "labels: expected at least one"), (["a"], "b", "template='b'")],
+)
+def test_an_encoder_refuses_as_a_client_does(searcher, labels, template, message):
+    with pytest.raises(ValueError, match=message):
+        searcher.encoder.classify([np.zeros((9, 9, 3), "uint8")], labels, template)
 
 
 # --- the page, the picture, the command ------------------------------------------------------

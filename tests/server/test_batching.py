@@ -154,6 +154,18 @@ def test_a_bad_row_fails_its_own_caller_alone():
     assert [len(call["x"]) for call in model.calls] == [4, 1, 1, 1, 1]
 
 
+def test_a_thread_outlives_whatever_a_run_raises():
+    model = Model()
+
+    def end(inputs):
+        raise SystemExit("ended")
+
+    with batching() as send:
+        with pytest.raises(SystemExit, match="ended"):
+            send(end, [[1.0]]).result(60)
+        assert send(model, [[2.0]]).result(60)["y"].item() == 4.0
+
+
 def test_a_full_queue_refuses():
     model = Model()
     model.open.clear()

@@ -28,7 +28,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from align_tf.server import Limits, ModelServer, rapidjson, servable, servables
+from align_tf.server import Limits, ModelServer, rapidjson, rest_json, servable, servables
 from align_tf.server.model_config import ModelConfig, read_model_config_file
 from align_tf.server.status_codes import RequestError
 
@@ -288,10 +288,6 @@ REFUSED_BODIES = {
     '{"instances": [{"x": [1]}, [1]]}': "Expecting object but got list at item 1 of input list",
     '{"instances": [[1], {"x": [1]}]}': "Expecting value/list but got object at item 1 of input "
     "list",
-    '{"instances": [[16777217, 0, 0, 0]]}': f"{ELEMENT}Cannot convert JSON value: 16777217 to "
-    "float without loss of precision.",
-    '{"instances": [[1e39, 0, 0, 0]]}': f"{ELEMENT}Cannot convert JSON value: 1e+39 to float "
-    "without loss of precision.",
     '{"signature_name": "text", "instances": [{"b64": "a"}]}': f"{ELEMENT}Unable to base64 decode",
     '{"signature_name": "text", "instances": [{"b64": "$$$$"}]}': f"{ELEMENT}Unable to base64 "
     "decode",
@@ -310,6 +306,37 @@ REFUSED_BODIES = {
 def test_refuses_a_body_that_does_not_fit(server, body):
     status, answer = predict(server, body)
     assert (status, answer["error"]) == (400, REFUSED_BODIES[body])
+
+
+# numbers: answer. As recorded from the server, whose floats take any number.
+ANSWERED_NUMBERS = {
+    "0.5, 33554433, 1.0, 2.0": [28760950.0, 38347932.0, 47934916.0],
+    "1, 0.1, 33554433, 2": [57521888.0, 67108872.0, 76695856.0],
+    "1, 2, 3, 16777217": [43141420.0, 47934912.0, 52728404.0],
+    "1.0, 2.0, 3.0, 16777217": [43141420.0, 47934912.0, 52728404.0],
+    "2147483648, 1, 2, 3": [12.0, 613566784.0, 1.22713357e09],
+    "2147483648, 1.0, 2, 3": [12.0, 613566784.0, 1.22713357e09],
+    "0.1, 18446744073709551616, 2, 3": [1.58114951e19, 2.10819942e19, 2.63524922e19],
+    "1e39, 1, 2, 3": [np.nan, np.inf, np.inf],
+    "1e39, 1.0, 2.0, 3.0": [np.nan, np.inf, np.inf],
+    "-0, 0, -0.0, 1e-46": [0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("numbers", ANSWERED_NUMBERS)
+def test_a_float_takes_any_number_in_any_list(server, numbers):
+    expected = ANSWERED_NUMBERS[numbers]
+    status, answer = predict(server, f'{{"instances": [[{numbers}]]}}')
+    assert status == 200
+    np.testing.assert_allclose(answer["predictions"][0], expected, rtol=2**-23, atol=0)
+    assert_same_value(predict(server, f'{{"inputs": [[{numbers}]]}}')[1]["outputs"][0], expected)
+    # One number at a time goes another way than a list of them.
+    values = [
+        rest_json.predict_inputs({"inputs": number}, {"x": tf.float32})[0]["x"].item()
+        for number in json.loads(f"[{numbers}]")
+    ]
+    row = rest_json.predict_inputs({"inputs": json.loads(f"[{numbers}]")}, {"x": tf.float32})
+    assert row[0]["x"].tolist() == values
 
 
 # body: answer
@@ -373,9 +400,11 @@ def test_routes_outside_v1_are_not_found(server):
 
 def test_routes_know_no_case(server):
     body = '{"instances": [[1, 2, 3, 4]]}'
-    answer = predict(server, body, "/V1/Models/probe/VERSIONS/1:PREDICT")
+    answer = predict(server, body, "/V1/Models/probe/VERSIONS/1:predict")
     assert answer == (200, {"predictions": [[8.5714283, 10.0, 11.4285717]]})
     assert answer == predict(server, body, "/v1/models/pr%6Fbe/labels/stable:predict")
+    path = "/v1/models/probe:Predict"  # but for the verb
+    assert predict(server, body, path) == (400, {"error": f"Malformed request: POST {path}"})
 
 
 def test_gzip_body(server):

@@ -26,7 +26,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from align_tf.cli.main import main
 from align_tf.server import Limits, ModelServer, grpc_services, servables
 from align_tf.server.batching import BatchingParameters
-from align_tf.server.model_server import _bind
+from align_tf.server.model_server import _bind, serve
 from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
@@ -625,6 +625,28 @@ def test_a_request_on_its_way_is_answered_when_the_server_stops():
         connection.sendall(HEAD + ROW)
         assert received(connection).startswith(b"HTTP/1.1 200 OK")
         stopping.result(60)
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_weights_are_frozen_for_what_is_served_alone(monkeypatch, given):
+    name = "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+    seen = []
+    monkeypatch.setattr(ModelServer, "wait", lambda *_: seen.append(os.environ[name]))
+    serve(ModelServer(PROBE))
+    assert seen == [given or "1"]
+    assert os.environ.get(name) == given
+    weights = tf.Variable(tf.ones((64, 64)))
+
+    @tf.function
+    def layer(x):
+        return tf.nn.relu(tf.nn.bias_add(tf.matmul(x, weights), tf.zeros(64)))
+
+    assert layer(tf.ones((8, 64)))[0, 0] == 64
+    weights.assign(2 * weights)  # as a step of a training does
+    assert layer(tf.ones((8, 64)))[0, 0] == 128
 
 
 def test_a_port_refuses_until_the_models_are_loaded(monkeypatch, keep_port):

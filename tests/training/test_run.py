@@ -466,8 +466,26 @@ def test_the_recipe_of_the_readme_runs(settings, tmp_path):
 
 def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, traced_once, capsys):
     shutil.copytree(place / "pairs", tmp_path / "pairs")
-    (tmp_path / "pairs" / "07.png").write_bytes(b"no picture")
+    (tmp_path / "pairs" / "07.png").rename(tmp_path / "pairs" / "it's [7] ö.png")
+    (tmp_path / "pairs" / "it's [7] ö.png").write_bytes(b"no picture")
     settings |= {"data": str(tmp_path / "pairs"), "max_errors": 0}
     assert main(["train", *flags(settings)]) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"align-tf: error: .*/pairs: 07: not a decodable image .*\n", err)
+    expected = r"align-tf: error: .*/pairs: it's \[7\] ö: not a decodable image .* max_errors=0.*\n"
+    assert re.fullmatch(expected, err)
+
+
+def test_data_that_changed_are_refused(settings, place, tmp_path, traced_once):
+    """A step is a place in the data: others would be read twice or never."""
+    pairs = tmp_path / "pairs"
+    shutil.copytree(place / "pairs", pairs)
+    settings["data"] = str(pairs)
+    train(Recipe(**settings))
+    train(Recipe(**settings))
+    (pairs / "03.png").rename(pairs / "30.png")
+    shutil.copy(pairs / "05.png", pairs / "04.png")
+    message = (
+        rf"{pairs}: changed since .*out was begun: 03\.png gone, 03\.txt gone, 04\.png replaced"
+    )
+    with pytest.raises(ValueError, match=f"{message}.*expected the same files, or another output"):
+        train(Recipe(**settings))

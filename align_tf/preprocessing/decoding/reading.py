@@ -14,6 +14,7 @@ from align_tf.preprocessing.decoding.png import decode_png, png_size
 from align_tf.preprocessing.decoding.webp import decode_webp, webp_size
 
 EXPECTED = "JPEG, PNG, GIF, WebP, or BMP without run-length encoding"
+FINE, BROKEN, TOO_LARGE = range(3)  # what became of an image of a batch
 
 
 def _format(header: tf.Tensor) -> tf.Tensor:

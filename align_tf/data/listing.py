@@ -1,0 +1,95 @@
+"""The files that a source is made of, with sizes and times: they tell later whether it changed."""
+
+import array
+import hashlib
+import os
+import pathlib
+import zipfile
+
+import numpy as np
+
+from align_tf.files import replacing
+
+NAMED = 3  # of the files that have changed
+
+
+class Listing:
+    """Files with their sizes and times, in the order in which they are read.
+
+    Attributes:
+        paths: of the files.
+        sizes: in bytes; -1 of a file that is not there.
+        times: of their last change, in nanoseconds; 0 where the time does not count.
+    """
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes, self.times = array.array("q"), array.array("q")
+
+    def add(self, path: str | os.PathLike, timed: bool = True) -> None:
+        """Looks at one more file; without `timed` its time does not count."""
+        self.paths.append(os.fspath(path))
+        try:
+            found = os.stat(path)
+        except OSError:
+            found = None
+        self.sizes.append(-1 if found is None else found.st_size)
+        self.times.append(found.st_mtime_ns if timed and found is not None else 0)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the listing as a file that `read` takes."""
+        paths = np.frombuffer(b"\0".join(map(os.fsencode, self.paths)), np.uint8)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, paths=paths, sizes=self.sizes, times=self.times)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Listing | None":
+        """Reads what `save` wrote; None where it is gone or broken."""
+        listing = cls()
+        try:
+            with np.load(path) as columns:
+                listing.paths = [os.fsdecode(p) for p in columns["paths"].tobytes().split(b"\0")]
+                listing.sizes.extend(columns["sizes"])
+                listing.times.extend(columns["times"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+        return listing
+
+    def digest(self) -> str:
+        """Returns what tells this listing from another, 32 hexadecimal digits."""
+        digest = hashlib.sha256(self.sizes.tobytes() + self.times.tobytes())
+        for path in self.paths:
+            digest.update(os.fsencode(path) + b"\0")
+        return digest.hexdigest()[:32]
+
+    def changes(self, now: "Listing", root: str = "") -> str:
+        """Says what has changed since, such as `a.png replaced, b.png gone, c.png new, and 3 more`.
+
+        Args:
+            now: the listing of today.
+            root: a folder that names are told relative to.
+
+        Returns:
+            The changes, or "" where there is none.
+        """
+        old, new = (
+            dict(zip(one.paths, zip(one.sizes, one.times, strict=True), strict=True))
+            for one in (self, now)
+        )
+        changed = [
+            path for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)
+        ]
+        told = [
+            f"{path.removeprefix(os.path.join(root, ''))} {_change(old.get(path), new.get(path))}"
+            for path in changed[:NAMED]
+        ]
+        more = len(changed) - len(told)
+        return ", ".join(told) + (f", and {more} more" if more else "")
+
+
+def _change(old: tuple[int, int] | None, new: tuple[int, int] | None) -> str:
+    """Says what became of a file of a size and a time."""
+    was, there = (one is not None and one[0] >= 0 for one in (old, new))
+    if was and there:
+        return "replaced"
+    return "new" if there else "gone"

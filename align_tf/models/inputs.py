@@ -1,0 +1,75 @@
+"""Inputs as Keras's and Hugging Face's callers give them: together, by name, or the first alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+LARGEST_PIXEL = 32.0  # more than any processor gives; the levels of an image reach 255
+
+
+class TakesNames:
+    """A model that is called as `model(inputs)` and as `model(**inputs)`."""
+
+    input_names: tuple[str, ...]
+
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        named = {name: kwargs.pop(name) for name in self.input_names if name in kwargs}
+        inputs = gather(self.input_names, inputs, named)
+        self._check_inputs(inputs)  # here, since Keras adds all arguments to an error of `call`
+        return super().__call__(inputs, *args, **kwargs)
+
+    def _check_inputs(self, inputs: Any) -> None:
+        raise NotImplementedError
+
+
+def gather(names: tuple[str, ...], inputs: Any, named: Mapping[str, Any]) -> Any:
+    """Joins the inputs that come together and those that come by name.
+
+    Args:
+        names: the names of all inputs; what is given alone is the first.
+        inputs: a mapping, or the first input, or None.
+        named: the others.
+
+    Returns:
+        The first input, where it came alone; otherwise a dict without those that are None.
+    """
+    named = {name: value for name, value in named.items() if value is not None}
+    if inputs is None or isinstance(inputs, Mapping):
+        return {**(inputs or {}), **named}
+    return {names[0]: inputs, **named} if named else inputs
+
+
+def check_pixels(pixel_values: Any, channels: int) -> None:
+    """Checks what an image tower takes, as far as it can be seen.
+
+    Raises:
+        ValueError: it is no batch of images with channels last, or holds levels of 0..255.
+    """
+    shape = tuple(getattr(pixel_values, "shape", ()))
+    expected = f"float (n, height, width, {channels}), as the processor gives them"
+    if len(shape) != 4:
+        raise ValueError(f"pixel_values of shape {shape}: expected {expected}")
+    if shape[-1] not in (channels, None):
+        first = ", channels first" if shape[1] == channels else ""
+        raise ValueError(f"pixel_values of shape {shape}{first}: expected {expected}")
+    if "int" in str(pixel_values.dtype):
+        dtype = keras.backend.standardize_dtype(pixel_values.dtype)
+        raise ValueError(f"pixel_values of {dtype}: expected {expected}")
+    if _has_values(pixel_values) and 0 not in shape:
+        largest = float(ops.max(pixel_values))
+        if largest > LARGEST_PIXEL:
+            raise ValueError(f"pixel_values that reach {largest:.6g}: expected {expected}")
+
+
+def _has_values(tensor: Any) -> bool:
+    """Whether a tensor holds numbers, and does not stand for those of a graph."""
+    if isinstance(tensor, np.ndarray):
+        return True
+    if keras.backend.backend() == "tensorflow":
+        return hasattr(tensor, "numpy")
+    import jax
+
+    return not isinstance(tensor, jax.core.Tracer)

@@ -1,0 +1,72 @@
+"""Whether the files of a collection's source are still those it was begun with."""
+
+import pathlib
+
+from align_tf.data.listing import Listing
+from align_tf.search.collection import Settings, read_header, shard_files
+
+LISTING_NAME = "_listing.npz"  # which those who read the folder as one table leave out
+
+
+def claim(output: pathlib.Path, settings: Settings, listing: Listing | None) -> None:
+    """Keeps the listing of a collection that is begun, or holds it to that of one gone on with.
+
+    Args:
+        output: the folder of the collection.
+        settings: of the collection.
+        listing: of its source today; None where it has no files.
+
+    Raises:
+        ValueError: the files have changed since, or there is no listing to tell.
+    """
+    files = shard_files(output)
+    if files:
+        theirs, _ = read_header(files[0])
+        if theirs.source != settings.source:
+            return  # another collection, as its shards will tell
+        _check_same(output, theirs, settings, listing)
+    if listing is not None and not (files and (output / LISTING_NAME).exists()):
+        listing.save(output / LISTING_NAME)
+
+
+def check_unchanged(settings: Settings, before: Listing, now: Listing) -> None:
+    """Checks the files once more, after they were embedded.
+
+    Raises:
+        ValueError: some have changed.
+    """
+    changes = before.changes(now, settings.source) if before.digest() != now.digest() else ""
+    if changes:
+        raise ValueError(
+            f"{settings.source}: changed while it was embedded: {changes}; expected another folder "
+            "to embed it into again"
+        )
+
+
+def check_listed(output: pathlib.Path, settings: Settings, listing: Listing) -> None:
+    """Checks files that another process lists.
+
+    Raises:
+        ValueError: they are not those that the collection was begun with.
+    """
+    _check_same(output, settings, settings, listing)
+
+
+def _check_same(
+    output: pathlib.Path, theirs: Settings, settings: Settings, listing: Listing | None
+) -> None:
+    if theirs.listing is None:
+        raise ValueError(
+            f"{output}: begun before listings were kept, so that nothing tells whether "
+            f"{settings.source} has changed; expected another folder"
+        )
+    digest = "" if listing is None else listing.digest()
+    if digest == theirs.listing:
+        return
+    before = Listing.read(output / LISTING_NAME)
+    known = before is not None and listing is not None and before.digest() == theirs.listing
+    changes = before.changes(listing, settings.source) if known else ""
+    raise ValueError(
+        f"{settings.source}: changed since {output} was begun{changes and f': {changes}'}; "
+        "expected the same files, or another folder"
+    )

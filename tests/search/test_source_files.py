@@ -1,0 +1,227 @@
+"""A collection whose source has changed since it was begun, or changes while it is embedded."""
+
+import json
+import os
+import pathlib
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from align_tf import AlignImageProcessor, AlignProcessor
+from align_tf.cli.main import main
+from align_tf.search import build_index, embed, embedding, ray_engine
+from align_tf.search.collection import Collection
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+SIZES = {"batch_size": 2, "shard_size": 2}
+NAMES = "abcdef"
+
+
+def picture(path: pathlib.Path, seed: int) -> pathlib.Path:
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 24, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """Six pictures, of 2020; a.png and b.png with captions."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, name in enumerate(NAMES):
+        picture(folder / f"{name}.png", seed)
+    for name in NAMES[:2]:
+        (folder / f"{name}.txt").write_text("a picture")
+    for path in folder.iterdir():
+        os.utime(path, (1577836800, 1577836800))
+    return folder
+
+
+@pytest.fixture
+def embedded(folder, tmp_path, checkpoint) -> pathlib.Path:
+    output = tmp_path / "embeds"
+    embed(folder, output, model=str(checkpoint), **SIZES)
+    return output
+
+
+def replace(folder: pathlib.Path) -> str:
+    picture(folder / "a.png", 9)
+    return "a.png replaced"
+
+
+def rename(folder: pathlib.Path) -> str:
+    (folder / "b.png").rename(folder / "c2.png")
+    return "b.png gone, b.txt gone, c2.png new"
+
+
+def replace_a_caption(folder: pathlib.Path) -> str:
+    (folder / "b.txt").write_text("a Picture")  # of the same size
+    return "b.txt replaced"
+
+
+def add_a_caption(folder: pathlib.Path) -> str:
+    (folder / "d.json").write_text('"a picture"')
+    return "d.json new"
+
+
+def change_all(folder: pathlib.Path) -> str:
+    for name in "adef":
+        picture(folder / f"{name}.png", 9)
+    rename(folder)
+    return "a.png replaced, b.png gone, b.txt gone, and 4 more"
+
+
+@pytest.mark.parametrize(
+    "change", [replace, rename, replace_a_caption, add_a_caption, change_all]
+)  # fmt: skip
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_that_has_changed_is_refused(embedded, folder, checkpoint, change, killed):
+    if killed:
+        (embedded / "shard-000001.parquet").unlink()
+    before = {path: path.read_bytes() for path in embedded.iterdir()}
+    changes = change(folder)
+    with pytest.raises(ValueError) as error:
+        embed(folder, embedded, model=str(checkpoint), **SIZES)
+    assert str(error.value) == (
+        f"{folder}: changed since {embedded} was begun: {changes}; expected the same files, or "
+        "another folder"
+    )
+    assert {path: path.read_bytes() for path in embedded.iterdir()} == before
+
+
+def test_a_killed_run_of_the_same_files_goes_on(embedded, folder, checkpoint):
+    before = {path.name: path.read_bytes() for path in embedded.iterdir()}
+    (embedded / "shard-000001.parquet").unlink()
+    (embedded / "_listing.npz").unlink()
+    (folder / "notes.md").write_text("read by nobody")
+    embed(folder, embedded, model=str(checkpoint), **SIZES)
+    assert {path.name: path.read_bytes() for path in embedded.iterdir()} == before
+
+
+def test_without_its_listing_a_collection_is_refused_all_the_same(embedded, folder, checkpoint):
+    (embedded / "_listing.npz").write_bytes(b"half")
+    replace(folder)
+    with pytest.raises(ValueError, match="embeds was begun; expected the same files, or another"):
+        embed(folder, embedded, model=str(checkpoint), **SIZES)
+
+
+def test_a_collection_of_before_listings_is_read_and_not_gone_on_with(embedded, folder, checkpoint):
+    for file in embedded.glob("shard-*"):
+        table = pq.read_table(file)
+        about = json.loads(table.schema.metadata[b"align_tf"])
+        del about["listing"]
+        pq.write_table(table.replace_schema_metadata({b"align_tf": json.dumps(about)}), file)
+    (embedded / "_listing.npz").unlink()
+    assert Collection(embedded).rows == 6
+    with pytest.raises(
+        ValueError, match=r"embeds: begun before listings were kept.*another folder"
+    ):
+        embed(folder, embedded, model=str(checkpoint), **SIZES)
+
+
+def test_a_worker_of_ray_takes_the_files_that_it_was_begun_with(embedded, folder, checkpoint):
+    settings = Collection(embedded).settings
+    before = (embedded / "shard-000001.parquet").read_bytes()
+    (embedded / "shard-000001.parquet").unlink()
+    arguments = ((str(folder), None, None), settings, str(embedded), 2)
+    ray_engine._Worker(*arguments)({"number": np.array([1])})
+    assert (embedded / "shard-000001.parquet").read_bytes() == before
+    replace(folder)
+    with pytest.raises(ValueError, match=r"was begun: a\.png replaced"):
+        ray_engine._Worker(*arguments)
+
+
+class Touching(AlignImageProcessor):
+    """Replaces a picture when the images are about to be read."""
+
+    path: pathlib.Path
+
+    def try_pixel_values(self, *arguments):
+        picture(self.path, 9)
+        return super().try_pixel_values(*arguments)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(folder, tmp_path, checkpoint):
+    model, processor = embedding.load_model(str(checkpoint), None)
+    images = Touching.from_dict(processor.image_processor.to_dict())
+    images.path = folder / "e.png"
+    output, processor = tmp_path / "embeds", AlignProcessor(images, processor.tokenizer)
+    message = f"{folder}: changed while it was embedded: e.png replaced; expected another folder"
+    with pytest.raises(ValueError, match=message):
+        embed(folder, output, model=model, processor=processor, **SIZES)
+    with pytest.raises(ValueError, match=r"was begun: e\.png replaced"):
+        embed(folder, output, model=model, processor=processor, **SIZES)
+
+
+def test_a_table_counts_with_the_pictures_it_names(folder, tmp_path, checkpoint):
+    table, output = tmp_path / "table.csv", tmp_path / "out"
+    table.write_text("path,caption\npictures/a.png,a\npictures/gone.png,b\npictures/a.png,c\n")
+
+    def go_on():
+        return embed(table, output, model=str(checkpoint), **SIZES)
+
+    assert go_on() == go_on()
+    picture(folder / "b.png", 9)  # which it does not name
+    assert go_on()["images"] == 1
+    shutil.copy(folder / "a.png", folder / "gone.png")
+    with pytest.raises(ValueError, match=r"begun: .*/pictures/gone\.png new; expected"):
+        go_on()
+    (folder / "gone.png").unlink()
+    table.write_text("path,caption\npictures/a.png,x\npictures/gone.png,b\npictures/a.png,c\n")
+    with pytest.raises(ValueError, match=r"begun: .*table\.csv replaced; expected"):
+        go_on()
+
+
+def test_paths_that_are_relative_to_another_folder(tmp_path, checkpoint):
+    (tmp_path / "table.csv").write_text("path\nelsewhere/a.png\n")
+    message = (
+        r"such as elsewhere/a: no image.*\(paths are taken relative to the folder of the table"
+    )
+    with pytest.raises(ValueError, match=message):
+        embed(tmp_path / "table.csv", tmp_path / "out", model=str(checkpoint), **SIZES)
+
+
+def test_a_collection_of_another_source_keeps_its_listing(embedded, tmp_path, checkpoint):
+    (embedded / "_listing.npz").unlink()
+    picture(tmp_path / "other.png", 1)
+    with pytest.raises(ValueError, match="holds another collection, source"):
+        embed(tmp_path, embedded, model=str(checkpoint), **SIZES)
+    assert not (embedded / "_listing.npz").exists()
+
+
+def test_shards_count_by_their_sizes(folder, tmp_path, checkpoint):
+    shards, output = tmp_path / "shards", tmp_path / "out"
+    shards.mkdir()
+    for number in range(2):
+        with tarfile.open(shards / f"{number}.tar", "w") as tar:
+            tar.add(folder / f"{NAMES[number]}.png", "x.png")
+    embed(shards, output, model=str(checkpoint), **SIZES)
+    os.utime(shards / "0.tar")  # as a copy has another time
+    embed(shards, output, model=str(checkpoint), **SIZES)
+    with open(shards / "1.tar", "ab") as tar:
+        tar.write(bytes(10240))
+    with pytest.raises(ValueError, match=r"begun: 1\.tar replaced; expected"):
+        embed(shards, output, model=str(checkpoint), **SIZES)
+
+
+def test_a_search_tells_of_pictures_that_are_gone(embedded, folder, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    build_index(embedded, tmp_path / "index")
+    (folder / "b.png").unlink()
+    (folder / "d.png").unlink()
+    page = tmp_path / "page.html"
+    arguments = ["search", str(tmp_path / "index"), "a picture", "-k", "6", "--html", str(page)]
+    assert main(arguments) == 0
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    gone = ("b.png", "d.png")
+    assert last in [
+        f"align-tf: warning: 2 of 6 pictures are gone, such as {folder / name}; expected the "
+        "collection embedded and indexed again"
+        for name in gone
+    ]
+    assert page.read_text().count("no picture file") == 2
