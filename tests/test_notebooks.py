@@ -10,6 +10,7 @@ import pathlib
 import re
 
 import pytest
+from markdown_it import MarkdownIt  # which rich shows Markdown by
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 
@@ -50,6 +51,22 @@ def run(name: str, folder: pathlib.Path, **settings: str) -> dict:
 def code_cells(path: pathlib.Path) -> list[dict]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_text_reads_as_text_below_its_heading(path):
+    """The blocks of each cell of text, as a Markdown parser finds them."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = []
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            tokens = MarkdownIt().parse("".join(cell["source"]))
+            found.append([t.tag for t in tokens if t.level == 0 and t.nesting == 1])
+            assert not [t.content for t in tokens if t.content.startswith("#")]
+    assert [tag for blocks in found for tag in blocks if tag == "h1"] == ["h1"] == found[0][:1]
+    for blocks in found:
+        assert sum(tag in ("h1", "h2", "h3") for tag in blocks) <= 1, blocks
+    assert sum("p" in blocks for blocks in found) > len(found) / 2
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
