@@ -101,11 +101,12 @@ def make_dataset(
         length_buckets: the lengths, in tokens, that texts are padded to: the shortest that holds
             the batch's longest text. The last one is the limit, longer texts are cut. One
             length gives all batches the same shape.
-        max_errors: records without a caption or a decodable image that are left out, as rows of
-            weight 0, before the dataset ends with an error; 0 allows none, None any number.
-            Each counts once, and they are reported on stderr. `"5%"` allows that share of the
-            records read, judged from the 1,000th on, or at the end of a pass over fewer. A whole
-            pass without a pair is an error in any case.
+        max_errors: records without a caption or a decodable image that are left out before the
+            dataset ends with an error; 0 allows none, None any number. They are rows of weight 0,
+            which in training show another image of the batch, since BatchNorm sees them. Each
+            counts once, and they are reported on stderr. `"5%"` allows that share of the records
+            read, judged from the 1,000th on, or at the end of a pass over fewer. A whole pass
+            without a pair is an error in any case.
         image_key: name of the image's column, feature, key or suffix; None finds the usual ones.
         caption_key: name of the caption's.
 
@@ -282,6 +283,10 @@ def _prepare(
     tokens = {name: tf.ensure_shape(value, [size, None]) for name, value in tokens.items()}
 
     problems = tf.where(image_bytes == "", NO_IMAGE, problems)
+    if training:  # BatchNorm sees each row: black ones would move it
+        there = problems == FINE
+        first = tf.argmax(tf.cast(there, tf.int32), output_type=tf.int32)
+        pixels = tf.gather(pixels, tf.where(there, tf.range(size), first))
     problems = tf.where((problems == FINE) & (texts == ""), NO_CAPTION, problems)
     batch = {
         "pixel_values": tf.ensure_shape(pixels, [size, *pixels.shape[1:]]),
