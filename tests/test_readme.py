@@ -4,6 +4,8 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -75,6 +77,18 @@ def test_python_examples_train_and_export(names, tmp_path):
     exec(example["phone"], names)
     embeds = names["tower"](pixel_values=names["inputs"]["pixel_values"].numpy())["image_embeds"]
     assert embeds.shape == (1, 192)
+
+
+@pytest.mark.slow
+def test_an_export_runs_in_plain_tensorflow(tiny_export):
+    readme = README.read_text(encoding="utf-8")
+    command = readme.partition('\npython -c "import tensorflow_text')[2].partition("```")[0]
+    command = 'python -c "import tensorflow_text' + command.replace("\\\n", " ")
+    command = command.replace("models/align", str(tiny_export))
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, check=False
+    )
+    assert "Result for output key text_embeds:" in done.stdout, done.stderr[-2000:]
 
 
 def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,8 @@ from align_tf.preprocessing.processor import AlignProcessor
 
 WARMUP_NAME = "tf_serving_warmup_requests"
 METADATA_NAME = "align_tf.json"
+# Outside TensorFlow Serving, whose image has them, the tokenizer's operations are to be registered.
+TO_LOAD = "import tensorflow_text before tf.saved_model.load(folder)"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 # What a process on the TensorFlow backend does for another backend, and how it ends where the model
@@ -160,6 +162,7 @@ def _write_extras(
         "dtype": dtype,
         "image_mode": processor.image_processor.mode,
         "projection_dim": model.config.projection_dim,
+        "to_load": TO_LOAD,
     }
     (folder / METADATA_NAME).write_text(json.dumps(metadata, indent=2) + "\n")
     image = tf.io.encode_jpeg(tf.zeros([64, 64, 3], tf.uint8)).numpy()

@@ -153,6 +153,11 @@ class AlignImageProcessor:
         """
         return as_tensors({"pixel_values": image_input.pixel_values(self, images)}, return_tensors)
 
+    def __repr__(self) -> str:
+        names = (*FILE_DEFAULTS, *OWN_DEFAULTS)
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({settings})"
+
     # --- files -----------------------------------------------------------------------------
 
     @classmethod

@@ -56,6 +56,9 @@ class AlignProcessor:
             AlignTokenizer.from_pretrained(name_or_path, **options),
         )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.image_processor!r}, {self.tokenizer!r})"
+
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes both halves to a checkpoint folder."""
         self.image_processor.save_pretrained(folder)

@@ -374,6 +374,12 @@ class AlignTokenizer:
 
     # --- the call --------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} tokens, do_lower_case={self.do_lower_case}, "
+            f"model_max_length={self.model_max_length})"
+        )
+
     def __call__(
         self,
         texts: str | bytes | Sequence[str | bytes],

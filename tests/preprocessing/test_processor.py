@@ -125,6 +125,14 @@ def test_both_halves_are_called_and_give_mappings_with_attributes(processor, arr
         processor(text="a", return_tensors="pt")
 
 
+def test_what_they_are_is_shown(processor):
+    shown = repr(processor)
+    assert shown.startswith(
+        "AlignProcessor(AlignImageProcessor(do_resize=True, size={'height': 12,"
+    )
+    assert shown.endswith("AlignTokenizer(7 tokens, do_lower_case=True, model_max_length=64))")
+
+
 def test_too_many_pixels(processor, tmp_path):
     PIL.Image.new("RGB", (40, 30)).save(tmp_path / "large.gif")
     with pytest.raises(
