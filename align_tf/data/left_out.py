@@ -124,7 +124,8 @@ class LeftOut:
             atexit.register(self.summarise)
         # Each of the first ones, then each time they have doubled.
         if count <= NAMED_ERRORS or count & (count - 1) == 0:
-            self._say(f"left out {name}: {REASONS[problem]} ({count} so far)")
+            reason = _because(problem, self.opened) if count == 1 else REASONS[problem]
+            self._say(f"left out {name}: {reason} ({count} so far)")
         return ""
 
     def _judge(self, whole: bool) -> str:

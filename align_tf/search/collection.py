@@ -33,6 +33,7 @@ class Settings:
         fingerprint: of the model.
         listing: digest of the names, sizes and times of the source's files; "" where it has none,
             None in a collection of before there were listings.
+        image_key, caption_key: the names of images and captions that were asked for.
     """
 
     source: str
@@ -43,6 +44,8 @@ class Settings:
     model: str
     fingerprint: str
     listing: str | None = ""
+    image_key: str | None = None
+    caption_key: str | None = None
 
     @property
     def shards(self) -> int:

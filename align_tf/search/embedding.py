@@ -101,6 +101,8 @@ def embed(
         model=name,
         fingerprint=fingerprint(model, processor),
         listing="" if listing is None else listing.digest(),
+        image_key=image_key,
+        caption_key=caption_key,
     )
     output = pathlib.Path(output)
     output.mkdir(parents=True, exist_ok=True)

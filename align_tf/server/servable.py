@@ -3,8 +3,9 @@
 import functools
 import os
 import pathlib
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -73,17 +74,9 @@ class Servable:
         self._warm_up(folder / WARMUP_REQUESTS)
 
     def _warm_up(self, path: pathlib.Path) -> None:
-        if not path.is_file():
-            return
-        for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
-            try:
-                log = prediction_log_pb2.PredictionLog.FromString(record)
-                request = log.predict_log.request
-                inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
-            except (DecodeError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: not warmup requests: {error}") from None
-            if log.HasField("predict_log"):
-                self.predict(request.model_spec.signature_name, inputs, request.output_filter)
+        if path.is_file():
+            for request in _read_warmup(path):
+                self.predict(*request)
 
     def predict(
         self,
@@ -193,3 +186,19 @@ def _checked_filter(signature, output_filter: Iterable[str]) -> list[str]:
         if name in names[:position]:
             raise invalid_argument(f"duplicate output tensor alias: {name}")
     return names or sorted(signature.outputs)
+
+
+def _read_warmup(path: pathlib.Path) -> Iterator[tuple[str, dict[str, np.ndarray], Iterable[str]]]:
+    """Yields what `predict` takes of each request of a warmup file."""
+    try:
+        for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
+            log = prediction_log_pb2.PredictionLog.FromString(record)
+            request = log.predict_log.request
+            inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
+            if log.HasField("predict_log"):
+                yield request.model_spec.signature_name, inputs, request.output_filter
+    except tf.errors.DataLossError as error:  # what a request raises does not come by here
+        reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message)
+        raise RequestError("DATA_LOSS", f"{path}: not warmup requests: {reason}") from None
+    except (DecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not warmup requests: {error}") from None

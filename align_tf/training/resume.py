@@ -177,6 +177,8 @@ def averaged(model: Any) -> Iterator[None]:
     weights = model.trainable_variables
     raw = [np.array(ops.convert_to_numpy(weight)) for weight in weights]
     optimizer.finalize_variable_values(weights)
+    for weight in weights:  # on JAX now the average's own memory, which a compiled step takes
+        weight.assign(np.array(ops.convert_to_numpy(weight)))
     try:
         yield
     finally:

@@ -185,6 +185,7 @@ def test_a_hole_in_the_middle_is_filled_and_a_whole_collection_is_left(
     ("options", "message"),
     [
         ({"shard_size": 12}, "shard_size 9, not 12"),
+        ({"caption_key": "title"}, "caption_key None, not 'title'"),
         ({"dtype": "float32"}, "dtype 'float16', not 'float32'"),
     ],
 )

@@ -100,9 +100,9 @@ BROKEN = {
     "not records": (
         lambda folder: write_records(folder).write_bytes(b"no records" * 9),
         "DATA_LOSS",
-        "corrupted record",
+        "2/assets.extra/tf_serving_warmup_requests: not warmup requests: corrupted record at 0",
     ),
-    "records cut off": (cut_off_records, "DATA_LOSS", "truncated record"),
+    "records cut off": (cut_off_records, "DATA_LOSS", "not warmup requests: truncated record"),
     "not requests": (
         lambda folder: write_records(folder, b"\xff no request"),
         "UNKNOWN",
