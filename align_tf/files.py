@@ -1,4 +1,4 @@
-"""Reading and replacing files: JSON objects, and writing at once or not at all."""
+"""Reading and replacing files: JSON objects, lines, and writing at once or not at all."""
 
 import contextlib
 import json
@@ -29,6 +29,29 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
+
+
+def read_lines(file: Any) -> list[str]:
+    """Reads the lines of a text file that are not blank.
+
+    Args:
+        file: a path, or a file within a package, as `importlib.resources.files` gives it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text, or has no such line.
+    """
+    path = pathlib.Path(file) if isinstance(file, str) else file
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        lines = [line.strip(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path}: empty, expected one a line")
+    return lines
 
 
 @contextlib.contextmanager

@@ -104,3 +104,53 @@ class Rate:
         line += f"{rate:,.1f} {self.unit}/s, {time_said}"
         start = "\r\x1b[K" if self.terminal else ""
         print(start + line, end=end, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Shows steps on a terminal as a bar, with the time left; elsewhere nothing.
+
+    Lines that are written to stderr meanwhile stand above it.
+
+    Args:
+        description: what is done, such as `Training`.
+        total: how many steps there are.
+        unit: what they are, such as `steps`.
+        done: how many were done before.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, done: int = 0):
+        self.description, self.total, self.unit, self.done = description, total, unit, done
+        self.progress: Any = None
+
+    def __enter__(self) -> "Bar":
+        if not sys.stderr.isatty():
+            return self
+        import rich.console
+        import rich.progress
+
+        self.progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn(self.unit + "  {task.fields[said]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(),
+            console=rich.console.Console(stderr=True, soft_wrap=True),  # of the lines above
+            transient=True,
+            redirect_stdout=False,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            self.description, total=self.total, completed=self.done, said=""
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def advance(self, count: int, said: str) -> None:
+        """Counts steps that are done, and says something beside the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, advance=count, said=said)

@@ -1,11 +1,12 @@
 """What is said on stderr of work that takes long, and of work that does not."""
 
+import io
 import types
 
 import pytest
 
 from align_tf import progress
-from align_tf.progress import Rate, counted
+from align_tf.progress import Bar, Rate, counted
 
 
 @pytest.fixture
@@ -62,3 +63,21 @@ def test_a_count_that_is_broken_off_passes_the_error_on(capsys, clock):
     with pytest.raises(OSError, match="gone"):
         list(counted(broken(), "Listing", "images"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_is_for_a_terminal_and_goes(monkeypatch, capsys):
+    with Bar("Training", 10, "steps", 3) as bar:
+        bar.advance(1, "loss 2.5")
+    assert capsys.readouterr().err == ""
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with Bar("Training", 10, "steps", 3) as bar:
+        bar.advance(1, "loss 2.5")
+        progress.say("step 4/10")
+    assert "Training" in terminal.getvalue() and "loss 2.5" in terminal.getvalue()
+    assert " 4/10" in terminal.getvalue() and "step 4/10\n" in terminal.getvalue()
+    assert terminal.getvalue().endswith("\x1b[2K")  # the line is gone

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import threading
@@ -27,6 +28,11 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def hint(command: str, *arguments: str) -> None:
+    """Says on stderr, which people read, a command that may come next."""
+    say(f"Next: {' '.join([command, *map(shlex.quote, arguments)])}")
 
 
 def import_tensorflow() -> None:
@@ -98,5 +104,6 @@ def check_files(paths: list[str]) -> None:
 
 
 def setting_help(field: dataclasses.Field) -> str:
-    default = "" if field.default is None else f" ({field.default})"
-    return field.metadata["help"] + default
+    """What `--help` says of a setting: its text and, as a user would write it, its default."""
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return field.metadata["help"] + ("" if default is None else f" ({default})")

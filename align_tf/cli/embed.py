@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from align_tf.cli.common import add_model_argument, import_tensorflow, say
+from align_tf.cli.common import add_model_argument, hint, import_tensorflow, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,4 +48,6 @@ def run(arguments: Any) -> int:
         print(json.dumps(summary, indent=2))
     else:
         print(f"{arguments.output}: {summary['images']:,} images, {summary['dim']} dimensions")
+    output = arguments.output.rstrip("/")
+    hint("align-tf index", arguments.output, "--output", f"{output}-index")
     return 0

@@ -5,7 +5,13 @@ import json
 import pathlib
 from typing import Any
 
-from align_tf.cli.common import add_model_argument, load, print_table, say
+from align_tf.cli.common import (
+    add_model_argument,
+    import_tensorflow,
+    load,
+    print_table,
+    say,
+)
 
 TASKS = ("retrieval", "zero-shot", "knn", "linear-probe")
 # option: the tasks it is for
@@ -72,6 +78,7 @@ def run(arguments: Any) -> int:
     output = arguments.output and pathlib.Path(arguments.output)
     if output and output.is_dir():
         raise ValueError(f"--output {output}: a folder, expected a file")
+    _check_early(arguments)
     model, processor = load(arguments.model)
     from align_tf.evaluation.tasks import evaluate
     from align_tf.files import write_text
@@ -90,6 +97,25 @@ def run(arguments: Any) -> int:
         _print_figures(report)
     _say_skipped(report["skipped"])
     return 0
+
+
+def _check_early(arguments: Any) -> None:
+    """Finds, before the model is loaded, what no model could make right."""
+    say(f"Looking at {arguments.data} ...")
+    import_tensorflow()
+    from align_tf.evaluation import examples, tasks
+
+    if arguments.task == "retrieval":
+        return  # which reads its records as it goes
+    if arguments.task == "zero-shot":
+        tasks.read_templates(arguments.templates)
+    else:
+        examples.require_sklearn()
+    folders = tasks.class_folders(arguments.data)
+    if arguments.task == "zero-shot":
+        tasks.class_labels(arguments.labels, list(folders))
+    if arguments.train_data:
+        tasks.class_folders(arguments.train_data)
 
 
 def _print_figures(report: dict) -> None:

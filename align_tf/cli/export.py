@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from align_tf.cli.common import add_model_argument, load, say
+from align_tf.cli.common import add_model_argument, hint, load, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def run(arguments: Any) -> int:
 
     say("Exporting ...")
     print(export_saved_model(model, processor, arguments.output, dtype=arguments.dtype))
+    hint("align-tf serve", arguments.output)
     return 0
 
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from align_tf.cli.common import import_tensorflow, say
+from align_tf.cli.common import hint, import_tensorflow, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,4 +31,5 @@ def run(arguments: Any) -> int:
     else:
         recall = ", ".join(f"{v:.1%} ({name})" for name, v in about["recall_at_10"].items())
         print(f"{arguments.output}: {about['rows']:,} images, recall@10 {recall}")
+    hint("align-tf search", arguments.output, "a red car")
     return 0

@@ -1,6 +1,5 @@
 """The command `align-tf`: a table of commands, each a file of its own."""
 
-import argparse
 import atexit
 import gc
 import os
@@ -22,6 +21,7 @@ from align_tf.cli import (
     train,
 )
 from align_tf.cli.common import EXIT_USER_ERROR
+from align_tf.cli.parser import Parser, check_spelling
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
 
@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
+    check_spelling(parser, commands, argv)
+    arguments = parser.parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow takes oneDNN's kernels by itself on newer processors alone (AVX512_VNNI), and they
     # are faster with AVX2 too.
@@ -75,8 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """Returns the parser, and that of each command."""
+    parser = Parser(
         prog="align-tf",
         description="ALIGN for TensorFlow and Keras: classify, train, export and serve.",
     )
@@ -87,10 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=command.run)
         command.add_arguments(added)
-    return parser
+    return parser, commands.choices
 
 
-def _print_version_or_help(parser: argparse.ArgumentParser, arguments: Any) -> int:
+def _print_version_or_help(parser: Parser, arguments: Any) -> int:
     if arguments.version:
         from align_tf import __version__
 

@@ -7,6 +7,7 @@ import tempfile
 from typing import Any
 
 from align_tf.cli.common import (
+    hint,
     import_tensorflow,
     load,
     print_table,
@@ -63,6 +64,8 @@ def run(arguments: Any) -> int:
         _print_quickstart(results, version, arguments.json)
         if arguments.keep_serving:
             running.wait(lambda: _print_curl(running, pictures[0], labels[:3]))
+    say(f"The SavedModel stays in {output} until you remove it.")
+    hint("align-tf serve", str(output))
     return 0
 
 

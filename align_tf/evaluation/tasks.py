@@ -17,6 +17,7 @@ from align_tf.data.readers import open_source
 from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retrieval, zero_shot
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
+from align_tf.files import read_lines
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -185,7 +186,7 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
     if labels is None:
         return {name: name.replace("_", " ") for name in folders}
     if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
-        labels = _lines(labels[0])
+        labels = read_lines(labels[0])
     classes = {}
     for line in labels:
         name, tab, label = line.partition("\t")
@@ -211,24 +212,12 @@ def read_templates(name: str | None) -> list[str]:
         return ["{}"]
     if name == "imagenet":
         file = importlib.resources.files("align_tf.evaluation") / "imagenet_templates.txt"
-        return [line for line in _lines(file) if not line.startswith("#")]
-    templates = [line for line in _lines(name) if not line.startswith("#")]
+        return [line for line in read_lines(file) if not line.startswith("#")]
+    templates = [line for line in read_lines(name) if not line.startswith("#")]
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"{name}: template {template!r}: expected a {{}} for the label")
     return templates
-
-
-def _lines(file: Any) -> list[str]:
-    """Reads the lines that are not blank; a name without a path is one in this folder."""
-    path = pathlib.Path(file) if isinstance(file, str) else file
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    lines = [line.strip(" ") for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{path}: empty, expected one a line")
-    return lines
 
 
 def _folder(source: str) -> pathlib.Path:

@@ -3,7 +3,7 @@
 convert         a checkpoint from one format to another
 saved_model     for TensorFlow Serving: raw bytes and strings in
 litert          for phones: a file a tower
-fit, temporary  what all of them do first: check, and make a folder to write in
+matching, temporary   what all of them do first: check, and make a folder to write in
 """
 
 import lazy_loader

@@ -12,7 +12,7 @@ import keras
 from align_tf import hub
 from align_tf.checkpoints import import_plan, tensors
 from align_tf.configuration.blocks import block_table
-from align_tf.export.fit import check_fit
+from align_tf.export.matching import check_fit
 from align_tf.export.saved_model import export_saved_model
 from align_tf.export.temporary import temporary_folder
 from align_tf.files import CheckpointError

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
-from align_tf.export.fit import check_fit
+from align_tf.export.matching import check_fit
 from align_tf.export.temporary import temporary_folder
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED

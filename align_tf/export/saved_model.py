@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 import align_tf
-from align_tf.export.fit import check_fit
+from align_tf.export.matching import check_fit
 from align_tf.export.signatures import make_signatures
 from align_tf.export.temporary import temporary_folder
 from align_tf.models.align import AlignModel

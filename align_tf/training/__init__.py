@@ -1,6 +1,7 @@
 """Training by a recipe: what `align-tf train` does, and its parts for `fit`.
 
-run             the run: model, data, steps, log, and going on where it was stopped
+run             the run: model, data, steps, and going on where it was stopped
+log             what it says: its header, its lines, `metrics.jsonl`
 recipe          the settings, from YAML and flags
 callbacks       evaluation, checkpoints and compilations counted, within `fit`
 resume          the state of a training, saved and restored

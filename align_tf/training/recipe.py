@@ -2,11 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 from typing import Any
 
+from align_tf.configuration.presets import PRESETS
 from align_tf.data.limit import LIMIT, is_limit
+from align_tf.extras import extra
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -30,89 +33,146 @@ CHECKS = {
 }
 
 
-def _setting(default: Any, text: str, expected: Any = str) -> Any:
-    """A field: its default, what `--help` says of it, and what a value must be.
+# The groups of settings, in the order of `--help`.
+GROUPS = ("model and data", "batch", "optimizer", "what trains", "output")
+MODEL, BATCH, OPTIMIZER, TRAINS, OUTPUT = GROUPS
+
+# Where the recipe is silent: a model is fine-tuned, a preset trained as in the paper.
+FINE_TUNING_RATE, RATE = 1e-5, 1e-3
+WARMUP_SHARE = 0.1  # of the steps of a fine-tuning
+LINES, CHECKPOINTS = 100, 10  # of a training
+MOST_LOG_EVERY, MOST_SAVE_EVERY = 100, 1000  # steps, however long it is
+
+
+def _setting(group: str, default: Any, text: str, expected: Any = str) -> Any:
+    """A field: its group and default, what `--help` says of it, and what a value must be.
 
     `expected` is a type, a key of `CHECKS`, or a tuple of the words that it may be.
     """
-    return dataclasses.field(default=default, metadata={"help": text, "expected": expected})
+    metadata = {"group": group, "help": text, "expected": expected}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Recipe:
     """The settings of a training, each a key of the YAML file and a flag of `align-tf train`.
 
-    Exactly one of `model` and `preset` is given. The defaults are the paper's (ALIGN,
-    arXiv 2102.05918, section 5), but for the sizes of batch and training.
+    Exactly one of `model` and `preset` is given. The defaults of `preset` are the paper's (ALIGN,
+    arXiv 2102.05918, section 5), but for the sizes of batch and training; those of `model` suit a
+    fine-tuning. What follows from the number of steps is None until `counted` states it.
 
     Raises:
         ValueError: a setting is missing, unknown or out of range; the message names it.
     """
 
     model: str | None = _setting(
-        None, "the checkpoint to fine-tune: a folder, a Hugging Face id, or align-tiny"
+        MODEL, None, "the checkpoint to fine-tune: a folder, a Hugging Face id, or align-tiny"
     )
     preset: str | None = _setting(
-        None, "the architecture to train from scratch, such as align-base"
+        MODEL, None, f"the architecture to train from scratch: {', '.join(PRESETS)}"
     )
     processor: str | None = _setting(
-        None, "the checkpoint whose tokenizer and image settings are used (that of model)"
+        MODEL, None, "the checkpoint whose tokenizer and image settings are used (that of model)"
     )
-    data: str | None = _setting(None, "pairs to train on: a file, a folder or a glob")
-    validation_data: str | None = _setting(None, "pairs whose loss is watched")
+    data: str | None = _setting(MODEL, None, "pairs to train on: a file, a folder or a glob")
+    validation_data: str | None = _setting(MODEL, None, "pairs whose loss is watched")
     max_errors: int | str = _setting(
+        MODEL,
         100,
         "pairs that cannot be read and are left out before it is an error, or a percentage of them",
         LIMIT,
     )
-    output: str | None = _setting(None, "the folder of the checkpoints and the trained model")
+    output: str | None = _setting(
+        OUTPUT, None, "the folder of the checkpoints and the trained model"
+    )
     image_size: int | None = _setting(
-        None, "pixels of an image's side, in training and after (that of processor)", COUNT
+        MODEL, None, "pixels of an image's side, in training and after (that of processor)", COUNT
     )
 
-    augment: bool = _setting(True, "crop and flip the training images at random", bool)
+    augment: bool = _setting(MODEL, True, "crop and flip the training images at random", bool)
 
-    batch_size: int = _setting(64, "pairs in a step; the others are each one's negatives", PAIRS)
-    accumulation: int = _setting(1, "parts that a batch is computed in, to save memory", COUNT)
-    devices: int | None = _setting(None, "GPUs or TPU cores that share a batch (all)", COUNT)
-    remat: bool = _setting(False, "compute activations again for the gradient, to save more", bool)
-    steps: int | None = _setting(None, "steps of the whole training", COUNT)
-    epochs: int | None = _setting(None, "the same, in passes over the data", COUNT)
-    optimizer: str = _setting("lamb", "lamb or adamw", ("lamb", "adamw"))
-    learning_rate: float = _setting(1e-3, "the rate after the warmup", POSITIVE)
-    weight_decay: float = _setting(1e-5, "of kernels and embeddings", "a number of 0 or more")
-    warmup_steps: int = _setting(0, "steps in which the rate rises from 0", NATURAL)
+    batch_size: int = _setting(
+        BATCH, 64, "pairs in a step; the others are each one's negatives", PAIRS
+    )
+    accumulation: int = _setting(
+        BATCH, 1, "parts that a batch is computed in, to save memory", COUNT
+    )
+    devices: int | None = _setting(BATCH, None, "GPUs or TPU cores that share a batch (all)", COUNT)
+    remat: bool = _setting(
+        BATCH, False, "compute activations again for the gradient, to save more", bool
+    )
+    steps: int | None = _setting(BATCH, None, "steps of the whole training", COUNT)
+    epochs: int | None = _setting(BATCH, None, "the same, in passes over the data", COUNT)
+    optimizer: str | None = _setting(
+        OPTIMIZER, None, "of LAMB and AdamW (adamw with model, lamb with preset)", ("lamb", "adamw")
+    )
+    learning_rate: float | None = _setting(
+        OPTIMIZER,
+        None,
+        "the rate after the warmup (1e-5 for adamw with model, otherwise 1e-3)",
+        POSITIVE,
+    )
+    weight_decay: float = _setting(
+        OPTIMIZER, 1e-5, "of kernels and embeddings", "a number of 0 or more"
+    )
+    warmup_steps: int | None = _setting(
+        OPTIMIZER,
+        None,
+        "steps in which the rate rises from 0 (a tenth of all with model, 0 with preset)",
+        NATURAL,
+    )
     schedule: str = _setting(
-        "linear", "how the rate falls to 0 after the warmup", ("linear", "cosine", "constant")
+        OPTIMIZER,
+        "linear",
+        "how the rate falls to 0 after the warmup",
+        ("linear", "cosine", "constant"),
     )
-    text_rate: float = _setting(1.0, "multiplies the rate of the text tower", POSITIVE)
-    vision_rate: float = _setting(1.0, "multiplies the rate of the image tower", POSITIVE)
-    layer_decay: float = _setting(1.0, "multiplies the rate once more a block down", POSITIVE)
-    clip_norm: float | None = _setting(None, "longest norm of all gradients together", POSITIVE)
-    ema_momentum: float | None = _setting(None, "of a moving average of the weights", SHARE)
+    text_rate: float = _setting(OPTIMIZER, 1.0, "multiplies the rate of the text tower", POSITIVE)
+    vision_rate: float = _setting(
+        OPTIMIZER, 1.0, "multiplies the rate of the image tower", POSITIVE
+    )
+    layer_decay: float = _setting(
+        OPTIMIZER, 1.0, "multiplies the rate once more a block down", POSITIVE
+    )
+    clip_norm: float | None = _setting(
+        OPTIMIZER, None, "longest norm of all gradients together", POSITIVE
+    )
+    ema_momentum: float | None = _setting(
+        OPTIMIZER, None, "of a moving average of the weights", SHARE
+    )
 
     freeze: Any = _setting(  # noqa: RUF009
-        None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
+        TRAINS, None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
     )
     batch_norm: str | None = _setting(
-        None, "frozen or trained (frozen with model, trained with preset)", ("frozen", "trained")
+        TRAINS,
+        None,
+        "frozen or trained (frozen with model, trained with preset)",
+        ("frozen", "trained"),
     )
     loss: str = _setting(
-        "softmax", "softmax, or sigmoid with a learned bias", ("softmax", "sigmoid")
+        TRAINS, "softmax", "softmax, or sigmoid with a learned bias", ("softmax", "sigmoid")
     )
     loss_reduction: str = _setting(
-        "mean", "of the two directions: mean, or sum as the original", ("mean", "sum")
+        TRAINS, "mean", "of the two directions: mean, or sum as the original", ("mean", "sum")
     )
-    label_smoothing: float = _setting(0.1, "of the softmax loss", SHARE)
+    label_smoothing: float = _setting(TRAINS, 0.1, "of the softmax loss", SHARE)
     dtype: str = _setting(
-        "float32", "of the computation", ("float32", "mixed_bfloat16", "mixed_float16")
+        BATCH, "float32", "of the computation", ("float32", "mixed_bfloat16", "mixed_float16")
     )
-    seed: int = _setting(0, "of new weights, dropout, and the order of the data", NATURAL)
+    seed: int = _setting(MODEL, 0, "of new weights, dropout, and the order of the data", NATURAL)
 
-    save_every: int = _setting(1000, "steps between two checkpoints and validations", COUNT)
-    keep: int = _setting(2, "checkpoints that stay", COUNT)
-    log_every: int = _setting(50, "steps between two lines of progress", COUNT)
-    tensorboard: bool = _setting(False, "write TensorBoard's logs too", bool)
+    save_every: int | None = _setting(
+        OUTPUT,
+        None,
+        "steps between two checkpoints and validations (a tenth of all, at most 1000)",
+        COUNT,
+    )
+    keep: int = _setting(OUTPUT, 2, "checkpoints that stay", COUNT)
+    log_every: int | None = _setting(
+        OUTPUT, None, "steps between two lines of progress (a hundredth of all, at most 100)", COUNT
+    )
+    tensorboard: bool = _setting(OUTPUT, False, "write TensorBoard's logs too", bool)
 
     def __post_init__(self) -> None:
         for key in ("data", "output"):
@@ -128,11 +188,19 @@ class Recipe:
                 "expected model, a checkpoint to fine-tune, or preset, an architecture to train "
                 f"from scratch, and one of them; found model={self.model!r}, preset={self.preset!r}"
             )
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
         if self.preset is not None and self.processor is None:
             raise ValueError(
                 f"processor: missing; with preset={self.preset!r} it names the checkpoint whose "
                 "tokenizer and image settings are used"
             )
+        fine_tuning = self.model is not None
+        if self.optimizer is None:
+            self.optimizer = "adamw" if fine_tuning else "lamb"
+        if self.learning_rate is None:
+            gentle = fine_tuning and self.optimizer == "adamw"
+            self.learning_rate = FINE_TUNING_RATE if gentle else RATE
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
@@ -148,6 +216,20 @@ class Recipe:
                 f"accumulation={self.accumulation}: expected a divisor of "
                 f"batch_size={self.batch_size}"
             )
+
+    def counted(self, steps: int) -> "Recipe":
+        """Returns the recipe with its steps stated, and with what follows from their number.
+
+        These are `warmup_steps`, `save_every` and `log_every`, where they are not given: the same
+        of a training that goes on, whose steps are the same.
+        """
+        derived = {
+            "warmup_steps": round(WARMUP_SHARE * steps) if self.model is not None else 0,
+            "save_every": min(math.ceil(steps / CHECKPOINTS), MOST_SAVE_EVERY),
+            "log_every": min(math.ceil(steps / LINES), MOST_LOG_EVERY),
+        }
+        silent = {key: value for key, value in derived.items() if getattr(self, key) is None}
+        return dataclasses.replace(self, steps=steps, epochs=None, **silent)
 
     def frozen(self) -> dict[str, list[int] | None]:
         """Returns the towers that do not train, each with its frozen blocks, or None for all."""
@@ -169,6 +251,17 @@ class Recipe:
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         files.write_text(pathlib.Path(path), text)
+
+
+def check_extras(recipe: Recipe) -> None:
+    """Sees that what a recipe asks for is installed, before anything is loaded or written.
+
+    Raises:
+        ModuleNotFoundError: `tensorboard` without TensorBoard; the message names the pip command.
+    """
+    if recipe.tensorboard:
+        with extra("tensorboard", "tensorboard: true needs TensorBoard"):
+            import tensorboard  # noqa: F401  which tf.summary is made of
 
 
 def read_recipe(
@@ -210,7 +303,8 @@ def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe file")
+        folder = ", but a folder; one of pairs goes to data" if path.is_dir() else ""
+        raise FileNotFoundError(f"{path}: no such recipe file{folder}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -4,42 +4,33 @@ import codecs
 import contextlib
 import ctypes
 import dataclasses
-import json
 import math
 import pathlib
 import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
-from align_tf import files
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
 from align_tf.data.listing import Listing
-from align_tf.data.readers import list_files
-from align_tf.extras import extra
+from align_tf.data.readers import list_files, open_source
 from align_tf.models.align import AlignModel
-from align_tf.models.fit_watch import check_contrast
 from align_tf.preprocessing.processor import AlignProcessor
-from align_tf.progress import say
+from align_tf.progress import Bar, say
 from align_tf.training import devices, resume
 from align_tf.training.callbacks import RetrievalEvaluation
+from align_tf.training.log import Log, say_header
 from align_tf.training.optimization import make_optimizer
-from align_tf.training.recipe import RECIPE_NAME, Recipe, read_recipe
+from align_tf.training.recipe import RECIPE_NAME, Recipe, check_extras, read_recipe
 
-METRICS_NAME = "metrics.jsonl"
 LISTING_NAME = "data_listing.npz"
 M_ARENA_MAX = -8  # of glibc's malloc.h
-
-# Of what a validation finds, these are shown; `metrics.jsonl` has all.
-VALIDATION_SHOWN = ("val_loss", "val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")
 
 # Settings that may change when a training goes on: no weight depends on them.
 FREE_SETTINGS = (
@@ -68,8 +59,10 @@ def train(recipe: Recipe) -> pathlib.Path:
         ValueError: a setting does not fit, the output folder belongs to another recipe, or the
             loss is no longer finite.
         FileNotFoundError: model or data are not there.
+        ModuleNotFoundError: the recipe asks for what is not installed.
         KeyboardInterrupt: a signal stopped the training, after its checkpoint.
     """
+    check_extras(recipe)
     output = _claim(recipe)
     _check_data(recipe, output)
     limit_arenas()
@@ -78,12 +71,15 @@ def train(recipe: Recipe) -> pathlib.Path:
     if recipe.batch_size % count:
         raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
     processor = _make_processor(recipe)
-    recipe = _counted(recipe, processor)
+    recipe, pairs = _counted(recipe)
     with devices.data_parallel(count).scope() if count > 1 else contextlib.nullcontext():
         model = _make_model(recipe, processor, count)
+        say_header(recipe, model, pairs, count)
         step = resume.restore_last(output, model)
         if step < recipe.steps:
-            _fit(model, processor, recipe, output, step)
+            _fit(model, processor, recipe, output, step, pairs)
+        else:
+            say(f"All of its {recipe.steps:,} steps are done.")
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
         model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -145,24 +141,23 @@ def _make_processor(recipe: Recipe) -> AlignProcessor:
     return processor
 
 
-def _counted(recipe: Recipe, processor: AlignProcessor) -> Recipe:
-    """States a recipe's epochs in steps."""
+def _counted(recipe: Recipe) -> tuple[Recipe, int | None]:
+    """States a recipe's epochs in steps; also counts its pairs, None where they do not say."""
+    pairs = open_source(recipe.data).count
+    if pairs is not None and pairs < recipe.batch_size:
+        raise ValueError(
+            f"{recipe.data}: {pairs} records, expected {recipe.batch_size} or more for a batch, "
+            "or a smaller batch_size"
+        )
     if recipe.epochs is None:
-        return recipe
-    dataset = make_dataset(
-        recipe.data,
-        processor,
-        batch_size=recipe.batch_size,
-        training=True,
-        epochs=recipe.epochs,
-    )
-    steps = int(dataset.cardinality())
-    if steps < 0:
+        return recipe.counted(recipe.steps), pairs
+    if pairs is None:
         raise ValueError(
             f"epochs={recipe.epochs}: {recipe.data} does not say how many pairs it holds; "
             "expected steps"
         )
-    return dataclasses.replace(recipe, steps=steps, epochs=None)
+    # The last records of a pass, which fill no batch, wait for another.
+    return recipe.counted(recipe.epochs * (pairs // recipe.batch_size)), pairs
 
 
 def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
@@ -174,7 +169,9 @@ def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) ->
         text_config = dataclasses.replace(config.text_config, vocab_size=vocab_size)
         config = dataclasses.replace(config, text_config=text_config)
         model = AlignModel(config, dtype=recipe.dtype)
-    model.vision_model.config.image_size = processor.image_processor.crop_size["height"]
+    height, _, _ = processor.image_processor.output_shape
+    if height is not None:
+        model.vision_model.config.image_size = height
     model.label_smoothing = recipe.label_smoothing
     model.loss_reduction = recipe.loss_reduction
     if recipe.loss == "sigmoid":
@@ -205,7 +202,12 @@ def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) ->
 
 
 def _fit(
-    model: AlignModel, processor: AlignProcessor, recipe: Recipe, output: pathlib.Path, step: int
+    model: AlignModel,
+    processor: AlignProcessor,
+    recipe: Recipe,
+    output: pathlib.Path,
+    step: int,
+    pairs: int | None,
 ) -> None:
     dataset = make_dataset(
         recipe.data,
@@ -227,7 +229,8 @@ def _fit(
         )
         evaluations = [RetrievalEvaluation(validation)]
     checkpoints = Checkpoints(recipe, processor, output, step)
-    with _signals(checkpoints), _data_errors():
+    epoch_steps = pairs and pairs // recipe.batch_size
+    with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():
         model.fit(
             dataset,
             # An epoch is what lies between two checkpoints; `Checkpoints` ends the last one.
@@ -235,7 +238,7 @@ def _fit(
             steps_per_epoch=recipe.save_every,
             validation_data=validation,
             # The log reads what the evaluations have found.
-            callbacks=[*evaluations, Log(recipe, output, step), checkpoints],
+            callbacks=[*evaluations, Log(recipe, output, step, epoch_steps, bar), checkpoints],
             shuffle=False,  # the dataset is
             verbose=0,
         )
@@ -309,100 +312,3 @@ def _signals(checkpoints: Checkpoints) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Log(keras.callbacks.Callback):
-    """Tells how the training goes: on stderr, in `metrics.jsonl` and for TensorBoard.
-
-    Each value is the mean since the line before it.
-
-    Args:
-        recipe: the settings.
-        output: the folder of the training.
-        step: steps taken before; later lines of `metrics.jsonl` are of a run that was killed,
-            and go.
-    """
-
-    def __init__(self, recipe: Recipe, output: pathlib.Path, step: int) -> None:
-        super().__init__()
-        self.recipe, self.step = recipe, step
-        self.path = output / METRICS_NAME
-        self.writer = _summary_writer(output / "tensorboard") if recipe.tensorboard else None
-        self.first: tuple[int, float] | None = None  # step and time when the model is compiled
-        self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
-
-    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self.step += 1
-        now = time.monotonic()
-        if self.first is None:
-            self.first = self.marked = (self.step, now)
-        if self.step % self.recipe.log_every and self.step != self.recipe.steps:
-            return
-        model = self.model
-        values = {
-            **logs,
-            "temperature": float(ops.convert_to_numpy(model.temperature)),
-            "learning_rate": float(ops.convert_to_numpy(model.optimizer.learning_rate)),
-        }
-        line = f"step {self.step}/{self.recipe.steps}  loss {values['loss']:.4f}  "
-        line += f"temperature {values['temperature']:.4f}  rate {values['learning_rate']:.2e}"
-        if self.step > self.marked[0]:
-            seconds = (now - self.marked[1]) / (self.step - self.marked[0])
-            values["images_per_second"] = self.recipe.batch_size / seconds
-            # With the checkpoints and validations between the steps.
-            seconds = (now - self.first[1]) / (self.step - self.first[0])
-            left = _duration((self.recipe.steps - self.step) * seconds)
-            line += f"  {values['images_per_second']:.1f} images/s  {left} left"
-        self.marked = (self.step, now)
-        say(line)
-        self._write(values)
-        check_contrast(model, f"step {self.step}")
-        model.reset_metrics()
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        if self.first is not None:  # a checkpoint was written, and validated
-            self.marked = (self.step, time.monotonic())
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        values = {key: value for key, value in logs.items() if key.startswith("val_")}
-        if values:
-            shown = "  ".join(f"{key} {values[key]:.4f}" for key in VALIDATION_SHOWN)
-            say(f"step {self.step}/{self.recipe.steps}  {shown}")
-            self._write(values)
-
-    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def _write(self, values: dict[str, float]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
-        if self.writer is not None:
-            with self.writer.as_default(self.step):
-                for key, value in values.items():
-                    tf.summary.scalar(key, value)
-            self.writer.flush()
-
-
-def _summary_writer(folder: pathlib.Path) -> Any:
-    with extra("tensorboard", "tensorboard: true needs TensorBoard"):
-        import tensorboard  # noqa: F401  which tf.summary is made of
-    return tf.summary.create_file_writer(str(folder))
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite where a kill has cut it."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,8 +1,11 @@
 """The command line: results, machine-readable output, mistakes that end in one line."""
 
+import csv
+import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import align_tf
 from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
@@ -94,6 +98,12 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
     [
         (["classify", "none.png", "--labels", "a"], "none.png: no such file"),
         (["classify", __file__, "--labels", "a", "--template", "a photo"], "--template"),
+        (["classify", __file__, "--labels", "a", ""], "label 2 of 2 is blank"),
+        (["classify", __file__, "--labels", "classes.txt"], "classes.txt: no such file"),
+        (["classify", __file__, "--labels", "a", __file__], "is a file; expected labels"),
+        (["classify", __file__, "--labels", "a", "--top", "0"], "--top 0: expected 1 or more"),
+        (["classify", "nowhere/*.png", "--labels", "a"], "nowhere/*.png: no such file"),
+        (["classify", str(SERVING), "--labels", "a"], "serving: no images; expected .jpg"),
         (["classify", __file__, "--labels", "a", "--model", "nowhere"], "'nowhere'"),
         (["evaluate", "--data", "./nowhere"], "./nowhere"),
         (["evaluate", "--data", "x", "--task", "knn", "--labels", "a"], "--labels"),
@@ -113,17 +123,144 @@ def test_a_mistake_ends_in_one_line(capsys, arguments, expected):
     assert last.startswith("align-tf: error:") and expected in last
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "--lerning-rate", "1"], "--lerning-rate; did you mean --learning-rate?"),
+        (["train", "--learning_rate", "1"], "--learning_rate; did you mean --learning-rate?"),
+        (["export", "--ouput", "x"], "unknown flag --ouput; did you mean --output?"),
+        (["export", "-model", "x"], "unknown flag -model; did you mean --model?"),
+        (["serve", "--qqq=1"], "unknown flag --qqq (see align-tf serve --help)"),
+        (["--versoin"], "unknown flag --versoin; did you mean --version?"),
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["xyz"], "unknown command 'xyz'; expected one of quickstart, classify"),
+        (["classify", "--labels", "a", "b", "x.png"], '-- has to stand between: --labels "a cat"'),
+        (["evaluate"], "the following arguments are required: --data (see"),
+    ],
+)
+def test_a_misspelled_command_line_is_answered_in_one_line(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert expected in err
+
+
+def test_a_flag_may_be_cut_short_and_what_follows_two_dashes_is_none(capsys):
+    code, _, err = run(capsys, "classify", "--lab", "a", "--", "--lables")
+    assert (code, "--lables: no such file" in err) == (2, True)
+
+
+def test_an_empty_file_of_labels_is_a_mistake(capsys, tmp_path):
+    (tmp_path / "labels").write_text(" \n\n")
+    code, _, err = run(capsys, "classify", EXAMPLES[0], "--labels", tmp_path / "labels")
+    assert (code, err) == (2, f"align-tf: error: {tmp_path}/labels: empty, expected one a line\n")
+
+
+def test_classify_takes_folders_globs_stdin_and_a_file_of_labels(capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "pictures" / "deep"
+    folder.mkdir(parents=True)
+    names = {path.stem: shutil.copy(path, folder) for path in EXAMPLES}
+    (folder / "notes.txt").write_text("no picture")
+    (tmp_path / "labels").write_text("rose\npanda\nrose\npo\tpolice car\n\nstar\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{names['rose']}\n\n"))
+    given = ["-", tmp_path / "pictures", str(folder / "p*a.png")]
+    code, out, err = run(
+        capsys, "classify", "--csv", "--top", "1", "--labels", tmp_path / "labels", "--", *given
+    )
+    assert (code, "Note:" in err) == (0, False)
+    header, *rows = csv.reader(out.splitlines())
+    assert header == ["image", "label", "probability"]
+    # The list, then the folder, sorted, then the glob.
+    expected = ["rose", "cupcake", "panda", "pineapple", "police_car", "rose", "star", "panda"]
+    assert [row[0] for row in rows] == [str(names[name]) for name in expected]
+    found = [(name, row[1]) for name, row in zip(expected, rows, strict=True)]
+    for pair in (("rose", "rose"), ("panda", "panda"), ("police_car", "police car")):
+        assert pair in found
+    assert float(rows[0][2]) > 0.5
+
+
+def test_classify_says_what_it_leaves_out(capsys):
+    labels = [f"label {number}" for number in range(11)] + ["a rose"]
+    code, out, err = run(capsys, "classify", EXAMPLES[4], "--top", "3", "--labels", *labels)
+    assert (code, out.count("%"), "9 more" in out) == (0, 3, True)
+    assert "a rose" in out and "Note:" not in err
+
+
+def test_align_tiny_says_that_a_photograph_is_nothing_for_it(capsys):
+    datasets = pytest.importorskip("sklearn.datasets")
+    photograph = pathlib.Path(datasets.__file__).parent / "images" / "china.jpg"
+    code, _, err = run(capsys, "classify", EXAMPLES[0], photograph, "--labels", "a temple")
+    assert code == 0
+    one, tiny = err.splitlines()[-2:]
+    assert one == "Note: one label alone always has 100 %; give others to choose from"
+    assert tiny.startswith("Note: align-tiny knows emoji") and f"{photograph} looks" in tiny
+
+
+def test_the_help_of_train_groups_the_settings_and_lists_their_choices(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    titles = ["model and data:", "batch:", "optimizer:", "what trains:", "output:"]
+    places = [out.index(f"\n{title}\n") for title in titles]
+    assert places == sorted(places)
+    optimizer = out[places[2] : places[3]]
+    for choices in ("{lamb,adamw}", "{linear,cosine,constant}"):
+        assert choices in optimizer
+    assert "(adamw with model, lamb with preset)" in " ".join(optimizer.split())
+    assert "{true,false}" in out[places[4] :]
+    assert "align-base, align-" in " ".join(out.split())
+
+
+def test_the_package_is_a_program():
+    command = [sys.executable, "-m", "align_tf", "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout == f"{align_tf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--task", "zero-shot"], "no images"),
+        (["--task", "zero-shot", "--templates", "none.txt"], "none.txt: no such file"),
+        (["--task", "knn"], 'pip install "align-tf[eval]"'),
+    ],
+)
+def test_evaluate_sees_what_is_wrong_before_it_loads_a_model(capsys, absent, arguments, expected):
+    absent("sklearn")
+    code, out, err = run(capsys, "evaluate", "--data", SERVING, "--model", "nowhere", *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err.splitlines()[-1] and "Loading" not in err
+
+
+def test_embed_and_index_say_what_comes_next(capsys, tmp_path):
+    pytest.importorskip("faiss")
+    shards, index = tmp_path / "my photos", tmp_path / "my photos-index"
+    code, _, err = run(capsys, "embed", EXAMPLES[0].parent, "--output", shards)
+    assert (code, err.splitlines()[-1]) == (
+        0,
+        f"Next: align-tf index '{shards}' --output '{index}'",
+    )
+    code, _, err = run(capsys, "index", shards, "--output", index)
+    assert (code, err.splitlines()[-1]) == (0, f"Next: align-tf search '{index}' 'a red car'")
+
+
 def test_export_prints_the_folder_alone(capsys, checkpoint, tmp_path):
-    code, out, _ = run(capsys, "export", "--model", checkpoint, "--output", tmp_path / "align")
+    code, out, err = run(capsys, "export", "--model", checkpoint, "--output", tmp_path / "align")
     assert code == 0
     assert out.strip() == str(tmp_path / "align" / "1")
     assert (tmp_path / "align" / "1" / "saved_model.pb").is_file()
+    assert err.splitlines()[-1] == f"Next: align-tf serve {tmp_path}/align"
 
 
 def test_quickstart_gives_the_same_answer_three_ways(capsys, tmp_path):
     pytest.importorskip("tensorflow_serving")
-    code, out, _ = run(capsys, "quickstart", "--json", "--output", tmp_path)
+    code, out, err = run(capsys, "quickstart", "--json", "--output", tmp_path)
     assert code == 0
+    assert err.splitlines()[-2:] == [
+        f"The SavedModel stays in {tmp_path} until you remove it.",
+        f"Next: align-tf serve {tmp_path}",
+    ]
     report = json.loads(out)
     assert report["saved_model"] == str(tmp_path / "1")
     assert len(report["results"]) == len(EXAMPLES) >= 6
@@ -203,7 +340,7 @@ def test_quickstart_keeps_serving_until_it_is_stopped(tmp_path):
 def test_classify_accepts_any_picture_file(capsys, tmp_path):
     path = tmp_path / "gray.jpg"
     Image.fromarray(np.full((30, 300), 128, np.uint8)).save(path)
-    code, out, _ = run(capsys, "classify", path, "--json", "--labels", "", "a gray square")
+    code, out, _ = run(capsys, "classify", path, "--json", "--labels", "a dog", "a gray square")
     assert code == 0
     assert len(json.loads(out)[0]["probs"]) == 2
 

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from align_tf.cli.main import main
 from align_tf.training import Recipe, read_recipe
 
 RECIPES = pathlib.Path(__file__).parents[2] / "recipes"
@@ -16,11 +17,43 @@ def written(tmp_path, text):
     return path
 
 
-def test_defaults_are_the_papers():
-    recipe = Recipe(**LEAST)
-    assert (recipe.optimizer, recipe.schedule) == ("lamb", "linear")
-    assert (recipe.learning_rate, recipe.weight_decay) == (1e-3, 1e-5)
-    assert recipe.label_smoothing == 0.1
+def test_defaults_are_the_papers_and_gentle_where_a_model_is_fine_tuned():
+    preset = {**LEAST, "model": None, "preset": "align-base", "processor": "align-tiny"}
+    for start, given, expected in (
+        (preset, {}, ("lamb", 1e-3, 0)),
+        (preset, {"optimizer": "adamw"}, ("adamw", 1e-3, 0)),
+        (LEAST, {}, ("adamw", 1e-5, 10)),
+        (LEAST, {"optimizer": "lamb"}, ("lamb", 1e-3, 10)),
+        (LEAST, {"learning_rate": 3e-4, "warmup_steps": 0}, ("adamw", 3e-4, 0)),
+    ):
+        recipe = Recipe(**start, **given).counted(100)
+        assert (recipe.optimizer, recipe.learning_rate, recipe.warmup_steps) == expected
+        assert (recipe.schedule, recipe.weight_decay) == ("linear", 1e-5)
+        assert recipe.label_smoothing == 0.1
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "save_every"),
+    [(1, 1, 1), (60, 1, 6), (250, 3, 25), (2000, 20, 200), (60_000_000, 100, 1000)],
+)
+def test_the_pace_follows_the_number_of_steps(steps, log_every, save_every):
+    recipe = Recipe(**{**LEAST, "steps": None, "epochs": 2}).counted(steps)
+    assert (recipe.steps, recipe.epochs) == (steps, None)
+    assert (recipe.log_every, recipe.save_every) == (log_every, save_every)
+    recipe = Recipe(**LEAST, log_every=7, save_every=9).counted(steps)
+    assert (recipe.log_every, recipe.save_every) == (7, 9)
+
+
+def test_absent_tensorboard_is_told_before_anything_is_written(absent, tmp_path, capsys):
+    absent("tensorboard")
+    output = tmp_path / "out"
+    given = ["--model", "align-tiny", "--data", "pairs", "--output", str(output), "--steps", "1"]
+    assert main(["train", *given, "--tensorboard"]) == 2
+    assert capsys.readouterr().err == (
+        "align-tf: error: tensorboard: true needs TensorBoard: "
+        'pip install "align-tf[tensorboard]"\n'
+    )
+    assert not output.exists()
 
 
 def test_yaml_and_flags_make_a_recipe(tmp_path):
@@ -75,6 +108,7 @@ def test_example_recipes_are_read():
         ({"preset": "align-mini"}, "expected model, a checkpoint to fine-tune, or preset"),
         ({"model": None}, "expected model, a checkpoint to fine-tune, or preset"),
         ({"model": None, "preset": "align-mini"}, "processor: missing"),
+        ({"model": None, "preset": "align-bse", "processor": "x"}, "preset='align-bse': expected"),
         ({"accumulation": 5}, "accumulation=5: expected a divisor of batch_size=64"),
         ({"tensorboard": "maybe"}, "tensorboard='maybe': expected true or false"),
         ({"schedule": None}, "schedule=None: expected one of linear"),
@@ -89,6 +123,8 @@ def test_mistakes_are_named(change, message):
 def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe file"):
         read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="no such recipe file, but a folder; one of pairs"):
+        read_recipe(tmp_path)
     with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
         read_recipe(written(tmp_path, "data: [1"))
     with pytest.raises(ValueError, match=r"expected lines of 'key: value', found 'model'"):

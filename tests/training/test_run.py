@@ -16,32 +16,15 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from align_tf import (
-    AlignConfig,
-    AlignImageProcessor,
-    AlignModel,
-    AlignProcessor,
-    AlignTokenizer,
-)
+from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
 from align_tf.cli.main import main
 from align_tf.configuration import presets
 from align_tf.data import make_dataset
 from align_tf.files import CheckpointError
-from align_tf.training import Recipe, RetrievalEvaluation, read_recipe, resume, run, train
+from align_tf.training import Recipe, RetrievalEvaluation, log, read_recipe, resume, run, train
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "a",
-    "dark",
-    "bright",
-    "red",
-    "green",
-    "blue",
-]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS += ["a", "dark", "bright", "red", "green", "blue"]
 STEPS = 20
 # Stops for good where the second checkpoint is written, but for its processor.
 HANGS = """
@@ -111,6 +94,7 @@ def settings_of(place, output):
         "output": str(output),
         "batch_size": 8,
         "steps": STEPS,
+        "optimizer": "lamb",
         "learning_rate": 0.01,
         "warmup_steps": 3,
         "ema_momentum": 0.5,
@@ -187,7 +171,7 @@ def flags(settings):
 def when(monkeypatch):
     """The beginning of a line -> what is done when the training has said such a line."""
 
-    say, actions = run.say, {}
+    say, actions = log.say, {}
 
     def say_and_act(message):
         say(message)
@@ -195,15 +179,13 @@ def when(monkeypatch):
             if message.startswith(beginning):
                 action()
 
-    monkeypatch.setattr(run, "say", say_and_act)
+    monkeypatch.setattr(log, "say", say_and_act)
     return actions
 
 
 def test_training_leaves_what_from_pretrained_reads(unbroken):
-    assert sorted(path.name for path in unbroken.iterdir() if path.is_dir()) == [
-        "checkpoint-18",
-        "checkpoint-20",
-    ]
+    folders = sorted(path.name for path in unbroken.iterdir() if path.is_dir())
+    assert folders == ["checkpoint-18", "checkpoint-20"]
     for folder in (unbroken, unbroken / "checkpoint-18"):
         AlignModel.from_pretrained(folder)
         assert AlignProcessor.from_pretrained(folder).tokenizer.vocab_size == len(WORDS)
@@ -261,6 +243,33 @@ def test_a_training_that_breaks_off_goes_on_to_the_same_weights(settings, unbrok
     assert not list(output.glob(".*checkpoint*"))
     lines = (output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+
+
+def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
+    settings, unbroken, when, capsys
+):
+    del settings["save_every"], settings["log_every"]
+    given = flags(settings)
+    when["step 5/"] = lambda: signal.raise_signal(signal.SIGINT)
+    assert main(["train", *given]) == 130
+    said = capsys.readouterr().err.splitlines()
+    when.clear()
+    assert main(["train", *given]) == 0
+    again = capsys.readouterr().err.splitlines()
+    header = [
+        f"Training {settings['model']} on {settings['data']}: loading TensorFlow ...",
+        f"Data: {settings['data']}, 24 pairs, 8 in a batch",
+        f"Devices: {log.devices.describe_devices()}, float32",
+        "Training: 3,113 of 3,465 weights",
+        "Optimizer: lamb, learning_rate 0.01, warmup_steps 3, schedule linear",
+        "Steps: 20, 3 an epoch; a line every 1, a checkpoint every 2",
+    ]
+    assert said[:6] == again[:6] == header
+    assert any(line.startswith("step 5/20  epoch 2/7  loss ") for line in said)
+    assert f"Next: align-tf export --model {settings['output']} --output models/align" in again
+    assert_same_end(pathlib.Path(settings["output"]), unbroken)
+    lines = (pathlib.Path(settings["output"]) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow  # the import and the first step of another process
@@ -407,8 +416,8 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     output = train(Recipe(**settings))
 
     err = capsys.readouterr().err
-    assert "step 6/6  loss " in err  # 24 pairs twice, 8 at a time
-    assert "step 6/6  val_loss " in err
+    assert "step 6/6  epoch 2/2  loss " in err  # 24 pairs twice, 8 at a time
+    assert "step 6/6  epoch 2/2  val_loss " in err
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     model = AlignModel.from_pretrained(output)
     model.compile()
@@ -426,10 +435,8 @@ def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, ca
     assert model.config.text_config.vocab_size == len(WORDS)
     assert float(model.logit_bias) == pytest.approx(-np.log(7), abs=0.1)
     processor = AlignProcessor.from_pretrained(output).image_processor
-    assert (processor.size, processor.crop_size) == (
-        {"height": 15, "width": 15},
-        {"height": 12, "width": 12},
-    )
+    assert processor.size == {"height": 15, "width": 15}
+    assert processor.crop_size == {"height": 12, "width": 12}
     state = safetensors.numpy.load_file(output / "checkpoint-6" / "training_state.safetensors")
     assert not state["model/text_model/layer_0/output/bias"].any()  # as it began
     assert state["model/text_model/layer_1/output/bias"].any()
@@ -471,8 +478,10 @@ def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, tra
     settings |= {"data": str(tmp_path / "pairs"), "max_errors": 0}
     assert main(["train", *flags(settings)]) == 2
     err = capsys.readouterr().err
-    expected = r"align-tf: error: .*/pairs: it's \[7\] ö: not a decodable image .* max_errors=0.*\n"
-    assert re.fullmatch(expected, err)
+    expected = r"align-tf: error: .*/pairs: it's \[7\] ö: not a decodable image .* max_errors=0.*"
+    *said, last = err.splitlines()
+    assert re.fullmatch(expected, last)
+    assert not any("error" in line or "Traceback" in line for line in said)
 
 
 def test_data_that_changed_are_refused(settings, place, tmp_path, traced_once):

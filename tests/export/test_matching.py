@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from align_tf import AlignConfig, export_litert, export_saved_model
 from align_tf.export import saved_model
-from align_tf.export.fit import _least_side, check_fit
+from align_tf.export.matching import _least_side, check_fit
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 

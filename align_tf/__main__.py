@@ -1,0 +1,7 @@
+"""`python -m align_tf`: the command line."""
+
+import sys
+
+from align_tf.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""The parser of the command line: mistakes in one line, with the nearest of what there is."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+NEAR = 0.7  # of difflib's ratios: below it two words have little in common
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are a line, without the usage of all that there is.
+
+    Attributes:
+        when_missing: what is said beside the error where an argument is missing.
+    """
+
+    when_missing = ""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required"):
+            message += self.when_missing
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def check_spelling(parser: Parser, commands: dict[str, Any], arguments: list[str]) -> None:
+    """Ends with the nearest command or flag where one is given that there is not.
+
+    Args:
+        parser: of the whole command line.
+        commands: command -> its parser.
+        arguments: those after the program's name.
+    """
+    place = next((n for n, word in enumerate(arguments) if word[:1] != "-"), len(arguments))
+    _check_flags(parser, arguments[:place])
+    if place < len(arguments):
+        if arguments[place] not in commands:
+            near = _nearest(arguments[place], commands) or f"expected one of {', '.join(commands)}"
+            parser.error(f"unknown command {arguments[place]!r}; {near}")
+        _check_flags(commands[arguments[place]], arguments[place + 1 :])
+
+
+def _check_flags(parser: Parser, words: list[str]) -> None:
+    known = parser._option_string_actions
+    short = [flag for flag in known if not flag.startswith("--")]
+    for word in words:
+        name = word.partition("=")[0]
+        if word == "--":  # what follows is no flag
+            return
+        # As argparse has it: what has a space is none, a long one may be cut short, and a value may
+        # stand right behind a short one.
+        if not re.match(r"--?[a-zA-Z]", name) or " " in name:
+            continue
+        if not any(flag.startswith(name) for flag in known) and not name.startswith(tuple(short)):
+            near = _nearest(f"--{name.lstrip('-')}", known)
+            parser.error(f"unknown flag {name}" + (f"; {near}" if near else ""))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.replace("_", "-").lower(), known, n=1, cutoff=NEAR)
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,0 +1,167 @@
+"""What a training says: its header, how it goes, in `metrics.jsonl` and for TensorBoard."""
+
+import json
+import math
+import pathlib
+import time
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from align_tf import files
+from align_tf.models.fit_watch import check_contrast
+from align_tf.progress import Bar, say
+from align_tf.training import devices
+from align_tf.training.recipe import Recipe
+
+METRICS_NAME = "metrics.jsonl"
+
+# Of what a validation finds, these are shown; `metrics.jsonl` has all.
+VALIDATION_SHOWN = ("val_loss", "val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")
+
+
+def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_count: int) -> None:
+    """Says on stderr what is trained, on what and for how long.
+
+    Args:
+        recipe: the settings, its steps counted.
+        model: the model, compiled.
+        pairs: of the data; None where they do not say how many they are.
+        device_count: how many devices share a batch.
+    """
+    found = f"{pairs:,} pairs" if pairs is not None else "pairs of a number that it does not say"
+    say(f"Data: {recipe.data}, {found}, {recipe.batch_size:,} in a batch")
+    share = f"{device_count} of " if device_count < devices.count_devices() else ""
+    say(f"Devices: {share}{devices.describe_devices()}, {recipe.dtype}")
+    trained = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    frozen = [_said_frozen(tower, blocks) for tower, blocks in recipe.frozen().items()]
+    if recipe.batch_norm == "frozen" or (recipe.batch_norm is None and recipe.model is not None):
+        frozen.append("BatchNorm")
+    end = f"; frozen: {', '.join(frozen)}" if frozen else ""
+    say(f"Training: {trained:,} of {model.count_params():,} weights{end}")
+    say(
+        f"Optimizer: {recipe.optimizer}, learning_rate {recipe.learning_rate:g}, warmup_steps "
+        f"{recipe.warmup_steps:,}, schedule {recipe.schedule}"
+    )
+    epochs = "" if pairs is None else f", {pairs // recipe.batch_size:,} an epoch"
+    say(
+        f"Steps: {recipe.steps:,}{epochs}; a line every {recipe.log_every:,}, "
+        f"a checkpoint every {recipe.save_every:,}"
+    )
+
+
+def _said_frozen(tower: str, blocks: list[int] | None) -> str:
+    name = {"text": "the text tower", "vision": "the image tower"}[tower]
+    return name if blocks is None else f"blocks {', '.join(map(str, blocks))} of {name}"
+
+
+class Log(keras.callbacks.Callback):
+    """Tells how the training goes: on stderr, in `metrics.jsonl` and for TensorBoard.
+
+    Each value is the mean since the line before it. On a terminal a bar is beside the lines.
+
+    Args:
+        recipe: the settings.
+        output: the folder of the training.
+        step: steps taken before; later lines of `metrics.jsonl` are of a run that was killed,
+            and go.
+        epoch_steps: steps of a pass over the data; None where that is not known.
+        bar: shows the steps on a terminal.
+    """
+
+    def __init__(
+        self, recipe: Recipe, output: pathlib.Path, step: int, epoch_steps: int | None, bar: Bar
+    ) -> None:
+        super().__init__()
+        self.recipe, self.step, self.epoch_steps, self.bar = recipe, step, epoch_steps, bar
+        self.path = output / METRICS_NAME
+        self.writer = None
+        if recipe.tensorboard:
+            self.writer = tf.summary.create_file_writer(str(output / "tensorboard"))
+        self.first: tuple[int, float] | None = None  # step and time when the model is compiled
+        self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        say("Compiling the first step, which takes longer than those after it ...")
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self.step += 1
+        now = time.monotonic()
+        self.bar.advance(1, f"loss {logs['loss']:.4f}")
+        if self.first is None:
+            self.first = self.marked = (self.step, now)
+        if self.step % self.recipe.log_every and self.step != self.recipe.steps:
+            return
+        model = self.model
+        values = {
+            **logs,
+            "temperature": float(ops.convert_to_numpy(model.temperature)),
+            "learning_rate": float(ops.convert_to_numpy(model.optimizer.learning_rate)),
+        }
+        line = f"{self._place()}  loss {values['loss']:.4f}  "
+        line += f"temperature {values['temperature']:.4f}  rate {values['learning_rate']:.2e}"
+        if self.step > self.marked[0]:
+            seconds = (now - self.marked[1]) / (self.step - self.marked[0])
+            values["images_per_second"] = self.recipe.batch_size / seconds
+            # With the checkpoints and validations between the steps.
+            seconds = (now - self.first[1]) / (self.step - self.first[0])
+            left = _duration((self.recipe.steps - self.step) * seconds)
+            line += f"  {values['images_per_second']:.1f} images/s  {left} left"
+        self.marked = (self.step, now)
+        say(line)
+        self._write(values)
+        check_contrast(model, f"step {self.step}")
+        model.reset_metrics()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if self.first is not None:  # a checkpoint was written, and validated
+            self.marked = (self.step, time.monotonic())
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        values = {key: value for key, value in logs.items() if key.startswith("val_")}
+        if values:
+            shown = "  ".join(f"{key} {values[key]:.4f}" for key in VALIDATION_SHOWN)
+            say(f"{self._place()}  {shown}")
+            self._write(values)
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        self.bar.advance(0, "validating")
+
+    def _place(self) -> str:
+        place = f"step {self.step}/{self.recipe.steps}"
+        if not self.epoch_steps:
+            return place
+        epoch, epochs = (math.ceil(n / self.epoch_steps) for n in (self.step, self.recipe.steps))
+        return f"{place}  epoch {epoch}/{epochs}"
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write(self, values: dict[str, float]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        if self.writer is not None:
+            with self.writer.as_default(self.step):
+                for key, value in values.items():
+                    tf.summary.scalar(key, value)
+            self.writer.flush()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where a kill has cut it."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
