@@ -1,22 +1,82 @@
 """The name of a checkpoint to a local folder: a path, the bundled model, or Hugging Face's hub."""
 
+import functools
 import http.client
+import inspect
+import logging
 import os
 import pathlib
 import re
 import urllib.request
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from align_tf.files import CheckpointError, read_json
 
 BUNDLED = {"align-tiny": pathlib.Path(__file__).parent / "pretrained" / "align-tiny"}
 
-HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+# The hub's oldest ids have no owner: bert-base-uncased. A single word is taken for a folder.
+HUB_ID = re.compile(r"(?![.-])[\w.-]+/[\w.-]+|[A-Za-z]\w*(-[\w.]+)+")
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_WEIGHTS_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+
+_DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
+_PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"
+_QUANTIZED = 'model.quantize("int8") after it'
+_FORMAT = "nothing: the files of the checkpoint are looked at"
+# Options of transformers' `from_pretrained`, and what to give in their place.
+IN_THEIR_PLACE = {
+    "torch_dtype": _DTYPE,
+    "device_map": _PLACED,
+    "device": _PLACED,
+    "max_memory": _PLACED,
+    "tp_plan": _PLACED,
+    "low_cpu_mem_usage": "nothing: a tensor is read at a time",
+    "trust_remote_code": "nothing: no code of a checkpoint is run",
+    "attn_implementation": "nothing: there is one attention",
+    "quantization_config": _QUANTIZED,
+    "load_in_8bit": _QUANTIZED,
+    "load_in_4bit": _QUANTIZED.replace("8", "4"),
+    "use_safetensors": _FORMAT,
+    "from_tf": _FORMAT,
+    "from_pt": _FORMAT,
+    "from_flax": _FORMAT,
+    "use_fast": "nothing: there is one tokenizer and one image processor",
+    "use_auth_token": "token",
+    "force_download": "revision, or another cache_dir",
+    "ignore_mismatched_sizes": "a checkpoint that fits, or AlignModel.from_towers",
+}
+
+logger = logging.getLogger(__name__)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def names_options(load: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Has a `from_pretrained` say what to use in the place of an option that it does not have.
+
+    Args:
+        load: a function of keywords that are all named.
+
+    Returns:
+        The same; of an unknown keyword it raises a TypeError of one line.
+    """
+    known = inspect.signature(load).parameters
+    named = ", ".join(key for key, value in known.items() if value.kind == value.KEYWORD_ONLY)
+
+    @functools.wraps(load)
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        for name in options:
+            if name not in known:
+                in_its_place = IN_THEIR_PLACE.get(name, f"one of {named}")
+                raise TypeError(f"from_pretrained has no {name}: expected {in_its_place}")
+        return load(*args, **options)
+
+    return call
 
 
 def resolve_folder(
@@ -43,15 +103,19 @@ def resolve_folder(
         A folder that exists.
 
     Raises:
-        FileNotFoundError: there is no such folder and no such id.
+        FileNotFoundError: there is no such folder and no such id, or it is a file.
         CheckpointError: the hub's index of shards is broken.
     """
     folder = pathlib.Path(name_or_path).expanduser()
+    name = os.fspath(name_or_path)
     if folder.is_dir():
+        if name in BUNDLED and not folder.samefile(BUNDLED[name]):
+            _tell_taken(name, folder.resolve())
         return folder
     if original_index(folder):
         return folder.parent
-    name = os.fspath(name_or_path)
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder}: a file; expected the folder it lies in")
     if name in BUNDLED:
         return BUNDLED[name]
     if not HUB_ID.fullmatch(name):
@@ -84,6 +148,11 @@ def resolve_folder(
     return pathlib.Path(folder)
 
 
+@functools.cache  # once, though model, processor and configuration each ask
+def _tell_taken(name: str, folder: pathlib.Path) -> None:
+    logger.warning("%s: taken from %s, not the bundled one of that name", name, folder)
+
+
 def is_available(name_or_path: str | os.PathLike, timeout: float = 5.0) -> bool:
     """Says at once whether a checkpoint can be had: it is here, or the hub has it and answers.
 
@@ -95,7 +164,8 @@ def is_available(name_or_path: str | os.PathLike, timeout: float = 5.0) -> bool:
         resolve_folder(name_or_path, local_files_only=True, weights=True)
         return True
     except FileNotFoundError:
-        if not HUB_ID.fullmatch(os.fspath(name_or_path)):
+        path = pathlib.Path(name_or_path).expanduser()
+        if path.is_file() or not HUB_ID.fullmatch(os.fspath(name_or_path)):
             return False
     import huggingface_hub
 

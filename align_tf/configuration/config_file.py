@@ -6,12 +6,14 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from align_tf import files, hub
 from align_tf.configuration.checks import require
 
 CONFIG_NAME = "config.json"
+
+Config = TypeVar("Config", bound="ConfigFile")
 
 
 def jsonable_activation(value: str | Callable) -> str:
@@ -40,7 +42,7 @@ class ConfigFile:
         return {**extra, **fields, **derived, "model_type": self.model_type}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ConfigFile":
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
         """Builds the configuration from a dict as `config.json` holds it.
 
         Args:
@@ -64,15 +66,16 @@ class ConfigFile:
         return cls(**fields, extra=extra)
 
     @classmethod
+    @hub.names_options
     def from_pretrained(
-        cls,
+        cls: type[Config],
         name_or_path: str | os.PathLike,
         *,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
-    ) -> "ConfigFile":
+    ) -> Config:
         """Reads the configuration of a checkpoint.
 
         Args:
@@ -88,6 +91,7 @@ class ConfigFile:
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or it has no config.json.
+            TypeError: an option is not known; the message says what to use in its place.
             ValueError: config.json is not valid.
         """
         folder = hub.resolve_folder(

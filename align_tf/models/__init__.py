@@ -4,12 +4,13 @@ align           AlignModel, over both towers
 contrastive     its training: loss, metrics and steps inside Keras's `fit`, which fit_watch watches
 text, vision    the towers, over the blocks in bert and efficientnet
 pretrained      reading and writing checkpoints
+exports         shapes of the outputs, and Keras's own export
 freezing        by tower and block, and under Keras's own `trainable`
 loss            the losses of all pairs, over all replicas
 effective_weights, plain_copy       without LoRA and quantization: what is saved and exported
 accumulation    a batch in parts (GradCache)
 fused_training, remat, packing, inference_copy      what makes them fast or small
-activation, initialization, outputs, step_state, surgery   what they share
+activation, configured, initialization, outputs, step_state, surgery   what they share
 """
 
 import lazy_loader

@@ -17,6 +17,7 @@ from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
+from align_tf.models.exports import Exports
 from align_tf.models.fit_watch import CONTRASTED
 from align_tf.models.inputs import TakesNames, gather
 from align_tf.models.loss import (
@@ -37,7 +38,7 @@ PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignModel(TakesNames, ContrastiveTraining, Pretrained, keras.Model):
+class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
     A `.keras` file of it loads with `keras.saving.load_model` once
@@ -192,7 +193,7 @@ class AlignModel(TakesNames, ContrastiveTraining, Pretrained, keras.Model):
             vision_model_output=vision_output,
         )
 
-    def _check_inputs(self, inputs: Any) -> None:
+    def _check_names(self, inputs: Any) -> None:
         if not isinstance(inputs, dict):
             kind = type(inputs).__name__
             raise ValueError(f"inputs of {kind}: expected a dict of pixel_values, ...")
@@ -202,9 +203,12 @@ class AlignModel(TakesNames, ContrastiveTraining, Pretrained, keras.Model):
             raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
         if inputs.get("pixel_values") is None:
             raise ValueError("expected pixel_values; for texts alone call get_text_features")
-        texts = {key: inputs[key] for key in TEXT_INPUTS if key in inputs}
-        if texts.get("input_ids") is None and texts.get("inputs_embeds") is None:
+        if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
             raise ValueError("expected input_ids; for images alone call get_image_features")
+
+    def _check_inputs(self, inputs: Any) -> None:
+        self._check_names(inputs)
+        texts = {key: inputs[key] for key in TEXT_INPUTS if key in inputs}
         self.vision_model._check_inputs(inputs["pixel_values"])
         self.text_model._check_inputs(texts)
 

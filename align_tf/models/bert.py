@@ -6,10 +6,12 @@ arXiv 2009.13658, method 4 (relative_key_query), as Hugging Face's transformers 
 
 from typing import Any
 
+import keras
 from keras import layers, ops
 
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.activation import get_activation
+from align_tf.models.configured import Configured
 from align_tf.models.fused_training import gelu_for
 from align_tf.models.initialization import kernel_initializer
 
@@ -50,8 +52,11 @@ def flat(x: Any) -> Any:
     return ops.reshape(x, (-1, x.shape[-1]))
 
 
-class TextEmbeddings(layers.Layer):
+@keras.saving.register_keras_serializable(package="align_tf")
+class TextEmbeddings(Configured, layers.Layer):
     """Sum of the word, position and token type embeddings, normalised."""
+
+    config_class = AlignTextConfig
 
     def __init__(self, config: AlignTextConfig, *, name: str = "embeddings", dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
@@ -98,13 +103,17 @@ class TextEmbeddings(layers.Layer):
         return self.dropout(self.layer_norm(x), training=training)
 
 
-class SelfAttention(layers.Layer):
+@keras.saving.register_keras_serializable(package="align_tf")
+class SelfAttention(Configured, layers.Layer):
     """Multi-head self-attention and its output projection.
 
     Args:
         config: the text tower's configuration.
         num_heads: heads that are left in this layer.
     """
+
+    config_class = AlignTextConfig
+    arguments = ("num_heads",)
 
     def __init__(
         self,
@@ -194,8 +203,12 @@ class SelfAttention(layers.Layer):
         return scores
 
 
-class EncoderLayer(layers.Layer):
+@keras.saving.register_keras_serializable(package="align_tf")
+class EncoderLayer(Configured, layers.Layer):
     """Self-attention and feed-forward, each with a residual and a LayerNorm after it."""
+
+    config_class = AlignTextConfig
+    arguments = ("num_heads",)
 
     def __init__(self, config: AlignTextConfig, num_heads: int, *, name: str, dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
@@ -209,6 +222,11 @@ class EncoderLayer(layers.Layer):
         self.output_dense = dense(config, config.hidden_size, name="output", **options)
         self.output_norm = layers.LayerNormalization(name="output_norm", **norm)
         self.dropout = layers.Dropout(config.hidden_dropout_prob, name="dropout", **options)
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads are left."""
+        return self.attention.num_heads
 
     def build(self, input_shape: Any = None) -> None:
         hidden = (None, None, self.config.hidden_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import keras
 from keras import ops
 
 from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
-from align_tf.models.fit_watch import CONTRASTED, FitWatch, check_contrast, watched
+from align_tf.models.fit_watch import CONTRASTED, FitWatch, check_contrast, check_ends, watched
 from align_tf.models.loss import (
     contrastive_rows,
     gather_across_replicas,
@@ -27,14 +28,19 @@ from align_tf.models.surgery import open_for_change
 
 METRICS = ("loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
 
+LEARNING_RATE = 1e-5  # of the optimizer where none is given: that of fine-tuning
+
 
 class ContrastiveTraining:
     """What a model of two towers needs to be trained by the loss of its pairs."""
 
     def compile(
         self,
-        optimizer: Any = "rmsprop",
+        optimizer: Any = None,
         loss: None = None,
+        loss_weights: None = None,
+        metrics: None = None,
+        weighted_metrics: None = None,
         *,
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
@@ -46,8 +52,10 @@ class ContrastiveTraining:
         """Prepares the model for `fit`; the loss and the metrics are its own.
 
         Args:
-            optimizer: as Keras takes it, like the next four.
-            loss: None; see `use_sigmoid_loss` for the other loss.
+            optimizer: as Keras takes it, where a name has Keras's learning rate, 1e-3 of `adamw`;
+                None takes AdamW at 1e-5, for fine-tuning.
+            loss, loss_weights: None; see `use_sigmoid_loss` for the other loss.
+            metrics, weighted_metrics: None; `align_tf.training.RetrievalEvaluation` adds figures.
             run_eagerly: do not compile the step.
             steps_per_execution: batches that one call runs.
             jit_compile: compile the step by XLA.
@@ -59,15 +67,14 @@ class ContrastiveTraining:
                 keeping them: less memory, more time.
 
         Raises:
-            ValueError: a loss is given, or accumulation is not a positive integer.
+            ValueError: a loss or a metric is given, or accumulation is not a positive integer.
         """
-        if loss is not None:
-            raise ValueError(
-                f"loss={loss!r}: expected None; AlignModel minimises its contrastive loss, or "
-                "after use_sigmoid_loss(batch_size) the pairwise sigmoid loss"
-            )
+        losses = {"loss": loss, "loss_weights": loss_weights}
+        _check_own(losses, metrics=metrics, weighted_metrics=weighted_metrics)
         if not isinstance(accumulation, int) or accumulation < 1:
             raise ValueError(f"accumulation={accumulation!r}: expected a positive integer")
+        if optimizer is None:
+            optimizer = keras.optimizers.AdamW(LEARNING_RATE)
         super().compile(
             optimizer=optimizer,
             run_eagerly=run_eagerly,
@@ -79,14 +86,13 @@ class ContrastiveTraining:
         self.text_model.remat = self.vision_model.remat = remat
 
     def get_compile_config(self) -> dict[str, Any]:
+        if not self.compiled:
+            return {}
         options = {"accumulation": self.accumulation, "remat": self.vision_model.remat}
         return {**super().get_compile_config(), **options}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        config = keras.saving.deserialize_keras_object(config)
-        for key in ("loss_weights", "metrics", "weighted_metrics"):  # Keras's own, unused here
-            config.pop(key, None)
-        self.compile(**config)
+        self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
     def fit(
@@ -97,30 +103,89 @@ class ContrastiveTraining:
         epochs: int = 1,
         verbose: Any = "auto",
         callbacks: Any = None,
-        *args: Any,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: None = None,
         sample_weight: Any = None,
-        **kw: Any,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: Any = 1,
     ) -> keras.callbacks.History:
         """As Keras's `fit`, on pairs alone, and with the sample_weight of arrays.
 
         Raises:
-            ValueError: there are targets, or an epoch held no usable pair, or no two in a batch.
+            ValueError: there are targets or weights of classes, the data is endless and no number
+                of steps is given, or an epoch held no usable pair, or no two in a batch.
         """
-        x, y = _with_weight(x, y, sample_weight)
-        callbacks = watched(callbacks, FitWatch(), self)
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **kw)
+        if class_weight is not None:
+            raise ValueError("class_weight: expected None; pairs have no class, but sample_weight")
+        check_ends(x, steps_per_epoch, "steps_per_epoch")
+        check_ends(validation_data, validation_steps, "validation_steps")
+        x, y = self._with_weight(x, y, sample_weight)
+        return super().fit(
+            x,
+            y,
+            batch_size,
+            epochs,
+            verbose,
+            watched(callbacks, FitWatch(), self),
+            validation_split=validation_split,
+            validation_data=validation_data,
+            shuffle=shuffle,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
 
     def evaluate(
-        self, x: Any = None, y: None = None, *args: Any, sample_weight: Any = None, **kw: Any
+        self,
+        x: Any = None,
+        y: None = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        steps: int | None = None,
+        **kw: Any,
     ) -> Any:
         """As Keras's `evaluate`; see `fit`."""
-        logs = super().evaluate(*_with_weight(x, y, sample_weight), *args, **kw)
+        check_ends(x, steps, "steps")
+        x, y = self._with_weight(x, y, sample_weight)
+        logs = super().evaluate(x, y, batch_size, verbose, steps=steps, **kw)
         check_contrast(self, "the data")
         return logs
 
-    def predict(self, x: Any, *args: Any, **kw: Any) -> dict[str, Any]:
+    def predict(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        steps: int | None = None,
+        callbacks: Any = None,
+    ) -> dict[str, Any]:
         """As Keras's `predict`; see `predict_step`."""
-        return super().predict(_with_weight(x, None, None)[0], *args, **kw)
+        check_ends(x, steps, "steps")
+        return super().predict(
+            self._with_weight(x, None, None)[0], batch_size, verbose, steps, callbacks
+        )
+
+    def _with_weight(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+        """Moves the sample weight of arrays into the batch."""
+        _check_no_targets(y)
+        x = dict(x) if isinstance(x, Mapping) else x
+        if isinstance(x, dict) or hasattr(x, "shape"):
+            self._check_names(x)  # here, since on JAX a step that fails takes the weights with it
+        if isinstance(x, types.GeneratorType):  # of which Keras takes tuples alone
+            x = ((batch,) if isinstance(batch, Mapping) else batch for batch in x)
+        if sample_weight is None:
+            return x, y
+        if not isinstance(x, dict):
+            raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
+        return {**x, "sample_weight": product(x.get("sample_weight"), sample_weight)}, y
 
     def compute_loss(
         self,
@@ -204,11 +269,13 @@ class ContrastiveTraining:
         return {name: value for name, value in results.items() if name != CONTRASTED}
 
     def train_step(self, *state_and_data: Any) -> Any:
+        self._check_batch(state_and_data)
         if self.accumulation == 1:
             return _over_workers(super().train_step(*state_and_data))
         return _over_workers(accumulated_step(self, *state_and_data))
 
     def test_step(self, *state_and_data: Any) -> Any:
+        self._check_batch(state_and_data)
         return _over_workers(super().test_step(*state_and_data))
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -231,6 +298,7 @@ class ContrastiveTraining:
 
         `sample_weight` goes along where the batch has one: a row of 0 is no pair.
         """
+        self._check_batch(state_and_data)
         output = super().predict_step(*state_and_data)
         output, *state = output if isinstance(output, tuple) else (output,)
         joined = {key: output[key] for key in ("image_embeds", "text_embeds")}
@@ -238,6 +306,11 @@ class ContrastiveTraining:
         if x.get("sample_weight") is not None:
             joined["sample_weight"] = product(x["sample_weight"])
         return (joined, *state) if state else joined
+
+    def _check_batch(self, state_and_data: tuple) -> None:
+        # Here too: on JAX a step goes to `call` past `__call__`.
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(state_and_data[-1])
+        self._check_inputs(x)
 
     @property
     def has_logit_bias(self) -> bool:
@@ -267,15 +340,21 @@ class ContrastiveTraining:
             self._add_logit_bias()
 
 
-def _with_weight(x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
-    """Moves the sample weight of arrays into the batch."""
-    _check_no_targets(y)
-    x = dict(x) if isinstance(x, Mapping) else x
-    if sample_weight is None:
-        return x, y
-    if not isinstance(x, dict):
-        raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
-    return {**x, "sample_weight": product(x.get("sample_weight"), sample_weight)}, y
+def _check_own(losses: dict[str, Any], **metrics: Any) -> None:
+    """Checks that `compile` is given neither another loss nor metrics of targets."""
+    for name, value in losses.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r}: expected None; AlignModel minimises its contrastive loss, or "
+                "after use_sigmoid_loss(batch_size) the pairwise sigmoid loss"
+            )
+    for name, value in metrics.items():
+        if value:
+            raise ValueError(
+                f"{name}={value!r}: expected None, as there are no targets to compare with; "
+                f"{', '.join(METRICS)} are logged, and "
+                "align_tf.training.RetrievalEvaluation in fit's callbacks adds to them"
+            )
 
 
 def _check_no_targets(y: Any) -> None:

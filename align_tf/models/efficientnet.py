@@ -4,16 +4,21 @@ Architecture: arXiv 1905.11946. Details that differ between implementations foll
 Hugging Face's modeling_align.py.
 """
 
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
+import keras
 from keras import layers
 
 from align_tf.configuration.blocks import BlockSpec
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
+from align_tf.models.configured import Configured
 from align_tf.models.freezing import KeepsFrozen
 from align_tf.models.initialization import kernel_initializer
+
+Block = TypeVar("Block", bound="MBConvBlock")
 
 
 def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: Any) -> layers.Layer:
@@ -29,7 +34,8 @@ def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
     )
 
 
-class MBConvBlock(KeepsFrozen, layers.Layer):
+@keras.saving.register_keras_serializable(package="align_tf")
+class MBConvBlock(Configured, KeepsFrozen, layers.Layer):
     """Inverted bottleneck: expand, depthwise convolution, squeeze-and-excite, project.
 
     Args:
@@ -37,8 +43,11 @@ class MBConvBlock(KeepsFrozen, layers.Layer):
         spec: this block's row of `block_table`.
     """
 
+    config_class = AlignVisionConfig
+
     def __init__(self, config: AlignVisionConfig, spec: BlockSpec, *, name: str, dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
+        self.config = config
         self.spec = spec
         options = {"dtype": self.dtype_policy}
         self.activation = get_activation(config.hidden_act)
@@ -105,6 +114,13 @@ class MBConvBlock(KeepsFrozen, layers.Layer):
         self.se_expand.build((None, 1, 1, self.se_reduce.filters))
         self.project_conv.build(wide)
         self.project_bn.build((None, None, None, self.spec.out_channels))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "spec": dataclasses.asdict(self.spec)}
+
+    @classmethod
+    def from_config(cls: type[Block], config: dict[str, Any]) -> Block:
+        return super().from_config({**config, "spec": BlockSpec(**config["spec"])})
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         if training and fused_training.can_fuse(self.activation, self.depthwise_bn, inputs):

@@ -1,4 +1,4 @@
-"""What `fit` watches: how many batches it has trained on, and that there is something to learn."""
+"""What `fit` watches: that it ends, its batches so far, and that there is something to learn."""
 
 import math
 from typing import Any
@@ -8,6 +8,8 @@ import numpy as np
 from keras import ops
 
 CONTRASTED = "contrasted"  # the metric, not shown: the share of batches that held two pairs or more
+
+ENDLESS = -1  # tf.data.INFINITE_CARDINALITY, without importing TensorFlow on JAX
 
 
 class FitWatch(keras.callbacks.Callback):
@@ -71,6 +73,26 @@ def check_contrast(model: keras.Model, what: str) -> None:
         f"{what}: one pair in each batch, so nothing to learn or to measure: a pair is told from "
         "the others of its batch; expected a batch_size of 2 or more"
     )
+
+
+def check_ends(data: Any, steps: int | None, argument: str) -> None:
+    """Raises where data is known to be endless, and the steps to take of it are not.
+
+    Args:
+        data: what `fit`, `evaluate` or `predict` is given; a tf.data.Dataset knows it.
+        steps: how many are asked for.
+        argument: the name of `steps`, for the message.
+
+    Raises:
+        ValueError: no steps are given.
+    """
+    cardinality = getattr(data, "cardinality", None)  # of a distributed one it is a number
+    cardinality = cardinality() if callable(cardinality) else cardinality
+    if cardinality is not None and int(cardinality) == ENDLESS and steps is None:
+        raise ValueError(
+            f"an endless dataset: expected {argument}, the number of batches to take; "
+            "make_dataset(training=True) is endless unless epochs is given"
+        )
 
 
 def _number(variable: Any) -> float:

@@ -68,6 +68,8 @@ def _has_values(tensor: Any) -> bool:
     """Whether a tensor holds numbers, and does not stand for those of a graph."""
     if isinstance(tensor, np.ndarray):
         return True
+    if isinstance(tensor, keras.KerasTensor):
+        return False
     if keras.backend.backend() == "tensorflow":
         return hasattr(tensor, "numpy")
     import jax

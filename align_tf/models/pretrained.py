@@ -5,9 +5,8 @@ import logging
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
-import keras
 from keras import ops
 
 from align_tf import files, hub
@@ -21,6 +20,8 @@ from align_tf.models.quantization import quantizations, quantize_again
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound="Pretrained")
+
 
 class Pretrained:
     """Reading and writing of weights, shared by the three models."""
@@ -31,8 +32,9 @@ class Pretrained:
     unused: tuple[str, ...] = ()  # what a larger checkpoint holds beside this model
 
     @classmethod
+    @hub.names_options
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name_or_path: str | os.PathLike,
         *,
         config: Any = None,
@@ -41,7 +43,7 @@ class Pretrained:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
-    ) -> "keras.Model":
+    ) -> Model:
         """Builds the model of a checkpoint and fills every weight from it.
 
         Args:
@@ -70,6 +72,7 @@ class Pretrained:
             FileNotFoundError: there is no such checkpoint, or a file of it is missing.
             CheckpointError: a file is broken, a weight is missing, a tensor
                 is left over, or a shape or a size differs; the message names each.
+            TypeError: an option is not known; the message says what to use in its place.
         """
         folder = hub.resolve_folder(
             name_or_path,
@@ -191,7 +194,7 @@ class Pretrained:
         return {**super().get_config(), "config": self.config.to_dict(), **state}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "keras.Model":
+    def from_config(cls: type[Model], config: dict[str, Any], custom_objects: Any = None) -> Model:
         config = dict(config)
         frozen, trainable = config.pop("frozen"), config.pop("trainable")
         batch_norm, quantized = config.pop("batch_norm", None), config.pop("quantized", {})

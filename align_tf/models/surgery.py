@@ -18,6 +18,22 @@ def replace_layer(parent: layers.Layer, attribute: str, new: layers.Layer, value
         setattr(parent, attribute, new)
 
 
+def check_plain(*changed: layers.Layer) -> None:
+    """Checks that layers hold a kernel or a table alone, of which rows and columns can be taken.
+
+    Raises:
+        ValueError: LoRA or a quantization is on one of them.
+    """
+    for layer in changed:
+        lora = "has LoRA" if getattr(layer, "lora_enabled", False) else None
+        found = f"is quantized to {layer.quantization_mode}" if layer.quantization_mode else lora
+        if found:
+            raise ValueError(
+                f"{layer.path} {found}: resize and prune before it, or in what from_pretrained "
+                "loads of what save_pretrained wrote"
+            )
+
+
 @contextlib.contextmanager
 def open_for_change(layer: layers.Layer) -> Iterator[None]:
     """Lets a built layer take new weights and sublayers, under its own path."""

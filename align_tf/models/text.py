@@ -13,19 +13,26 @@ from keras import layers, ops
 from align_tf.checkpoints import name_table
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
 from align_tf.models.inputs import TakesNames
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
-from align_tf.models.surgery import replace_layer
+from align_tf.models.surgery import check_plain, replace_layer
+
+HEADED = ("query", "key", "value")  # the layers of an attention whose columns are the heads
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignTextModel(TakesNames, Pretrained, Tower, keras.Model):
+class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
     """The text tower: a BERT encoder.
+
+    It gives several outputs by name. In a `keras.Sequential` one of them is taken for the layer
+    behind by `keras.layers.Lambda(lambda output: output.pooler_output)`; a functional model takes
+    `tower(inputs).pooler_output`.
 
     Args:
         config: its configuration.
@@ -140,9 +147,13 @@ class AlignTextModel(TakesNames, Pretrained, Tower, keras.Model):
 
         Args:
             vocab_size: rows to have.
+
+        Raises:
+            ValueError: it is no positive integer, or the embeddings are quantized or have LoRA.
         """
         config = dataclasses.replace(self.config, vocab_size=vocab_size)  # checks the value
         layer = self.embeddings.word_embeddings
+        check_plain(layer)
         new = embedding(
             config,
             vocab_size,
@@ -163,11 +174,15 @@ class AlignTextModel(TakesNames, Pretrained, Tower, keras.Model):
             heads: layer's index -> heads to take out, numbered as in the unpruned model.
 
         Raises:
-            ValueError: there is no such layer or head, or none would be left.
+            ValueError: there is no such layer or head, or none would be left, or the layer is
+                quantized or has LoRA.
         """
         before = self.config.pruned_heads
         after = {**before, **{i: sorted({*before.get(i, ()), *h}) for i, h in heads.items()}}
         dataclasses.replace(self.config, pruned_heads=after)  # checks the values
+        for index in heads:
+            attention = self.blocks[index].attention
+            check_plain(*(getattr(attention, name) for name in (*HEADED, "output_dense")))
         for index in heads:
             attention = self.blocks[index].attention
             left = [
@@ -176,7 +191,7 @@ class AlignTextModel(TakesNames, Pretrained, Tower, keras.Model):
             kept = np.array([head not in after[index] for head in left])
             columns = np.repeat(kept, self.config.head_size)
             attention.num_heads = int(kept.sum())
-            for attribute in ("query", "key", "value"):
+            for attribute in HEADED:
                 kernel, bias = getattr(attention, attribute).get_weights()
                 self._replace_dense(attention, attribute, kernel[:, columns], bias[columns])
             kernel, bias = attention.output_dense.get_weights()

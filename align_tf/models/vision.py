@@ -13,6 +13,7 @@ from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
 from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
+from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
 from align_tf.models.inputs import TakesNames, check_pixels
 from align_tf.models.outputs import ModelOutput
@@ -21,8 +22,10 @@ from align_tf.models.remat import rematerialize
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignVisionModel(TakesNames, Pretrained, Tower, keras.Model):
+class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
     """The image tower: an EfficientNet without top convolution.
+
+    It gives several outputs by name; see `AlignTextModel` for one of them in a larger model.
 
     Args:
         config: its configuration.

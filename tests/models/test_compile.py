@@ -1,0 +1,96 @@
+"""What compile, fit, evaluate and predict are given: the right answer, or one line."""
+
+import keras
+import numpy as np
+import pytest
+
+from align_tf import AlignModel
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config) -> AlignModel:
+    """Compiled with the optimizer of compile(): what each test leaves of it is not asked."""
+    keras.utils.set_random_seed(0)
+    model = AlignModel(tiny_config)
+    model.compile(run_eagerly=True)
+    return model
+
+
+def refused(call, *args, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+OTHER = "expected None; AlignModel minimises its contrastive loss, or after use_sigmoid_loss("
+NO_TARGETS = (
+    "expected None, as there are no targets to compare with; loss, loss_i2t, loss_t2i, "
+    "accuracy_i2t, accuracy_t2i, temperature are logged, and align_tf.training.RetrievalEvaluation"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metrics": ["accuracy"]}, f"metrics=['accuracy']: {NO_TARGETS}"),
+        ({"metrics": {"image_embeds": "mse"}}, f"metrics={{'image_embeds': 'mse'}}: {NO_TARGETS}"),
+        ({"weighted_metrics": ["mae"]}, f"weighted_metrics=['mae']: {NO_TARGETS}"),
+        ({"loss_weights": [1.0, 2.0]}, f"loss_weights=[1.0, 2.0]: {OTHER}"),
+        ({"loss": "mse"}, f"loss='mse': {OTHER}"),
+    ],
+)
+def test_losses_and_metrics_of_targets_are_refused(options, message, trained):
+    assert refused(trained.compile, "sgd", **options).startswith(message)
+
+
+def test_the_optimizers_of_compile(tiny_config, trained):
+    optimizer = trained.optimizer
+    assert type(optimizer) is keras.optimizers.AdamW
+    assert float(optimizer.learning_rate) == pytest.approx(1e-5)
+    model = AlignModel(tiny_config)
+    model.compile("adamw", None, None, [], [])  # Keras's order
+    assert type(model.optimizer) is keras.optimizers.AdamW
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)
+
+
+def test_a_keras_file_is_compiled_where_the_model_was(tiny_config, trained, tmp_path):
+    AlignModel(tiny_config).save(tmp_path / "new.keras")
+    new = keras.saving.load_model(tmp_path / "new.keras")
+    assert not new.compiled
+    assert getattr(new, "optimizer", None) is None
+    trained.save(tmp_path / "trained.keras")
+    again = keras.saving.load_model(tmp_path / "trained.keras")
+    assert again.compiled
+    assert type(again.optimizer) is keras.optimizers.AdamW
+    assert float(again.optimizer.learning_rate) == pytest.approx(1e-5)
+
+
+def test_an_endless_dataset_asks_for_steps(trained, pairs):
+    import tensorflow as tf
+
+    once = tf.data.Dataset.from_tensors(pairs)
+    for endless in (once.repeat(), once.repeat().map(lambda batch: batch)):
+        for call, options, name in (
+            (trained.fit, {}, "steps_per_epoch"),
+            (trained.evaluate, {}, "steps"),
+            (trained.predict, {}, "steps"),
+            (trained.fit, {"validation_data": endless, "x": once}, "validation_steps"),
+        ):
+            message = refused(call, **{"x": endless, "verbose": 0, **options})
+            assert message.startswith(f"an endless dataset: expected {name}, the number of batches")
+    assert trained.predict(once.repeat(), steps=2, verbose=0)["image_embeds"].shape == (8, 8)
+    assert np.isfinite(trained.evaluate(once.repeat(), steps=1, verbose=0)[0])
+
+
+def test_a_generator_of_batches(trained, pairs):
+    def batches():
+        yield from (pairs, (pairs,))
+
+    found = trained.predict(batches(), verbose=0)
+    assert found["text_embeds"].shape == (8, 8)
+
+
+def test_weights_of_classes_are_refused(trained, pairs):
+    message = refused(trained.fit, pairs, class_weight={0: 2.0}, verbose=0)
+    assert message == "class_weight: expected None; pairs have no class, but sample_weight"
