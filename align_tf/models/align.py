@@ -104,6 +104,7 @@ class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Mod
         self.batch_metrics = {name: keras.metrics.Mean(name=name) for name in names}
         self.trained_batches = 0  # of `fit`, over all its calls; a resumed training goes on from it
         self.build()
+        self._remember_layers()
 
     def build(self, input_shape: Any = None) -> None:
         self.text_projection.build((None, self.config.text_config.hidden_size))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
@@ -125,6 +126,9 @@ class ContrastiveTraining:
         check_ends(x, steps_per_epoch, "steps_per_epoch")
         check_ends(validation_data, validation_steps, "validation_steps")
         x, y = self._with_weight(x, y, sample_weight)
+        if validation_data is not None:  # of (x, None, weight) Keras drops the weight
+            validation_data = keras.utils.unpack_x_y_sample_weight(validation_data)
+            validation_data, _ = self._with_weight(*validation_data)
         return super().fit(
             x,
             y,
@@ -181,11 +185,16 @@ class ContrastiveTraining:
             self._check_names(x)  # here, since on JAX a step that fails takes the weights with it
         if isinstance(x, types.GeneratorType):  # of which Keras takes tuples alone
             x = ((batch,) if isinstance(batch, Mapping) else batch for batch in x)
-        if sample_weight is None:
-            return x, y
         if not isinstance(x, dict):
-            raise ValueError("sample_weight beside a dataset: expected it as a key of its batches")
-        return {**x, "sample_weight": product(x.get("sample_weight"), sample_weight)}, y
+            if sample_weight is not None:
+                raise ValueError(
+                    "sample_weight beside a dataset: expected it as a key of its batches"
+                )
+            return x, y
+        given = [w for w in (x.get("sample_weight"), sample_weight) if w is not None]
+        for weight in given:
+            _check_weight(weight, len(x["pixel_values"]))
+        return {**x, "sample_weight": product(*given)} if given else x, y
 
     def compute_loss(
         self,
@@ -302,9 +311,10 @@ class ContrastiveTraining:
         output = super().predict_step(*state_and_data)
         output, *state = output if isinstance(output, tuple) else (output,)
         joined = {key: output[key] for key in ("image_embeds", "text_embeds")}
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(state_and_data[-1])
-        if x.get("sample_weight") is not None:
-            joined["sample_weight"] = product(x["sample_weight"])
+        x, _, weight = keras.utils.unpack_x_y_sample_weight(state_and_data[-1])
+        weight = product(x.get("sample_weight"), weight)
+        if weight is not None:
+            joined["sample_weight"] = weight
         return (joined, *state) if state else joined
 
     def _check_batch(self, state_and_data: tuple) -> None:
@@ -362,6 +372,14 @@ def _check_no_targets(y: Any) -> None:
         raise ValueError(
             "targets beside the batch: expected none; AlignModel learns from pairs alone, and "
             "what makes positives are the batch's image_ids and text_ids"
+        )
+
+
+def _check_weight(weight: Any, rows: int) -> None:
+    weight = np.asarray(weight)
+    if weight.shape not in ((rows,), (rows, 1)) or not np.all(np.isfinite(weight) & (weight >= 0)):
+        raise ValueError(
+            f"sample_weight of shape {weight.shape}: expected {rows} finite numbers of 0 or more"
         )
 
 

@@ -36,7 +36,15 @@ class FitWatch(keras.callbacks.Callback):
     def _check(self) -> None:
         if self._unchecked:
             check_contrast(self.model, self._unchecked)
+            if self.params.get("steps") is None and self.model.steps_per_execution > 1:
+                self.model.trained_batches = self._before_epoch + self._seen()
         self._unchecked = ""
+
+    def _seen(self) -> int:
+        """The batches that the metrics have seen in this epoch; each replica has counted them."""
+        strategy = getattr(self.model, "_distribute_strategy", None)  # TensorFlow's alone
+        replicas = 1 if strategy is None else strategy.num_replicas_in_sync
+        return round(_number(self.model.batch_metrics[CONTRASTED].count) / replicas)
 
 
 def watched(callbacks: Any, watch: FitWatch, model: keras.Model) -> Any:

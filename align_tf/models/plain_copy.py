@@ -10,9 +10,7 @@ from keras import layers, ops
 from align_tf.models.align import AlignModel
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.initialization import no_init_weights
-
-# What a caller may change on a built layer, and a copy takes over.
-SETTINGS = ("activation", "epsilon")
+from align_tf.models.pretrained import SETTINGS
 
 # What gives the embeddings: a subclass that changes one computes what no copy does.
 METHODS = ("call", "get_text_features", "get_image_features", "_project_text", "_project_image")

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound="Pretrained")
 
 
+# What a caller may change on a built layer.
+SETTINGS = ("activation", "epsilon")
+
+
 class Pretrained:
     """Reading and writing of weights, shared by the three models."""
 
@@ -155,6 +159,30 @@ class Pretrained:
             logger.warning("%s: %s has no %s: new", self.name, folder, ", ".join(kept))
         return left_out
 
+    def _remember_layers(self) -> None:
+        """Keeps what the configuration has made of the layers, for `save_pretrained`."""
+        self._made = self._layer_settings()
+
+    def _layer_settings(self) -> dict[str, tuple]:
+        layers = self._flatten_layers(include_self=False)
+        return {
+            layer.path: (type(layer).__name__, *(getattr(layer, name, None) for name in SETTINGS))
+            for layer in layers
+        }
+
+    def _check_layers(self) -> None:
+        """Checks that the configuration says what the layers compute."""
+        for path, settings in self._layer_settings().items():
+            for name, made, found in zip(
+                ("class", *SETTINGS), self._made.get(path, settings), settings, strict=True
+            ):
+                if made != found:
+                    raise ValueError(
+                        f"{path}: its {name} is no longer what the configuration says, so that a "
+                        "checkpoint would compute another thing; export_saved_model takes over "
+                        f"{' and '.join(SETTINGS)}"
+                    )
+
     def save_pretrained(self, folder: str | os.PathLike, dtype: str | None = None) -> None:
         """Writes `config.json` and `model.safetensors` as transformers reads them.
 
@@ -166,10 +194,11 @@ class Pretrained:
             dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
 
         Raises:
-            ValueError: there is no such dtype or it cannot hold a weight, or a weight is
-                quantized to another thing.
+            ValueError: there is no such dtype or it cannot hold a weight, a weight is quantized
+                to another thing, or a layer was changed to compute what no configuration says.
             CheckpointError: a weight has no name in the checkpoint.
         """
+        self._check_layers()
         weights = effective_weights(self)
         names = name_table.to_hugging_face(weights, self.table)
         tensors = {

@@ -65,6 +65,7 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
         self.remat = False
         self.build()
+        self._remember_layers()
 
     def build(self, input_shape: Any = None) -> None:
         self.embeddings.build()

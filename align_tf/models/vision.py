@@ -58,6 +58,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         self.remat = False
         self.build()
         self._set_batch_norm(frozen=bool(config.freeze_batch_norm))
+        self._remember_layers()
 
     def build(self, input_shape: Any = None) -> None:
         self.stem_pad.build((None, None, None, self.config.num_channels))

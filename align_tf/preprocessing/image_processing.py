@@ -161,6 +161,7 @@ class AlignImageProcessor:
     # --- files -----------------------------------------------------------------------------
 
     @classmethod
+    @hub.names_options
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike,

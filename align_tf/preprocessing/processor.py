@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align_tf import hub
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.image_processing import AlignImageProcessor
@@ -27,6 +28,7 @@ class AlignProcessor:
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     @classmethod
+    @hub.names_options
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike,

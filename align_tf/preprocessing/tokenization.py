@@ -120,6 +120,7 @@ class AlignTokenizer:
     # --- files -----------------------------------------------------------------------------
 
     @classmethod
+    @hub.names_options
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike,

@@ -135,3 +135,19 @@ def test_a_training_that_went_wrong_is_saved_as_it_is(changeable, tmp_path):
     changeable.save_pretrained(tmp_path, dtype="float16")
     again = AlignModel.from_pretrained(tmp_path)
     assert np.isnan(ops.convert_to_numpy(again.text_projection.bias)).all()
+
+
+def test_what_no_configuration_says_is_not_saved(tiny_config, tmp_path):
+    """What is loaded would compute another thing."""
+    model = AlignModel(tiny_config)
+    model.save_pretrained(tmp_path / "whole")
+    model.vision_model.stem_conv.activation = keras.activations.relu
+    model.text_model.embeddings.layer_norm.epsilon = 0.1
+    for part, name in ((model.vision_model, "activation"), (model.text_model, "epsilon")):
+        for saved in (model, part):
+            message = (
+                r"its (activation|epsilon) is no longer" if saved is model else f"its {name} is"
+            )
+            with pytest.raises(ValueError, match=message):
+                saved.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()

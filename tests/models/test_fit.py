@@ -1,5 +1,6 @@
 """Training through Keras's own fit, evaluate and predict, on either backend."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -202,6 +203,11 @@ def test_fit_counts_its_batches(model, restart_two_steps, pairs):
     before = model.trained_batches
     model.fit(rows(pairs, [0, 1, 2, 3, 0, 1]), batch_size=2, epochs=2, verbose=0)
     assert model.trained_batches - before == 6
+    import tensorflow as tf
+
+    data = tf.data.Dataset.from_tensors(rows(pairs, [0, 1])).repeat(3).filter(lambda x: True)
+    model.fit(data, epochs=2, verbose=0)  # of a length that nobody knows
+    assert model.trained_batches - before == 12
 
 
 def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
@@ -213,6 +219,31 @@ def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
     assert apart(found[-1], expected[-1]) < 1e-6
     _, other = train(restart(), divided, batch_size=6)
     assert apart(other[-1], expected[-1]) > 1e-3
+
+
+def test_weights_beside_a_validation_and_in_tuples_count(model, padded):
+    """Keras drops the weight of (x, None, weight) in arrays."""
+    import tensorflow as tf
+
+    weight = padded["sample_weight"]
+    x = {key: value for key, value in padded.items() if key != "sample_weight"}
+    expected = model.evaluate(x, batch_size=6, sample_weight=weight, verbose=0)[0]
+    data = tf.data.Dataset.from_tensors((x, None, weight))
+    assert model.evaluate(data, verbose=0)[0] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_array_equal(model.predict(data, verbose=0)["sample_weight"], weight)
+    still = twin(model)
+    still.compile(optimizer=keras.optimizers.SGD(0.0))
+    for validation in ((x, None, weight), [x, None, weight], padded, collections.UserDict(padded)):
+        logs = still.fit(padded, batch_size=6, validation_data=validation, verbose=0).history
+        assert logs["val_loss"] == [pytest.approx(expected, abs=1e-5)]
+
+
+@pytest.mark.parametrize("weight", [[1, 1], [1, -1, 1, 1], [1, np.nan, 1, 1], np.ones((4, 2))])
+def test_weights_that_are_none_are_refused(weight, model, pairs):
+    with pytest.raises(ValueError, match=r"sample_weight of shape .*: expected 4 finite numbers"):
+        model.fit(pairs, sample_weight=np.array(weight, "float32"), verbose=0)
+    with pytest.raises(ValueError, match=r"sample_weight of shape .*: expected 4 finite numbers"):
+        model.evaluate({**pairs, "sample_weight": np.array(weight, "float32")}, verbose=0)
 
 
 def test_ids_make_positives(model, pairs):
