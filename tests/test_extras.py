@@ -13,7 +13,7 @@ from align_tf.checkpoints import tensors
 from align_tf.data import readers
 from align_tf.evaluation import nearest_neighbors
 from align_tf.search import collection, demo, index, ray_engine
-from align_tf.training import run
+from align_tf.training import recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 EMBEDS = np.eye(4, dtype=np.float32)
@@ -75,7 +75,9 @@ ABSENT = [
     ),
     (
         "tensorboard",
-        run._summary_writer,
+        lambda folder: recipe.check_extras(
+            recipe.Recipe(model="m", data="d", output="o", steps=1, tensorboard=True)
+        ),
         'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"',
     ),
     *(

@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser, commands = _parser()
-    check_spelling(parser, commands, argv)
+    parser = _parser()
+    check_spelling(parser, argv)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # TensorFlow takes oneDNN's kernels by itself on newer processors alone (AVX512_VNNI), and they
@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def _parser() -> tuple[Parser, dict[str, Parser]]:
-    """Returns the parser, and that of each command."""
+def _parser() -> Parser:
     parser = Parser(
         prog="align-tf",
         description="ALIGN for TensorFlow and Keras: classify, train, export and serve.",
@@ -91,7 +90,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=command.run)
         command.add_arguments(added)
-    return parser, commands.choices
+    return parser
 
 
 def _print_version_or_help(parser: Parser, arguments: Any) -> int:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 NEAR = 0.7  # of difflib's ratios: below it two words have little in common
 
@@ -24,21 +24,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def check_spelling(parser: Parser, commands: dict[str, Any], arguments: list[str]) -> None:
+def check_spelling(parser: Parser, arguments: list[str]) -> None:
     """Ends with the nearest command or flag where one is given that there is not.
 
     Args:
-        parser: of the whole command line.
-        commands: command -> its parser.
-        arguments: those after the program's name.
+        parser: of the whole command line, or of a command.
+        arguments: those after its name.
     """
+    named = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+    if not named:
+        _check_flags(parser, arguments)
+        return
+    (commands,) = named
     place = next((n for n, word in enumerate(arguments) if word[:1] != "-"), len(arguments))
     _check_flags(parser, arguments[:place])
     if place < len(arguments):
         if arguments[place] not in commands:
             near = _nearest(arguments[place], commands) or f"expected one of {', '.join(commands)}"
             parser.error(f"unknown command {arguments[place]!r}; {near}")
-        _check_flags(commands[arguments[place]], arguments[place + 1 :])
+        check_spelling(commands[arguments[place]], arguments[place + 1 :])
 
 
 def _check_flags(parser: Parser, words: list[str]) -> None:
