@@ -5,7 +5,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 LARGEST_PIXEL = 32.0  # more than any processor gives; the levels of an image reach 255
 
@@ -59,7 +58,8 @@ def check_pixels(pixel_values: Any, channels: int) -> None:
         dtype = keras.backend.standardize_dtype(pixel_values.dtype)
         raise ValueError(f"pixel_values of {dtype}: expected {expected}")
     if _has_values(pixel_values) and 0 not in shape:
-        largest = float(ops.max(pixel_values))
+        # By NumPy: within a function that is being traced, an operation gives no number.
+        largest = float(np.max(np.asarray(pixel_values)))
         if largest > LARGEST_PIXEL:
             raise ValueError(f"pixel_values that reach {largest:.6g}: expected {expected}")
 

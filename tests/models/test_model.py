@@ -319,6 +319,18 @@ def test_pixels_that_no_processor_gives_are_refused_in_one_line(pixels, message,
             assert "\n" not in str(error.value)
 
 
+def test_pixels_that_a_traced_function_holds_are_checked_too(unchanged, pairs):
+    """They have values there, and operations on them have none."""
+    images = pairs["pixel_values"]
+    if keras.backend.backend() == "jax":
+        from jax import jit as traced
+    else:
+        from tensorflow import function as traced
+    for held in (images, ops.convert_to_tensor(images)):
+        found = traced(lambda held=held: unchanged.get_image_features(held))()
+        np.testing.assert_allclose(found, unchanged.get_image_features(images), atol=1e-5)
+
+
 def test_a_batch_of_none(unchanged):
     """With oneDNN, a convolution fails on it."""
     images, texts = np.zeros((0, 16, 16, 3), "float32"), np.zeros((0, 4), "int32")
