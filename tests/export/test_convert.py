@@ -225,7 +225,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_named(folder, tmp_path):
     convert(tmp_path / "model.keras", "hf", tmp_path / "hf", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("mode", [None, "int8"])
+@pytest.mark.parametrize("mode", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_what_keras_made_of_the_layers_is_converted(mode, folder, pairs, tmp_path):
     keras.utils.set_random_seed(0)
     model = AlignModel.from_pretrained(folder)

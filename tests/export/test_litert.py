@@ -157,7 +157,7 @@ def test_a_model_of_another_kind_is_written_in_float32(tiny_config, processor, t
     assert json.loads((tmp_path / SETTINGS_NAME).read_text())["logit_bias"] == -3.0
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_an_adapted_model_is_written_as_it_computes(tiny_config, processor, quantize, tmp_path):
     keras.utils.set_random_seed(0)
     model = AlignModel(tiny_config)

@@ -71,6 +71,7 @@ def test_the_sum_is_of_the_precision_of_the_weights(tiny_config):
     np.testing.assert_allclose(merged, np.full((16, 16), 0.2), rtol=1e-6)  # bfloat16: 0.19922
 
 
+@pytest.mark.slow  # as below
 def test_a_checkpoint_holds_what_int8_stands_for(changeable, pairs, tmp_path):
     projection = changeable.text_projection
     projection.kernel.assign(np.tile([[0.127], [-0.0642]], (8, 8)))  # 127 and -64 thousandths
@@ -85,7 +86,11 @@ def test_a_checkpoint_holds_what_int8_stands_for(changeable, pairs, tmp_path):
         assert float(ops.min(ops.sum(again[name] * live[name], axis=-1))) > 0.999
 
 
-@pytest.mark.parametrize("mode", [None, "int8", "int4", "float8"])
+# Keras takes half a minute to quantize.
+QUANTIZED = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("int8", "int4")]
+
+
+@pytest.mark.parametrize("mode", [None, "float8", *QUANTIZED])
 def test_a_keras_file_computes_what_the_model_does(changeable, pairs, mode, tmp_path):
     if mode == "int4" and not hasattr(keras.quantizers, "pack_int4"):
         pytest.skip("this Keras has no int4")

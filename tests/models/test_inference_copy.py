@@ -131,7 +131,12 @@ def test_of_what_is_quantized_a_copy_has_the_weights_in_floating_point(changeabl
 
 
 @pytest.mark.parametrize(
-    ("mode", "lora", "least"), [("int8", False, 0.999), ("int8", True, 0.999), ("int4", True, 0.99)]
+    ("mode", "lora", "least"),
+    [
+        ("int8", False, 0.999),
+        pytest.param("int8", True, 0.999, marks=pytest.mark.slow),
+        pytest.param("int4", True, 0.99, marks=pytest.mark.slow),
+    ],
 )
 def test_a_copy_of_a_quantized_model_is_close_to_it(changeable, pairs, mode, lora, least):
     try:

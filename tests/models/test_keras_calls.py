@@ -206,6 +206,7 @@ def test_surgery_on_what_lora_or_quantization_holds_is_refused(mode, tiny_config
     assert model.text_model.blocks[0].num_heads == 3
 
 
+@pytest.mark.slow
 def test_quantize_of_a_tower_never_called(tiny_config, pairs):
     tower = AlignModel(tiny_config).text_model
     tower.quantize("int8")
