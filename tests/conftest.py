@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import contextlib
+import gc
 import pathlib
 import socket
 import sys
@@ -22,6 +23,13 @@ from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcesso
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> None:
+    """Keras and tracing collect garbage often, which goes through all that is alive; most stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
