@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow as tf
+from http_serving import serving
 
 from align_tf.client import (
     AlignClient,
@@ -550,18 +551,6 @@ def busy_rest(status, times):
 
     with serving(Handler) as address:
         yield address, calls
-
-
-@contextlib.contextmanager
-def serving(handler):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"])

@@ -6,29 +6,17 @@ import http.server
 import os
 import pathlib
 import socket
-import threading
 import urllib.error
 import urllib.request
 
 import pytest
+from http_serving import serving
 
 from align_tf.client import AlignClient, AsyncAlignClient, VersionStatus
 from align_tf.server import ModelServer
 
 PROBE = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving" / "probe"
 AVAILABLE = [VersionStatus(2, "AVAILABLE", "")]
-
-
-@contextlib.contextmanager
-def serving(handler):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture

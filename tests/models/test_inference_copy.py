@@ -76,15 +76,6 @@ def test_bfloat16_copies_compute_in_bfloat16(model, pairs):
 # --- what Keras may have made of the layers ------------------------------------------------
 
 
-@pytest.fixture
-def changeable(tiny_config, pairs):
-    """A model of the test's own; called, as Keras quantizes none that was not."""
-    keras.utils.set_random_seed(0)
-    model = AlignModel(tiny_config)
-    model(pairs)
-    return model
-
-
 def add_lora(model):
     """Adapts every layer that can be, by as much as the weights themselves."""
     rng = np.random.default_rng(0)
