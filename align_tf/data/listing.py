@@ -5,12 +5,19 @@ import hashlib
 import os
 import pathlib
 import zipfile
+import zlib
 
 import numpy as np
 
 from align_tf.files import replacing
 
 NAMED = 3  # of the files that have changed
+
+# What numpy raises of a file that is gone, cut off or changed.
+BROKEN = (
+    *(OSError, ValueError, KeyError, EOFError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class Listing:
@@ -51,7 +58,7 @@ class Listing:
                 listing.paths = [os.fsdecode(p) for p in columns["paths"].tobytes().split(b"\0")]
                 listing.sizes.extend(columns["sizes"])
                 listing.times.extend(columns["times"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except BROKEN:
             return None
         return listing
 

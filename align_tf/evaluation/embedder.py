@@ -9,11 +9,11 @@ from keras import ops
 
 from align_tf.evaluation.identity import RowIds, image_contents, text_contents
 from align_tf.models.align import AlignModel
+from align_tf.models.fit_watch import is_endless
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
 
 BATCH_SIZE = 64
-INFINITE = -1  # tf.data.INFINITE_CARDINALITY
 
 
 class Embedder:
@@ -110,8 +110,7 @@ def check_ends(dataset: Any) -> None:
     Raises:
         ValueError: it does.
     """
-    cardinality = getattr(dataset, "cardinality", None)
-    if cardinality is not None and int(cardinality()) == INFINITE:
+    if is_endless(dataset):
         raise ValueError(
             "the data set is endless: expected one that ends, such as make_dataset(...) without "
             "training, or dataset.take(100)"

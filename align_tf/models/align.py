@@ -19,7 +19,7 @@ from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
 from align_tf.models.exports import Exports
 from align_tf.models.fit_watch import CONTRASTED
-from align_tf.models.inputs import TakesNames, gather
+from align_tf.models.inputs import PAIR_INPUTS, TakesNames, check_known, gather
 from align_tf.models.loss import (
     REDUCTIONS,
     positive_pairs,
@@ -32,9 +32,6 @@ from align_tf.models.text import TEXT_INPUTS, AlignTextModel
 from align_tf.models.vision import AlignVisionModel
 
 logger = logging.getLogger(__name__)
-
-# What a batch may hold beside the inputs of the towers; the loss reads it.
-PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -130,9 +127,9 @@ class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Mod
             autocast=False,
         )
 
-    def get_config(self) -> dict[str, Any]:
+    def _make_config(self) -> dict[str, Any]:
         return {
-            **super().get_config(),
+            **super()._make_config(),
             "label_smoothing": self.label_smoothing,
             "loss_reduction": self.loss_reduction,
             "temperature_bounds": self.temperature_bounds,
@@ -198,10 +195,7 @@ class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Mod
         if not isinstance(inputs, dict):
             kind = type(inputs).__name__
             raise ValueError(f"inputs of {kind}: expected a dict of pixel_values, ...")
-        known = self.input_names
-        unknown = [key for key in inputs if key not in known]
-        if unknown:
-            raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
+        check_known(inputs, self.input_names)
         if inputs.get("pixel_values") is None:
             raise ValueError("expected pixel_values; for texts alone call get_text_features")
         if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:

@@ -94,13 +94,18 @@ def check_ends(data: Any, steps: int | None, argument: str) -> None:
     Raises:
         ValueError: no steps are given.
     """
-    cardinality = getattr(data, "cardinality", None)  # of a distributed one it is a number
-    cardinality = cardinality() if callable(cardinality) else cardinality
-    if cardinality is not None and int(cardinality) == ENDLESS and steps is None:
+    if steps is None and is_endless(data):
         raise ValueError(
             f"an endless dataset: expected {argument}, the number of batches to take; "
             "make_dataset(training=True) is endless unless epochs is given"
         )
+
+
+def is_endless(data: Any) -> bool:
+    """Says whether data is a tf.data.Dataset, distributed or not, that knows that it has no end."""
+    cardinality = getattr(data, "cardinality", None)  # of a distributed one it is a number
+    cardinality = cardinality() if callable(cardinality) else cardinality
+    return cardinality is not None and int(cardinality) == ENDLESS
 
 
 def _number(variable: Any) -> float:

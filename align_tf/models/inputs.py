@@ -1,10 +1,13 @@
 """Inputs as Keras's and Hugging Face's callers give them: together, by name, or the first alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
+
+# What a batch may hold beside the inputs of the towers; the loss reads it.
+PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
 LARGEST_PIXEL = 32.0  # more than any processor gives; the levels of an image reach 255
 
@@ -39,6 +42,17 @@ def gather(names: tuple[str, ...], inputs: Any, named: Mapping[str, Any]) -> Any
     if inputs is None or isinstance(inputs, Mapping):
         return {**(inputs or {}), **named}
     return {names[0]: inputs, **named} if named else inputs
+
+
+def check_known(names: Iterable[str], known: tuple[str, ...]) -> None:
+    """Checks that inputs are known, since a misspelled one would be left out without a word.
+
+    Raises:
+        ValueError: one is not.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
 
 
 def check_pixels(pixel_values: Any, channels: int) -> None:

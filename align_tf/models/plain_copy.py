@@ -102,7 +102,7 @@ def assign(weight: Any, value: Any, path: str) -> None:
 def _from_config(model: AlignModel, dtype: str) -> AlignModel:
     if not isinstance(model, AlignModel):
         raise ValueError(f"a model of {type(model).__name__}: expected an AlignModel")
-    config = {**AlignModel.get_config(model), "dtype": dtype, "quantized": {}}
+    config = {**AlignModel._make_config(model), "dtype": dtype, "quantized": {}}
     with no_init_weights():
         return AlignModel.from_config(config)
 

@@ -211,7 +211,24 @@ class Pretrained:
         write_tensors(folder, tensors, dtype)
         config.save_pretrained(folder)
 
+    def save(
+        self, filepath: str | os.PathLike, overwrite: bool = True, zipped: bool | None = None
+    ) -> None:
+        """As Keras's `save`; a model whose layers were changed leaves a file as it is.
+
+        Raises:
+            ValueError: a layer was changed to compute what no configuration says.
+        """
+        self.get_config()  # before Keras opens the file
+        super().save(filepath, overwrite=overwrite, zipped=zipped)
+
     def get_config(self) -> dict[str, Any]:
+        # For copies and .keras files. A subclass may make its layers otherwise, and do so again.
+        if "config_class" in vars(type(self)):
+            self._check_layers()
+        return self._make_config()
+
+    def _make_config(self) -> dict[str, Any]:
         layers = self._flatten_layers(include_self=False)
         frozen = [layer.path for layer in layers if layer.weights and not layer.trainable]
         state = {"frozen": frozen}

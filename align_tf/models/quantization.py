@@ -27,6 +27,6 @@ def quantize_again(model: keras.Model, quantized: dict[str, dict[str, Any]]) -> 
     """Quantizes the layers of a new model as those of another were; their weights come later."""
     for layer in model._flatten_layers(include_self=False):
         if layer.path in quantized and not layer.quantization_mode:
-            mode, config = quantized[layer.path].values()
-            config = keras.saving.deserialize_keras_object(config)
-            layer.quantize(mode, **({} if config is None else {"config": config}))
+            row = quantized[layer.path]
+            config = keras.saving.deserialize_keras_object(row["config"])
+            layer.quantize(row["mode"], **({} if config is None else {"config": config}))

@@ -15,7 +15,7 @@ from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
-from align_tf.models.inputs import TakesNames
+from align_tf.models.inputs import PAIR_INPUTS, TakesNames, check_known
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
@@ -129,6 +129,8 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
     def _check_inputs(self, inputs: Any) -> None:
         if not isinstance(inputs, dict):
             inputs = {"input_ids": inputs}
+        others = ("pixel_values", *PAIR_INPUTS)  # of the batch that the text comes from
+        check_known((name for name in inputs if name not in others), TEXT_INPUTS)
         given = [inputs.get(key) for key in ("input_ids", "inputs_embeds")]
         given = [value for value in given if value is not None]
         if len(given) != 1:

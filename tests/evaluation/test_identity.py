@@ -117,6 +117,9 @@ def test_an_endless_data_set_is_refused(model, pairs):
         RetrievalEvaluation(endless)
     with pytest.raises(ValueError, match=r"endless.*make_dataset\(\.\.\.\) without training"):
         Embedder(model).pairs(endless)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])  # whose cardinality is a number
+    with pytest.raises(ValueError, match="the data set is endless: expected one that ends"):
+        RetrievalEvaluation(strategy.experimental_distribute_dataset(endless))
 
 
 def test_an_iterator_is_refused_where_it_would_be_gone(model, pairs):

@@ -1,5 +1,6 @@
 """Checkpoints of models with LoRA and quantization: what they compute is what is read again."""
 
+import copy
 import json
 
 import keras
@@ -11,15 +12,6 @@ from keras import ops
 from align_tf import AlignModel, AlignTextModel
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.surgery import open_for_change
-
-
-@pytest.fixture
-def changeable(tiny_config, pairs):
-    """A model of the test's own; called, as Keras quantizes none that was not."""
-    keras.utils.set_random_seed(0)
-    model = AlignModel(tiny_config)
-    model(pairs)
-    return model
 
 
 def adapt(layer, seed=0):
@@ -155,4 +147,11 @@ def test_what_no_configuration_says_is_not_saved(tiny_config, tmp_path):
             )
             with pytest.raises(ValueError, match=message):
                 saved.save_pretrained(tmp_path / "changed")
-    assert not (tmp_path / "changed").exists()
+    for write in (
+        lambda: model.save(tmp_path / "changed.keras"),
+        lambda: copy.deepcopy(model),
+        lambda: keras.models.clone_model(model),
+    ):
+        with pytest.raises(ValueError, match="is no longer what the configuration says"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -285,6 +285,20 @@ def test_calls_of_keras_and_of_hugging_face_are_the_same(unchanged, pairs):
         np.testing.assert_allclose(found, unchanged(pairs).logits_per_image, atol=1e-5)
 
 
+def test_a_misspelled_input_is_not_left_out(unchanged, pairs):
+    ids, mask = pairs["input_ids"], pairs["attention_mask"]
+    expected = unchanged.get_text_features(ids, attention_mask=mask)
+    np.testing.assert_array_equal(unchanged.get_text_features(pairs), expected)  # a whole batch
+    message = "unknown inputs atention_mask: expected input_ids, attention_mask, token_type_ids"
+    for call in (
+        lambda: unchanged.get_text_features(input_ids=ids, atention_mask=mask),
+        lambda: unchanged.get_text_features({"input_ids": ids, "atention_mask": mask}),
+        lambda: unchanged.text_model({"input_ids": ids, "atention_mask": mask}),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
+
+
 def test_a_data_set_of_any_mapping(model, pairs):
     model.compile(optimizer="sgd", run_eagerly=True)
     given = collections.UserDict(pairs)
