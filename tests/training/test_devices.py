@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import keras
+import pytest
 
 from align_tf.training import data_parallel
 from align_tf.training.devices import describe_devices
