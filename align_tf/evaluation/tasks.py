@@ -18,6 +18,7 @@ from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retri
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
 from align_tf.files import read_lines
+from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -153,7 +154,7 @@ def captioned_images(records: tf.data.Dataset) -> Iterator[Record]:
             captions = [caption.decode(errors="replace") for caption in record["captions"]]
             yield record["key"].decode(errors="replace"), record["image_bytes"], captions
     except tf.errors.OpError as error:
-        raise ValueError(f"the data cannot be read: {error.message}") from error
+        raise ValueError(f"the data cannot be read: {plain(error.message)}") from error
 
 
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
