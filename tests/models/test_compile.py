@@ -108,8 +108,12 @@ def test_images_and_texts_of_other_numbers_are_no_pairs(call, trained, pairs):
 @pytest.mark.parametrize("call", ["fit", "predict", "__call__", "get_text_features"])
 @pytest.mark.parametrize(
     ("name", "id_", "last"),
-    [("input_ids", 40, 39), ("input_ids", -1, 39), ("token_type_ids", 2, 1)]
-    + [("position_ids", 16, 15)],
+    [
+        ("input_ids", 40, 39),
+        ("input_ids", -1, 39),
+        ("token_type_ids", 2, 1),
+        ("position_ids", 16, 15),
+    ],
 )
 def test_ids_of_no_row_are_refused(call, name, id_, last, trained, pairs):
     ids = np.zeros((4, 6), "int32")
