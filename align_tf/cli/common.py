@@ -45,7 +45,7 @@ def import_tensorflow() -> None:
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        with _late_interrupt(), _unseen(OPTIONAL if _on_tensorflow() else OPTIONAL - {"jax"}):
+        with _late_interrupt(), _unseen(OPTIONAL if _on_tensorflow() else ()):
             import tensorflow  # noqa: F401
     finally:
         os.dup2(stderr, 2)
