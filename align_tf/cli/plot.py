@@ -1,6 +1,7 @@
 """`align-tf plot`: similarities, embeddings, the curves of a training."""
 
 import argparse
+import logging
 import os
 import pathlib
 from typing import Any
@@ -51,7 +52,7 @@ def run(arguments: Any) -> int:
 
 def _plot_heatmap(arguments: Any) -> int:
     check_files(arguments.images)
-    plots = _plots(arguments.output)
+    plots = open_plots(arguments.output)
     model, processor = load(arguments.model)
     from align_tf.search.encoder import Encoder
 
@@ -67,7 +68,8 @@ def _plot_heatmap(arguments: Any) -> int:
 
 
 def _plot_embeddings(arguments: Any) -> int:
-    plots = _plots(arguments.output)
+    plots = open_plots(arguments.output)
+    plots.require_sklearn()
     import_tensorflow()
     from align_tf.search.collection import Collection
 
@@ -79,16 +81,19 @@ def _plot_embeddings(arguments: Any) -> int:
 
 
 def _plot_curves(arguments: Any) -> int:
-    plots = _plots(arguments.output)
+    plots = open_plots(arguments.output)
     lines = plots.read_metrics(arguments.log)
     figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.log)))
     return _save_plot(figure, arguments.output)
 
 
-def _plots(output: str) -> Any:
+def open_plots(output: str) -> Any:
+    """Returns `align_tf.plots` where it can draw, and can write a file of that name."""
     from align_tf import plots
 
     plots.check_suffix(output)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches are no one's concern
+    plots.require_matplotlib()
     return plots
 
 
