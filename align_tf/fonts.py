@@ -32,7 +32,7 @@ def fallbacks(text: str, base: Any) -> dict[str, str]:
     Returns:
         Character -> the font file to draw it with; empty where the font has all of them.
     """
-    drawn = sorted({character for character in text if _is_drawn(character)})
+    drawn = sorted({character for character in text if is_drawn(character)})
     if all(character.isascii() for character in drawn):
         return {}
     try:
@@ -52,7 +52,8 @@ def fallbacks(text: str, base: Any) -> dict[str, str]:
     return found
 
 
-def _is_drawn(character: str) -> bool:
+def is_drawn(character: str) -> bool:
+    """Says whether a character leaves ink, as one that joins or selects others does not."""
     selects = "VARIATION SELECTOR" in unicodedata.name(character, "")
     return unicodedata.category(character) not in UNDRAWN and not selects
 
@@ -63,8 +64,9 @@ def _font_files() -> list[str]:
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
+    own = font_manager.findfont("DejaVu Sans")  # which matplotlib has with it
     ranked = []
-    for path in [*sorted(font_manager.findSystemFonts()), *_packaged()]:
+    for path in [own, *sorted(font_manager.findSystemFonts()), *_packaged()]:
         try:
             about = font_manager.ttfFontProperty(FT2Font(path))
         except Exception:  # no font, a broken one, or pictures of one size: each raises its own

@@ -72,7 +72,8 @@ def heatmap(
         similarities: (n, m), such as cosines.
         names: of the images (n).
         texts: the texts (m).
-        pictures: RGB arrays or PIL images (n) to stand beside their rows; may be empty.
+        pictures: RGB arrays or PIL images (n) to stand beside their rows, None where there is
+            none; may be empty.
 
     Returns:
         A matplotlib Figure.
@@ -90,7 +91,8 @@ def heatmap(
     if max(values.shape) <= NUMBERED:
         _write_numbers(axes, values, "{:.2f}".format)
     for row, picture in enumerate(pictures):
-        _place(axes, row, picture)
+        if picture is not None:
+            _place(axes, row, picture)
     if len(pictures):
         axes.tick_params(axis="y", pad=40)
     _add_bar(figure, axes, drawn, "cosine")

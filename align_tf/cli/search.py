@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
     )
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="show the pictures below it (the folder that was embedded, of an index of yours)",
+    )
     parser.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
     parser.add_argument("--montage", metavar="FILE", help="also write the pictures as a PNG")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -44,12 +49,12 @@ def run(arguments: Any) -> int:
     from align_tf.search.index import Index
     from align_tf.search.searcher import Searcher
 
-    index = Index(arguments.index)
+    index = Index(arguments.index, arguments.pictures)
     say(f"Loading {arguments.model or index.about['model']} ...")
     hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
     said = gallery.describe(**query)
     if arguments.html:
-        gallery.write_html(arguments.html, said, hits)
+        gallery.write_html(arguments.html, said, hits, arguments.image)
     if arguments.montage:
         gallery.write_montage(arguments.montage, said, hits)
     if arguments.json:
@@ -61,8 +66,20 @@ def run(arguments: Any) -> int:
             [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
         ]
         print_table(said, ["cosine", "id", "caption", "file"], rows)
+    if arguments.html or arguments.montage:
+        _say_outside(hits)
     _say_gone(hits)
     return 0
+
+
+def _say_outside(hits: list) -> None:
+    outside = [hit.path for hit in hits if hit.outside]
+    if outside:
+        say(
+            f"align-tf: warning: {len(outside)} of {len(hits)} pictures are not shown, such as "
+            f"{outside[0]}: not below the folder that you embedded; --pictures DIR shows those "
+            "below another"
+        )
 
 
 def _say_gone(hits: list) -> None:

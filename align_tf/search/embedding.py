@@ -18,7 +18,7 @@ from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
-from align_tf.search import source_files
+from align_tf.search import own_pictures, source_files
 from align_tf.search.collection import (
     EMBEDDING_DTYPES,
     SKIPPED_NAMED,
@@ -56,6 +56,7 @@ def embed(
     `caption`, the first; `thumbnail`, a small JPEG where there is no file; `image_embeds` and, of
     the caption, `text_embeds`, of unit length. `_listing.npz` beside them holds the names,
     sizes and times of the source's files: what was begun with others is not gone on with.
+    `_pictures.json` tells, signed, the folder of the image files: an index shows those below it.
 
     Args:
         source: as `data.make_dataset` takes it; captions may be missing.
@@ -129,6 +130,8 @@ def embed(
         left.unlink(missing_ok=True)
     if listing is not None:
         source_files.check_unchanged(settings, listing, list_files(source, image_key))
+    if opened.paths:
+        own_pictures.sign(output, opened.paths)
     return _summary(output, settings, shards, opened)
 
 

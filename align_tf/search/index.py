@@ -15,6 +15,7 @@ import numpy as np
 from align_tf import files
 from align_tf.extras import extra
 from align_tf.progress import track
+from align_tf.search import own_pictures
 from align_tf.search.collection import COLUMNS, Collection
 from align_tf.search.recall import tune
 from align_tf.search.vectors import as_float32, evenly_spread
@@ -39,6 +40,7 @@ class Hit:
         path: the image file; None where the image is in a shard.
         caption: None where it has none.
         thumbnail: a small JPEG of an image that is in a shard.
+        outside: whether the image file is not below the folder whose pictures are shown.
     """
 
     score: float
@@ -46,11 +48,12 @@ class Hit:
     path: str | None
     caption: str | None
     thumbnail: bytes | None = dataclasses.field(default=None, repr=False)
+    outside: bool = False
 
     @property
     def picture(self) -> str | bytes | None:
-        """What shows the image: its file, or the thumbnail."""
-        return self.path or self.thumbnail
+        """What shows the image: its file, or the thumbnail; None where it is not to be shown."""
+        return self.thumbnail if self.outside else self.path or self.thumbnail
 
 
 # --- the index -----------------------------------------------------------------------------
@@ -79,7 +82,7 @@ def build_index(
     Returns:
         What `index.json` in the folder holds: `kind`, `rows`, `dim`, `dtype`, `nlist` and
         `nprobe` of an ivf, `recall_at_10` against exact search by the kind of query, `model`,
-        `fingerprint`, `embeddings`.
+        `fingerprint`, `embeddings`, and `pictures`, the folder that was embedded, signed.
 
     Raises:
         FileNotFoundError, ValueError: as `Collection`; or the output is no index, or kind is
@@ -109,6 +112,7 @@ def build_index(
         "model": collection.settings.model,
         "fingerprint": collection.settings.fingerprint,
         "embeddings": str(collection.folder.absolute()),
+        "pictures": own_pictures.signed(collection.folder),
     }
     with _replacing_folder(output) as folder:
         _write(folder, index, collection, about)
@@ -189,17 +193,20 @@ class Index:
 
     Args:
         folder: what `build_index` wrote.
+        pictures: the folder whose pictures may be shown; None takes the one that was embedded, of
+            an index of this user's. One that came from someone else may name any file.
 
     Attributes:
         about: what `build_index` returned.
+        pictures: the folder whose pictures may be shown; None shows those of no file.
 
     Raises:
-        FileNotFoundError: there is no index.
+        FileNotFoundError: there is no index, or no such folder of pictures.
         ValueError: it is broken.
         ModuleNotFoundError: FAISS is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, pictures: str | os.PathLike | None = None):
         require_faiss()
         import faiss
         import pyarrow as pa
@@ -208,6 +215,11 @@ class Index:
         if not (self.folder / ABOUT_NAME).is_file():
             raise FileNotFoundError(f"{folder}: no index; expected what `align-tf index` wrote")
         self.about = files.read_json(self.folder / ABOUT_NAME)
+        self.pictures = own_pictures.own_folder(self.about.get("pictures"))
+        if pictures is not None:
+            if not os.path.isdir(pictures):
+                raise FileNotFoundError(f"{pictures}: no such folder of pictures")
+            self.pictures = os.path.abspath(pictures)
         flags = faiss.IO_FLAG_MMAP if self.about["kind"] == "ivf" else faiss.IO_FLAG_MMAP_IFC
         try:
             self._index = faiss.read_index(str(self.folder / INDEX_NAME), flags)
@@ -247,8 +259,11 @@ class Index:
 
     def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[Hit]:
         """Takes the scores (k,) and rows (k,) of one query to what is known of the images."""
-        return [
-            Hit(float(score), **self._records.slice(int(row), 1).to_pylist()[0])
-            for score, row in zip(scores, rows, strict=True)
-            if row >= 0
-        ]
+        hits = []
+        for score, row in zip(scores, rows, strict=True):
+            if row >= 0:
+                record = self._records.slice(int(row), 1).to_pylist()[0]
+                path = record["path"]
+                outside = path is not None and not own_pictures.is_below(path, self.pictures)
+                hits.append(Hit(float(score), **record, outside=outside))
+        return hits

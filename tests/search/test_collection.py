@@ -85,7 +85,7 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert list(summary["named"]) == [f"{n:03}" for n in (BROKEN, ABSENT, HUGE)]
     assert "pixels" in summary["named"][f"{HUGE:03}"]
     shards = [f"shard-{n:06}.parquet" for n in range(6)]
-    assert sorted(contents(output)) == ["_listing.npz", *shards]
+    assert sorted(contents(output)) == ["_listing.npz", "_pictures.json", *shards]
 
 
 def test_the_embeddings_are_the_models(whole, model, processor):
