@@ -37,7 +37,7 @@ minmax(min(200px, calc(50% - 8px)), 1fr)); list-style: none; margin: 0; padding:
 li { border: 1px solid var(--edge); border-radius: 10px; overflow: hidden; }
 .picture { align-items: center; aspect-ratio: 1; background: #8881; display: flex; \
 justify-content: center; }
-.picture img { height: 100%; object-fit: contain; width: 100%; }
+.picture a, .picture img { display: block; height: 100%; object-fit: contain; width: 100%; }
 .text { overflow-wrap: anywhere; padding: 10px 12px; }
 .dim { color: var(--dim); font-size: .85rem; }
 """

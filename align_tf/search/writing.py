@@ -68,12 +68,16 @@ class Writer:
 
     def _runs(self, text: str) -> Iterator[tuple[str | None, str]]:
         """Splits a text where the font changes: its file, None for the usual one, and the run."""
-        files, file = [], None
-        for character in _shown(text):
-            if fonts.is_drawn(character):  # else it belongs to what is before it
-                file = self._files.get(character)
-            files.append((file, character))
-        for file, run in itertools.groupby(files, lambda pair: pair[0]):
+        text, files = _shown(text), []
+        for character in text:
+            if fonts.is_drawn(character):
+                files.append(self._files.get(character))
+            else:  # it belongs to what is before it
+                files.append(files[-1] if files else None)
+        for place in reversed(range(len(text) - 1)):
+            if text[place] == " " and files[place] != files[place + 1]:
+                files[place] = None  # the spaces of emoji are as wide as they are
+        for file, run in itertools.groupby(zip(files, text, strict=True), lambda pair: pair[0]):
             characters = (character for _, character in run)
             if file is None:  # which has no glyph for what joins and selects others
                 characters = (one for one in characters if one == " " or fonts.is_drawn(one))
