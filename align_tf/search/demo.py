@@ -61,7 +61,7 @@ def build_page(encoder: Encoder | AlignClient, searcher: Searcher, name: str) ->
     gradio = require_gradio()
     with gradio.Blocks(title=f"{TITLE} · ALIGN", analytics_enabled=False) as page:
         about = f"ALIGN, {name} · {len(searcher.index):,} pictures to search"
-        gradio.HTML(f"<h1>{TITLE}</h1><p>{html.escape(about)}</p>", padding=False)
+        gradio.HTML(f"<h1>{TITLE}</h1><p>{html.escape(about)}</p>")
         with gradio.Tab("Classify"):
             _classify_tab(gradio, encoder)
         with gradio.Tab("Search"):
