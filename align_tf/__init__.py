@@ -14,14 +14,18 @@ The house, from the top down; imports point down:
     configuration   config.json, presets, the block table
     plots           pictures of similarities, embeddings and trainings
     hub             the name of a checkpoint to a folder
-    files, fonts, progress, extras   the ground floor
+    files, fonts, progress, terminal, extras, keras_names   the ground floor
 
     server, client  TensorFlow Serving's protocol, apart from the rest
 """
 
 import lazy_loader
 
+from align_tf import keras_names
+
 __version__ = "0.1.0"
+
+keras_names.announce()
 
 # The public names stand in __init__.pyi; each is loaded when it is asked for.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from align_tf import files, fonts
 from align_tf.extras import extra
+from align_tf.terminal import literal
 
 SUFFIXES = (".png", ".svg")
 METHODS = ("pca", "tsne")
@@ -33,7 +33,6 @@ CONFUSION_NUMBERED = 31  # so has one of classes, whose numbers are short
 NAME_LENGTH = 32  # characters of an image's name or a text
 PERPLEXITY = 30.0  # of t-SNE, at most
 
-REPLACEMENT = "\ufffd"  # of control characters and halves of others, which an SVG may not hold
 NO_LABEL = "without a label"
 UNLABELLED = "#8a929c"
 
@@ -395,9 +394,5 @@ def _clear(axes: Any) -> None:
 
 
 def _short(text: str) -> str:
-    text = "".join(map(_shown, " ".join(text.split()))).replace("$", r"\$")  # begins a formula
+    text = literal(" ".join(text.split())).replace("$", r"\$")  # which begins a formula
     return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1].rstrip() + "…"
-
-
-def _shown(character: str) -> str:
-    return REPLACEMENT if unicodedata.category(character) in ("Cc", "Cs") else character

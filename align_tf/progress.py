@@ -9,11 +9,6 @@ from typing import Any
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0  # between two states of a Rate
 
 
-def say(message: str) -> None:
-    """Writes a line to stderr at once."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def track(items: Iterable, description: str, total: int | None = None, show: bool = True) -> Any:
     """Passes items on, and shows how far they have come.
 

@@ -18,6 +18,7 @@ from align_tf.cli.common import (
 )
 from align_tf.cli.pictures import find_pictures, looks_like_a_photograph
 from align_tf.files import read_lines
+from align_tf.terminal import literal
 
 IMAGES_AT_ONCE = 32  # images classified at a time
 SHOWN = 5  # labels of an image in the table, without --top
@@ -139,19 +140,22 @@ def _top(probs: dict[str, float], count: int | None) -> dict[str, float]:
 
 
 def _print_csv(results: list[dict]) -> None:
+    shown = literal if sys.stdout.isatty() else str  # to a file or a program all as it is
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["image", "label", "probability"])
     for result in results:
-        writer.writerows([result["image"], *item] for item in _ranked(result["probs"]))
+        image = shown(result["image"])
+        writer.writerows([image, shown(label), prob] for label, prob in _ranked(result["probs"]))
 
 
 def _print_probabilities(results: list[dict], label_count: int, shown: int) -> None:
     rows = []
     for result in results:
-        lines = [f"{prob:6.1%}  {label}" for label, prob in _ranked(result["probs"])[:shown]]
+        ranked = _ranked(result["probs"])[:shown]
+        lines = [f"{prob:6.1%}  {literal(label)}" for label, prob in ranked]
         if label_count > shown:
             lines.append(f"        {label_count - shown:,} more")
-        rows.append([result["image"], "\n".join(lines)])
+        rows.append([literal(result["image"]), "\n".join(lines)])
     print_table("Zero-shot classification", ["image", "probability and label"], rows)
 
 

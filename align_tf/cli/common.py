@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from align_tf.terminal import literal_lines, say
+
 # Nothing heavy is imported here: `align-tf --help` answers at once.
 
 EXIT_USER_ERROR = 2
@@ -24,10 +26,6 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_ID",
         help="a checkpoint folder, a Hugging Face id such as kakaobrain/align-base, or align-tiny",
     )
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def hint(command: str, *arguments: str) -> None:
@@ -86,14 +84,17 @@ def probabilities(model: Any, processor: Any, images: list, labels: list[str]) -
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Prints a table to stdout; what is in it is text, not rich's markup."""
     import rich.console
     import rich.table
+    from rich.text import Text
 
-    table = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    heading = Text(literal_lines(title), style="bold")
+    table = rich.table.Table(title=heading, title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(literal_lines(cell)) for cell in row))
     rich.console.Console().print(table)
 
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from align_tf.cli.common import hint, import_tensorflow, say
+from align_tf.terminal import literal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,6 @@ def run(arguments: Any) -> int:
         print(json.dumps(about, indent=2))
     else:
         recall = ", ".join(f"{v:.1%} ({name})" for name, v in about["recall_at_10"].items())
-        print(f"{arguments.output}: {about['rows']:,} images, recall@10 {recall}")
+        print(f"{literal(arguments.output)}: {about['rows']:,} images, recall@10 {recall}")
     hint("align-tf search", arguments.output, "a red car")
     return 0

@@ -1,7 +1,9 @@
 """The command `align-tf`: a table of commands, each a file of its own."""
 
 import atexit
+import codecs
 import gc
+import io
 import os
 import sys
 from typing import Any
@@ -22,6 +24,7 @@ from align_tf.cli import (
 )
 from align_tf.cli.common import EXIT_USER_ERROR
 from align_tf.cli.parser import Parser, check_spelling
+from align_tf.terminal import say
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
 
@@ -54,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _write_any_text()
     parser = _parser()
     check_spelling(parser, argv)
     arguments = parser.parse_args(argv)
@@ -68,14 +72,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
-        print("align-tf: stopped", file=sys.stderr)
+        say("align-tf: stopped")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of stdout has gone, as `head` does
         sys.stdout = None
         return 0
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(f"align-tf: error: {error}", file=sys.stderr)
+        say(f"align-tf: error: {error}")
         return EXIT_USER_ERROR
+
+
+def _write_any_text() -> None:
+    """Has stdout take names that are not UTF-8, and what its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf_8 else "backslashreplace")
 
 
 def _parser() -> Parser:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import NoReturn
 
+from align_tf.terminal import literal_lines
+
 NEAR = 0.7  # of difflib's ratios: below it two words have little in common
 
 
@@ -21,7 +23,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):
             message += self.when_missing
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, literal_lines(f"{self.prog}: error: {message} (see {self.prog} --help)\n"))
 
 
 def check_spelling(parser: Parser, arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ from align_tf.cli.common import (
     load,
     say,
 )
+from align_tf.terminal import literal
 
 PICTURE_SIDE = 96  # pixels, of an image beside its row
 
@@ -101,5 +102,5 @@ def _save_plot(figure: Any, output: str) -> int:
     from align_tf import plots
 
     plots.save(figure, output)
-    print(output)
+    print(literal(output))
     return 0

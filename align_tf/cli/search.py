@@ -11,6 +11,8 @@ from align_tf.cli.common import (
     say,
 )
 
+CAPTION_SHOWN = 200  # characters in the table
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
@@ -63,7 +65,8 @@ def run(arguments: Any) -> int:
         print(json.dumps({"query": said, "results": results}, indent=2))
     else:
         rows = [
-            [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
+            [f"{hit.score:.3f}", hit.id, _cut(hit.caption or ""), _short(hit.path or "")]
+            for hit in hits
         ]
         print_table(said, ["cosine", "id", "caption", "file"], rows)
     if arguments.html or arguments.montage:
@@ -89,6 +92,12 @@ def _say_gone(hits: list) -> None:
             f"align-tf: warning: {len(gone)} of {len(hits)} pictures are gone, such as {gone[0]}; "
             "expected the collection embedded and indexed again"
         )
+
+
+def _cut(caption: str) -> str:
+    """Writes a caption in one line that is not too long."""
+    line = " ".join(caption.split())
+    return line if len(line) <= CAPTION_SHOWN else line[: CAPTION_SHOWN - 1] + "…"
 
 
 def _short(path: str) -> str:

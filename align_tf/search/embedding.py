@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ from align_tf.search.collection import (
 )
 from align_tf.search.fingerprint import fingerprint, load_model
 from align_tf.search.shard_writer import ShardWriter
+from align_tf.terminal import say
 
 SHARD_SIZE = 4096
 ENGINES = ("default", "ray")
@@ -184,7 +184,7 @@ def _runs(numbers: list[int]) -> Iterator[range]:
 
 def _tell(shard: Shard, before: int) -> None:
     for key, reason in list(shard.named.items())[: max(SKIPPED_NAMED - before, 0)]:
-        print(f"left out {key}: {reason}", file=sys.stderr, flush=True)
+        say(f"left out {key}: {reason}")
 
 
 def _summary(

@@ -4,7 +4,6 @@ import base64
 import html
 import os
 import pathlib
-import unicodedata
 import urllib.parse
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from align_tf import files
 from align_tf.search.index import Hit
 from align_tf.search.thumbnail import thumbnail, to_jpeg
 from align_tf.search.writing import Writer
+from align_tf.terminal import literal_lines
 
 # The montage: sizes in pixels.
 SIDE, GAP, COLUMNS = 224, 16, 5
@@ -118,9 +118,8 @@ def _linked(shown: str, picture: str | os.PathLike, page: pathlib.Path) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escapes what is HTML, and replaces what a page may not hold."""
-    held = "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in text)
-    return html.escape(held)
+    """Escapes what is HTML, and what a page may not hold."""
+    return html.escape(literal_lines(text))
 
 
 def montage(query: str, hits: Sequence[Hit], columns: int = COLUMNS) -> PIL.Image.Image:

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from align_tf.search import own_pictures
 from align_tf.search.collection import COLUMNS, Collection
 from align_tf.search.recall import tune
 from align_tf.search.vectors import as_float32, evenly_spread
+from align_tf.terminal import say
 
 KINDS = ("flat", "ivf")
 FLAT_ROWS = 100_000  # up to so many every vector is compared
@@ -160,8 +160,7 @@ def _trained_ivf(collection: Collection, progress: bool) -> Any:
     index.cp.min_points_per_centroid = 1  # so that FAISS does not warn of a small collection
     sample = evenly_spread(collection.image_embeds(), rows, lists * TRAINING_ROWS)
     if progress:
-        message = f"Training {lists:,} lists on {len(sample):,} images ..."
-        print(message, file=sys.stderr, flush=True)
+        say(f"Training {lists:,} lists on {len(sample):,} images ...")
     index.train(sample)
     return index
 

@@ -3,13 +3,13 @@
 import functools
 import io
 import itertools
-import unicodedata
 from collections.abc import Iterable, Iterator
 
 import PIL.ImageDraw
 import PIL.ImageFont
 
 from align_tf import fonts
+from align_tf.terminal import literal
 
 SIZE_ASKED = 12  # of the font whose characters are looked at: any
 ELLIPSIS = "…"
@@ -91,6 +91,5 @@ def _font(file: str | None, size: int) -> PIL.ImageFont.FreeTypeFont:
 
 
 def _shown(text: str) -> str:
-    """Writes a text in one line, without what controls a terminal."""
-    line = " ".join(text.split())
-    return "".join("?" if unicodedata.category(one) in ("Cc", "Cs") else one for one in line)
+    """Writes a text in one line."""
+    return literal(" ".join(text.split()))

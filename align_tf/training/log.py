@@ -11,7 +11,8 @@ from keras import ops
 
 from align_tf import files
 from align_tf.models.fit_watch import check_contrast
-from align_tf.progress import Bar, say
+from align_tf.progress import Bar
+from align_tf.terminal import say
 from align_tf.training import devices
 from align_tf.training.recipe import Recipe
 

@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 import pathlib
+import reprlib
 from typing import Any
 
 from align_tf.configuration.presets import PRESETS
@@ -300,30 +301,38 @@ def read_recipe(
 
 
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         folder = ", but a folder; one of pairs goes to data" if path.is_dir() else ""
         raise FileNotFoundError(f"{path}: no such recipe file{folder}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = _parsed_yaml(str(path), text)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines of 'key: value', found {values!r}")
+        raise ValueError(f"{path}: expected lines of 'key: value', found {reprlib.repr(values)}")
     return values
 
 
 def _parsed(key: str, value: Any) -> Any:
-    import yaml
-
     field = Recipe.__dataclass_fields__.get(key)
     if not isinstance(value, str) or field is None or field.metadata["expected"] is str:
         return value
+    return _parsed_yaml(f"{key}={reprlib.repr(value)}", value)
+
+
+def _parsed_yaml(name: str, text: str) -> Any:
+    import yaml
+
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}={value!r}: not valid YAML: {error}") from error
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark and f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"{name}{line or ''}: not valid YAML: {error.problem}") from error
+    # Of values that look like a date or a number of thousands of digits, and of nesting.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{name}: not valid YAML: {said}") from error
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
@@ -341,7 +350,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         valid = (number or expected == LIMIT) and CHECKS[expected](value)
     if not valid:
-        raise ValueError(f"{field.name}={value!r}: expected {wanted}")
+        raise ValueError(f"{field.name}={reprlib.repr(value)}: expected {wanted}")
     return value
 
 

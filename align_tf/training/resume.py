@@ -16,7 +16,7 @@ import safetensors.numpy
 from keras import ops
 
 from align_tf import files
-from align_tf.progress import say
+from align_tf.terminal import say
 
 STATE_NAME = "training_state.safetensors"
 SUMMARY_NAME = "training_state.json"

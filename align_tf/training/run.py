@@ -22,7 +22,8 @@ from align_tf.data.listing import Listing
 from align_tf.data.readers import list_files, open_source
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
-from align_tf.progress import Bar, say
+from align_tf.progress import Bar
+from align_tf.terminal import say
 from align_tf.training import devices, resume
 from align_tf.training.callbacks import RetrievalEvaluation
 from align_tf.training.log import Log, say_header

@@ -82,6 +82,24 @@ def test_classify_prints_a_table(capsys):
     assert "Loading align-tiny" in err
 
 
+def test_what_is_shown_is_text_not_markup(capsys, tmp_path):
+    folder = tmp_path / "holiday [edited] [b]"
+    folder.mkdir()
+    bytes_name = os.path.join(os.fsencode(folder), b"caf\xe9\x1b[2J.png")
+    shutil.copy(EXAMPLES[0], bytes_name)
+    labels = ["[cat]", "x[/b]", ":dog:", "\x1b[31mred\nrow"]
+    code, out, _ = run(capsys, "classify", os.fsdecode(bytes_name), "--labels", *labels)
+    assert code == 0 and "\x1b" not in out
+    written = "".join(out.split())
+    for said in ("[cat]", "x[/b]", ":dog:", r"\x1b[31mred\nrow", r"[b]/caf\xe9\x1b[2J.png"):
+        assert said in written.replace("│", "").replace("|", ""), said
+    code, _, err = run(capsys, "classify", "\x1b[2J.png", "--labels", "a")
+    assert (code, err) == (2, "align-tf: error: \\x1b[2J.png: no such file\n")
+    with pytest.raises(SystemExit):
+        main(["classify", "--\x1b[2J"])
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(EXAMPLES[0].read_bytes()[:200])

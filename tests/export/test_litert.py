@@ -22,6 +22,8 @@ from align_tf import export_litert
 from align_tf.export.litert import IMAGE_TOWER, SETTINGS_NAME, TEXT_TOWER
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
+pytestmark = pytest.mark.slow  # the conversion, and reading what it wrote
+
 CLOSE = 2e-6  # between embeddings of unit length, of the two runtimes; measured: 4e-7
 INT8_COSINE = 0.9998  # of align-tiny's examples; measured: 0.99996 of images, 0.99998 of texts
 

@@ -142,6 +142,7 @@ def test_accumulation_compiled_by_xla(steady, of_five):
     assert_equal(found, of_five)
 
 
+@pytest.mark.slow  # two more steps to trace, as each of the following
 def test_accumulation_with_a_scaled_loss(steady):
     """Held to the plain step in float16, which leaves out the same steps."""
     options = {"dtype": "mixed_float16"}
@@ -152,11 +153,13 @@ def test_accumulation_with_a_scaled_loss(steady):
     assert_equal(found, expected, atol=0.01)
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_take_the_same_step(config):
     expected = train(make(AlignModel, config))
     assert_equal(train(make(AlignModel, config), remat=True), expected)
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_take_the_same_accumulated_step(config, accumulated):
     found = train(make(AlignModel, config), sigmoid=True, remat=True, accumulation=2)
     assert_equal(found, accumulated[0])

@@ -219,6 +219,7 @@ def test_batches_are_counted_not_the_steps_of_the_optimizer(
     assert [value is not None for _, value in seen.values] == [False, True]
 
 
+@pytest.mark.slow  # a training and its validation to trace
 def test_what_is_saved_is_measured(small_config, pairs, processor, tmp_path):
     """The moving average of the weights, of which validation takes nothing away."""
     weights = []

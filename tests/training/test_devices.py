@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import keras
+import pytest
 
 from align_tf.training import data_parallel
 from align_tf.training.devices import describe_devices
@@ -34,6 +35,7 @@ def test_the_one_device_is_used():
     assert type(data_parallel()).__name__ == STRATEGIES[BACKEND][0]
 
 
+@pytest.mark.slow  # the import of another process
 def test_all_devices_are_used():
     flags = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}

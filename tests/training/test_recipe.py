@@ -125,7 +125,7 @@ def test_a_broken_file_is_named(tmp_path):
         read_recipe(tmp_path / "none.yaml")
     with pytest.raises(FileNotFoundError, match="no such recipe file, but a folder; one of pairs"):
         read_recipe(tmp_path)
-    with pytest.raises(ValueError, match=r"recipe\.yaml: not valid YAML"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml, line 1: not valid YAML"):
         read_recipe(written(tmp_path, "data: [1"))
     with pytest.raises(ValueError, match=r"expected lines of 'key: value', found 'model'"):
         read_recipe(written(tmp_path, "model"))

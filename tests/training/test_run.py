@@ -401,6 +401,7 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings, traced_once, m
     assert not list(pathlib.Path(settings["output"]).glob("*checkpoint-*"))
 
 
+@pytest.mark.slow  # of another shape than the others, so all is traced anew, validation too
 def test_from_scratch_by_epochs_with_validation(settings, place, monkeypatch, capsys, small_config):
     """A preset, epochs for steps, a smaller image, frozen blocks, an average, TensorBoard."""
     pytest.importorskip("tensorboard")
