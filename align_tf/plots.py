@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import warnings
@@ -279,7 +280,7 @@ def _draw_curves(axes: Any, title: str, keys: dict[str, str], lines: Sequence[di
     from matplotlib.ticker import MaxNLocator
 
     for (key, name), color in zip(keys.items(), COLORS, strict=False):
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(float(line["step"]), float(line[key])) for line in lines if key in line]
         mark = "o" if len(points) == 1 else None
         axes.plot(*zip(*points, strict=True), color=color, label=name, marker=mark)
     axes.set_title(title, fontsize=10)
@@ -309,16 +310,25 @@ def read_metrics(run: str | os.PathLike) -> list[dict[str, float]]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the log of `align-tf train`")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     values = []
     for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-            values.append({**value, "step": value["step"]})
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a line of a log") from error
+        value = _read_line(line)
+        if value is not None:
+            values.append(value)
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number}: not a line of a log")
     return values
+
+
+def _read_line(line: str) -> dict[str, float] | None:
+    """Returns the numbers of a line of a log; None where it is not one."""
+    try:
+        value = json.loads(line)
+        numbers = {key: one for key, one in value.items() if type(one) in (int, float)}
+        return numbers if math.isfinite(float(numbers["step"])) else None
+    except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
 
 
 def save(figure: Any, path: str | os.PathLike) -> None:

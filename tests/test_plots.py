@@ -130,9 +130,13 @@ def test_a_log_is_read_up_to_a_line_that_is_cut_off(tmp_path):
     lines = [json.dumps(line) for line in LOG]
     path.write_text("\n".join([*lines, '{"step": 40, "lo']))
     assert plots.read_metrics(tmp_path) == plots.read_metrics(path) == LOG
-    path.write_text("\n".join(["[]", *lines]))
-    with pytest.raises(ValueError, match="line 1"):
-        plots.read_metrics(tmp_path)
+    broken = ["[]", "[" * 100_000, '{"step": true}', '{"step": 1e999}', '{"loss": 1}', "", "\x00"]
+    for line in [*broken, f'{{"step": 1{"0" * 4000}}}']:
+        path.write_text("\n".join([lines[0], line, *lines]))
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a line of a log"):
+            plots.read_metrics(tmp_path)
+    path.write_bytes(b'{"step": 1, "loss": 2, "note": "\xff", "on": [1]}\n')
+    assert plots.read_metrics(tmp_path) == [{"step": 1, "loss": 2}]
 
 
 # --- fonts -----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def sign(collection: pathlib.Path, pictures: Sequence[str]) -> None:
 
 def signed(collection: pathlib.Path) -> dict[str, Any] | None:
     """Returns what `sign` kept; None where it was not called, or the file is broken."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return files.read_json(collection / NAME)
     return None
 
