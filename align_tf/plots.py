@@ -243,7 +243,8 @@ def _project(embeds: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tu
             f"PC {i}: {share:.0%} of variance" for i, share in enumerate(shares, 1)
         )
     perplexity = min(PERPLEXITY, (len(embeds) - 1) / 3)
-    tsne = TSNE(2, metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    start = "pca" if np.ptp(embeds, axis=0).any() else "random"  # where all are the same
+    tsne = TSNE(2, metric="cosine", init=start, perplexity=perplexity, random_state=seed)
     return tsne.fit_transform(embeds), ("t-SNE 1", "t-SNE 2")
 
 

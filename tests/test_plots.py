@@ -72,7 +72,9 @@ def test_points_that_are_all_the_same_are_drawn(recwarn):
     figure = plots.embeddings(np.ones((4, 3)), ["a\x1b[31m", "\ud83e", "a\x1b[31m", "b"])
     labels = [c.get_label() for c in figure.axes[0].collections]
     assert labels == [r"a\x1b[31m", r"\ud83e", "b"]
-    assert figure.axes[0].get_xlabel() == "PC 1: 0% of variance" and not recwarn.list
+    assert figure.axes[0].get_xlabel() == "PC 1: 0% of variance"
+    figure = plots.embeddings(np.ones((4, 3)), ["a"] * 4, "tsne")
+    assert np.isfinite(figure.axes[0].collections[0].get_offsets()).all() and not recwarn.list
 
 
 def test_a_confusion_writes_its_counts_in_their_places():

@@ -29,16 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
+    from align_tf.search.index import Index
+    from align_tf.search.required import require_faiss, require_gradio
+
+    require_gradio()
+    require_faiss()
+    index = arguments.index and Index(arguments.index, arguments.pictures)
     import_tensorflow()
     from align_tf.client.align_client import AlignServerError
     from align_tf.search import demo
-    from align_tf.search.collection import require_pyarrow
-    from align_tf.search.index import Index, require_faiss
 
-    demo.require_gradio()
-    require_faiss()
-    require_pyarrow()
-    index = arguments.index and Index(arguments.index, arguments.pictures)
     try:
         name, encoder, searcher = _open(arguments, index)
         searcher = searcher or demo.example_searcher(encoder)

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
+    from align_tf.search.required import require_pyarrow, require_ray
+
+    require_pyarrow()
+    if arguments.engine == "ray":
+        require_ray()
     say(f"Loading {arguments.model} ...")
     import_tensorflow()
     from align_tf.search.embedding import embed

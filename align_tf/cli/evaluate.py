@@ -127,6 +127,10 @@ def _open_early(arguments: Any) -> dict[str, Any]:
     """Finds, before the model is loaded, what no model could make right."""
     if arguments.plot:
         open_plots(arguments.plot)
+    if arguments.task in ("knn", "linear-probe"):
+        from align_tf.evaluation.examples import require_sklearn
+
+        require_sklearn()
     say(f"Looking at {arguments.data} ...")
     import_tensorflow()
     from align_tf.evaluation import tasks

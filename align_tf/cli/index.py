@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from align_tf.cli.common import hint, import_tensorflow, say
+from align_tf.cli.common import hint, say
 from align_tf.terminal import literal
 
 
@@ -19,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    import_tensorflow()
     from align_tf.search.index import build_index
 
     about = build_index(arguments.embeddings, arguments.output, kind=arguments.kind, progress=True)

@@ -9,7 +9,6 @@ from typing import Any
 from align_tf.cli.common import (
     add_model_argument,
     check_files,
-    import_tensorflow,
     load,
     say,
 )
@@ -71,7 +70,6 @@ def _plot_heatmap(arguments: Any) -> int:
 def _plot_embeddings(arguments: Any) -> int:
     plots = open_plots(arguments.output)
     plots.require_sklearn()
-    import_tensorflow()
     from align_tf.search.collection import Collection
 
     collection = Collection(arguments.embeddings)

@@ -46,12 +46,13 @@ def run(arguments: Any) -> int:
     query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
     if arguments.text is None and arguments.image is None:
         raise ValueError("expected a TEXT or --image, or both")
-    import_tensorflow()
     from align_tf.search import gallery
     from align_tf.search.index import Index
-    from align_tf.search.searcher import Searcher
 
     index = Index(arguments.index, arguments.pictures)
+    import_tensorflow()
+    from align_tf.search.searcher import Searcher
+
     say(f"Loading {arguments.model or index.about['model']} ...")
     hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
     said = gallery.describe(**query)

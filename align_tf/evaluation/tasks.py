@@ -233,7 +233,8 @@ def captioned_images(streams: dict[str | None, tf.data.Dataset]) -> Iterator[Rec
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     """Lists a folder that has one sub-folder a class: name of the sub-folder -> image files."""
     folder = _folder(source)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    folders = (path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    names = sorted(path.name for path in folders)
     if not names:
         raise ValueError(f"{source}: no sub-folders; expected one for each class, with its images")
     files = {name: _image_files(folder / name) for name in names}
@@ -302,7 +303,14 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
+    return sorted(
+        path for path in found if not any(map(_is_hidden, path.relative_to(folder).parts))
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 # --- embedding -----------------------------------------------------------------------------

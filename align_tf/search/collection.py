@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.extras import extra
 from align_tf.files import replacing
+from align_tf.search.required import require_pyarrow
 
 EMBEDDING_DTYPES = ("float16", "float32")
 SKIPPED_NAMED = 10  # of the records that are left out
@@ -68,16 +68,6 @@ class Shard:
     rows: int
     skipped: int
     named: dict[str, str]
-
-
-def require_pyarrow() -> None:
-    """Asks for the extra that a collection needs.
-
-    Raises:
-        ModuleNotFoundError: pyarrow is not installed.
-    """
-    with extra("data", "a collection needs pyarrow"):
-        import pyarrow.parquet  # noqa: F401
 
 
 def write_shard(

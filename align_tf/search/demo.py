@@ -13,15 +13,13 @@ import numpy as np
 
 from align_tf.client.align_client import AlignClient, AlignServerError
 from align_tf.data.sources import IMAGE
-from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.search.collection import Settings, Shard, write_shard
 from align_tf.search.encoder import Encoder
 from align_tf.search.index import Index, build_index
+from align_tf.search.required import require_gradio
 from align_tf.search.searcher import Searcher
 from align_tf.search.thumbnail import thumbnail
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture
 MAX_PROMPTS = 1000  # labels times templates
@@ -147,17 +145,6 @@ def example_searcher(encoder: Encoder | AlignClient) -> Searcher:
         write_shard(output / "embeds", settings, Shard(0, count, 0, {}), columns)
         build_index(output / "embeds", output / "index")
         return Searcher(Index(output / "index", EXAMPLES[0].parent), client=encoder)
-
-
-def require_gradio() -> Any:
-    """Imports Gradio.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    with extra("demo", "the demo needs Gradio"):
-        import gradio
-    return gradio
 
 
 # --- the tabs ------------------------------------------------------------------------------

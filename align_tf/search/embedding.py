@@ -24,9 +24,9 @@ from align_tf.search.collection import (
     Settings,
     Shard,
     read_shards,
-    require_pyarrow,
 )
 from align_tf.search.fingerprint import fingerprint, load_model
+from align_tf.search.required import require_pyarrow, require_ray
 from align_tf.search.shard_writer import ShardWriter
 from align_tf.terminal import say
 
@@ -84,6 +84,8 @@ def embed(
     """
     _check_arguments(source, model, dtype, batch_size, shard_size, engine, workers)
     require_pyarrow()
+    if engine == "ray":
+        require_ray()
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from align_tf import files
-from align_tf.extras import extra
 from align_tf.progress import track
 from align_tf.search import own_pictures
 from align_tf.search.collection import COLUMNS, Collection
 from align_tf.search.recall import tune
+from align_tf.search.required import require_faiss
 from align_tf.search.vectors import as_float32, evenly_spread
 from align_tf.terminal import say
 
@@ -123,16 +123,6 @@ def build_index(
     with _replacing_folder(output) as folder:
         _write(folder, index, collection, about)
     return about
-
-
-def require_faiss() -> None:
-    """Asks for the extra that an index needs.
-
-    Raises:
-        ModuleNotFoundError: FAISS is not installed.
-    """
-    with extra("search", "an index needs FAISS"):
-        import faiss  # noqa: F401
 
 
 def _flat(collection: Collection) -> Any:

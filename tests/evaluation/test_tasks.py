@@ -170,6 +170,10 @@ def test_class_folders(tmp_path):
     with pytest.raises(ValueError, match=r"cat: no images; expected \.jpg"):
         class_folders(str(tmp_path))
     (tmp_path / "cat" / "b.png").touch()
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbnails"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "c.png").touch()
+    (tmp_path / "cat" / "._b.png").touch()
     found = {name: [file.name for file in files] for name, files in class_folders(tmp_path).items()}
     assert found == {"cat": ["b.png"], "dog": ["a.JPG"]}
 
