@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ OTHERS = "#c3c8cf"
 GRID = "#e3e6ea"
 
 CELL = 0.62  # inches, of a heat map
+CHARACTER = 0.09  # inches, as wide as most are
+SLANT = 35  # degrees, of the names above a heat map
 NUMBERED = 16  # a heat map of up to so many rows and columns has its numbers written in
 CONFUSION_NUMBERED = 31  # so has one of classes, whose numbers are short
 NAME_LENGTH = 32  # characters of an image's name or a text
@@ -89,7 +92,7 @@ def heatmap(
         )
     figure, axes, drawn = _grid(values, names, texts)
     if max(values.shape) <= NUMBERED:
-        _write_numbers(axes, values, "{:.2f}".format)
+        _write_numbers(axes, drawn, values, "{:.2f}".format)
     for row, picture in enumerate(pictures):
         if picture is not None:
             _place(axes, row, picture)
@@ -124,7 +127,7 @@ def confusion(counts: Any, rows: Sequence[str], columns: Sequence[str]) -> Any:
     figure, axes, drawn = _grid(shares, rows, columns)
     drawn.set_clim(0, 1)
     if max(counts.shape) <= CONFUSION_NUMBERED:
-        _write_numbers(axes, counts, lambda count: f"{count:,}" if count else "", shares)
+        _write_numbers(axes, drawn, counts, lambda count: f"{count:,}" if count else "")
     axes.set_ylabel("class")
     axes.set_xlabel("taken for")
     axes.xaxis.set_label_position("top")
@@ -135,10 +138,15 @@ def confusion(counts: Any, rows: Sequence[str], columns: Sequence[str]) -> Any:
 def _grid(values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> tuple[Any, Any, Any]:
     """Draws colored cells; returns the figure, its axes and the cells."""
     height, width = values.shape
-    figure = _figure(max(width * CELL, 1.5) + 3.2, max(height * CELL, 1.2) + 2.4)
+    beside, above = (max(map(_width, names)) for names in (rows, columns))
+    slanted = math.radians(SLANT)
+    figure = _figure(
+        max(width * CELL, 1.5) + beside + above * math.cos(slanted) + 1.8,
+        max(height * CELL, 1.2) + above * math.sin(slanted) + 1.2,
+    )
     axes = figure.add_subplot()
     drawn = axes.imshow(values, cmap="Blues", aspect="equal")
-    axes.set_xticks(range(width), map(_short, columns), rotation=35, ha="left", va="bottom")
+    axes.set_xticks(range(width), map(_short, columns), rotation=SLANT, ha="left", va="bottom")
     axes.set_xticks(np.arange(width + 1) - 0.5, minor=True)
     axes.set_yticks(range(height), map(_short, rows))
     axes.set_yticks(np.arange(height + 1) - 0.5, minor=True)
@@ -156,13 +164,11 @@ def _add_bar(figure: Any, axes: Any, drawn: Any, label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _write_numbers(
-    axes: Any, values: np.ndarray, form: Callable[[Any], str], shades: np.ndarray | None = None
-) -> None:
-    shades = values if shades is None else shades
-    middle = (shades.min() + shades.max()) / 2
+def _write_numbers(axes: Any, drawn: Any, values: np.ndarray, form: Callable[[Any], str]) -> None:
+    """Writes numbers into their cells, light where a cell is dark."""
+    dark = drawn.norm(drawn.get_array()) > 0.5
     for (row, column), value in np.ndenumerate(values):
-        color = "white" if shades[row, column] > middle else "#1c2430"
+        color = "white" if dark[row, column] else "#1c2430"
         axes.text(column, row, form(value), ha="center", va="center", color=color, fontsize=8)
 
 
@@ -342,6 +348,7 @@ def save(figure: Any, path: str | os.PathLike) -> None:
     check_suffix(path)
     with files.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # told when it was drawn
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # all is cut to fit
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=DPI, bbox_inches="tight")
 
 
@@ -407,3 +414,9 @@ def _clear(axes: Any) -> None:
 def _short(text: str) -> str:
     text = literal(" ".join(text.split())).replace("$", r"\$")  # which begins a formula
     return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1].rstrip() + "…"
+
+
+def _width(text: str) -> float:
+    """Returns about how wide a name is, in inches."""
+    wide = sum(unicodedata.east_asian_width(one) in "FW" for one in _short(text))
+    return CHARACTER * (len(_short(text)) + wide)

@@ -291,7 +291,8 @@ def read_templates(name: str | None) -> list[str]:
     templates = [line for line in read_lines(name) if not line.startswith("#")]
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"{name}: template {template!r}: expected a {{}} for the label")
+            said = template if len(template) <= 60 else template[:59] + "…"
+            raise ValueError(f"{name}: template {said!r}: expected a {{}} for the label")
     return templates
 
 
