@@ -1,5 +1,6 @@
 """Broken files of a collection and its index: one line, whichever bytes are changed or cut."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -112,6 +113,20 @@ def test_a_changed_vector_is_noticed(whole, vectors, tmp_path):
     (tmp_path / "index" / "index.faiss").write_bytes(content)
     with pytest.raises(ValueError, match="index: a broken index; `align-tf index` builds it anew"):
         Index(tmp_path / "index")
+
+
+def test_a_changed_byte_of_a_shard_changes_no_vector(whole, tmp_path):
+    shutil.copytree(whole / "embeds", tmp_path / "embeds")
+    file = tmp_path / "embeds" / "shard-000001.parquet"
+    content = file.read_bytes()
+    stored = np.concatenate(list(Collection(tmp_path / "embeds").image_embeds()))
+    for place in range(10, len(content), 199):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        file.write_bytes(changed)
+        with contextlib.suppress(ValueError):
+            found = np.concatenate(list(Collection(tmp_path / "embeds").image_embeds()))
+            np.testing.assert_array_equal(found, stored)
 
 
 def test_the_commands_end_in_one_line(whole, tmp_path, capsys):

@@ -505,13 +505,13 @@ def test_a_server_is_not_sent_what_an_index_of_someone_else_names(foreign, searc
 def test_a_model_that_an_index_names_is_not_fetched(index, tmp_path, capsys, monkeypatch, name):
     import huggingface_hub
 
-    fetch = huggingface_hub.snapshot_download
+    asked, fetch = [], huggingface_hub.snapshot_download
 
-    def cached_alone(*arguments, **options):
-        assert options["local_files_only"]
-        return fetch(*arguments, **options)
+    def looked_up(**options):
+        asked.append(options.pop("local_files_only"))
+        return fetch(**options, local_files_only=True)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached_alone)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", looked_up)
     folder = shutil.copytree(index, tmp_path / "index")
     about = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**about, "model": name}))
@@ -519,6 +519,7 @@ def test_a_model_that_an_index_names_is_not_fetched(index, tmp_path, capsys, mon
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:")
     assert f"of a model {name!r}, which is not on this machine: expected --model" in last
+    assert all(asked)
 
 
 # --- the commands ----------------------------------------------------------------------------
