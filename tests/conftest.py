@@ -32,6 +32,14 @@ def settled() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_state(tmp_path_factory) -> Iterator[None]:
+    """Keeps the key of collections out of the home of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> AlignConfig:
     """Three blocks, two layers, 8 dimensions, weights of a trained model's size: not to be set."""

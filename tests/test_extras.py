@@ -4,14 +4,18 @@ import configparser
 import importlib
 import pathlib
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
 
 from align_tf import plots
 from align_tf.checkpoints import tensors
+from align_tf.cli.main import main
 from align_tf.data import readers
 from align_tf.evaluation import nearest_neighbors
+from align_tf.hub import BUNDLED
 from align_tf.search import collection, demo, index, ray_engine
 from align_tf.training import recipe
 
@@ -99,6 +103,35 @@ def test_an_absent_package_is_a_line_with_the_pip_command(package, ask, line, tm
     with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(line)}$") as error:
         ask(tmp_path)
     assert error.value.name.startswith(package)
+
+
+# absent package: what is asked of the command line; the extra that the one line names
+EARLY = [
+    ("faiss", "search index red", "search"),
+    ("faiss", "index embeds --output index", "search"),
+    ("faiss", "demo", "search"),
+    ("pyarrow.parquet", "search index red", "data"),
+    ("pyarrow.parquet", "embed {folder} --output embeds", "data"),
+    ("ray", "embed {folder} --output embeds --engine ray", "ray"),
+    ("gradio", "demo", "demo"),
+    ("matplotlib", "plot heatmap --images {image} --texts a --output a.png", "plot"),
+    ("matplotlib", "plot curves log --output a.png", "plot"),
+    ("matplotlib", "evaluate --task zero-shot --data {folder} --plot a.png", "plot"),
+    ("sklearn", "plot embeddings embeds --output a.png", "plot"),
+    ("sklearn", "evaluate --task knn --data {folder}", "eval"),
+]
+
+
+@pytest.mark.parametrize(("package", "command", "name"), EARLY)
+def test_it_is_told_before_anything_else(package, command, name, absent, capsys, monkeypatch):
+    absent(package)
+    if package != "gradio":  # which comes with an environment of its own
+        monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
+    examples = BUNDLED["align-tiny"] / "examples"
+    words = command.format(folder=examples, image=examples / "panda.png").split()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("align-tf: error:") and f'pip install "align-tf[{name}]"' in line
 
 
 def test_each_extra_that_is_named_is_one_of_the_package():

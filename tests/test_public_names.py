@@ -13,8 +13,9 @@ PUBLIC = {
     "AlignTextModel AlignTokenizer AlignVisionConfig AlignVisionModel client data evaluation "
     "export_litert export_saved_model plots search server training",
     "align_tf.data": "make_dataset records write_tfrecords",
-    "align_tf.evaluation": "Embedder class_embeddings distinct_pairs holdout knn_metrics "
-    "linear_probe_metrics retrieval_metrics zero_shot_metrics",
+    "align_tf.evaluation": "Embedder class_embeddings class_figures confusion_matrix "
+    "distinct_pairs holdout knn_metrics linear_probe_metrics retrieval_metrics zero_shot_metrics "
+    "zero_shot_predictions",
     "align_tf.training": "CompilationCount Recipe ResumableCheckpoint RetrievalEvaluation "
     "ZeroShotEvaluation data_parallel describe_devices make_optimizer read_recipe train",
     "align_tf.search": "Hit Index Searcher build_index embed",

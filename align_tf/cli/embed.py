@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from align_tf.cli.common import add_model_argument, hint, import_tensorflow, say
+from align_tf.terminal import literal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
+    from align_tf.search.required import require_pyarrow, require_ray
+
+    require_pyarrow()
+    if arguments.engine == "ray":
+        require_ray()
     say(f"Loading {arguments.model} ...")
     import_tensorflow()
     from align_tf.search.embedding import embed
@@ -47,7 +53,8 @@ def run(arguments: Any) -> int:
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
-        print(f"{arguments.output}: {summary['images']:,} images, {summary['dim']} dimensions")
+        counts = f"{summary['images']:,} images, {summary['dim']} dimensions"
+        print(f"{literal(arguments.output)}: {counts}")
     output = arguments.output.rstrip("/")
     hint("align-tf index", arguments.output, "--output", f"{output}-index")
     return 0

@@ -4,7 +4,8 @@ import argparse
 import json
 from typing import Any
 
-from align_tf.cli.common import hint, import_tensorflow, say
+from align_tf.cli.common import hint, say
+from align_tf.terminal import literal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    import_tensorflow()
     from align_tf.search.index import build_index
 
     about = build_index(arguments.embeddings, arguments.output, kind=arguments.kind, progress=True)
@@ -30,6 +30,6 @@ def run(arguments: Any) -> int:
         print(json.dumps(about, indent=2))
     else:
         recall = ", ".join(f"{v:.1%} ({name})" for name, v in about["recall_at_10"].items())
-        print(f"{arguments.output}: {about['rows']:,} images, recall@10 {recall}")
+        print(f"{literal(arguments.output)}: {about['rows']:,} images, recall@10 {recall}")
     hint("align-tf search", arguments.output, "a red car")
     return 0

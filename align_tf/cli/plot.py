@@ -1,6 +1,7 @@
 """`align-tf plot`: similarities, embeddings, the curves of a training."""
 
 import argparse
+import logging
 import os
 import pathlib
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 from align_tf.cli.common import (
     add_model_argument,
     check_files,
-    import_tensorflow,
     load,
     say,
 )
+from align_tf.terminal import literal
 
 PICTURE_SIDE = 96  # pixels, of an image beside its row
 
@@ -51,7 +52,7 @@ def run(arguments: Any) -> int:
 
 def _plot_heatmap(arguments: Any) -> int:
     check_files(arguments.images)
-    plots = _plots(arguments.output)
+    plots = open_plots(arguments.output)
     model, processor = load(arguments.model)
     from align_tf.search.encoder import Encoder
 
@@ -67,8 +68,8 @@ def _plot_heatmap(arguments: Any) -> int:
 
 
 def _plot_embeddings(arguments: Any) -> int:
-    plots = _plots(arguments.output)
-    import_tensorflow()
+    plots = open_plots(arguments.output)
+    plots.require_sklearn()
     from align_tf.search.collection import Collection
 
     collection = Collection(arguments.embeddings)
@@ -79,16 +80,19 @@ def _plot_embeddings(arguments: Any) -> int:
 
 
 def _plot_curves(arguments: Any) -> int:
-    plots = _plots(arguments.output)
+    plots = open_plots(arguments.output)
     lines = plots.read_metrics(arguments.log)
     figure = plots.curves(lines, title=os.path.basename(os.path.abspath(arguments.log)))
     return _save_plot(figure, arguments.output)
 
 
-def _plots(output: str) -> Any:
+def open_plots(output: str) -> Any:
+    """Returns `align_tf.plots` where it can draw, and can write a file of that name."""
     from align_tf import plots
 
     plots.check_suffix(output)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches are no one's concern
+    plots.require_matplotlib()
     return plots
 
 
@@ -96,5 +100,5 @@ def _save_plot(figure: Any, output: str) -> int:
     from align_tf import plots
 
     plots.save(figure, output)
-    print(output)
+    print(literal(output))
     return 0

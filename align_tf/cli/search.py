@@ -11,6 +11,8 @@ from align_tf.cli.common import (
     say,
 )
 
+CAPTION_SHOWN = 200  # characters in the table
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what the command takes."""
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
     )
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="show the pictures below it (the folder that was embedded, of an index of yours)",
+    )
     parser.add_argument("--html", metavar="FILE", help="also write a page with the pictures")
     parser.add_argument("--montage", metavar="FILE", help="also write the pictures as a PNG")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -39,17 +46,18 @@ def run(arguments: Any) -> int:
     query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
     if arguments.text is None and arguments.image is None:
         raise ValueError("expected a TEXT or --image, or both")
-    import_tensorflow()
     from align_tf.search import gallery
     from align_tf.search.index import Index
+
+    index = Index(arguments.index, arguments.pictures)
+    import_tensorflow()
     from align_tf.search.searcher import Searcher
 
-    index = Index(arguments.index)
     say(f"Loading {arguments.model or index.about['model']} ...")
     hits = Searcher(index, model=arguments.model).search(**query, k=arguments.k)
     said = gallery.describe(**query)
     if arguments.html:
-        gallery.write_html(arguments.html, said, hits)
+        gallery.write_html(arguments.html, said, hits, arguments.image)
     if arguments.montage:
         gallery.write_montage(arguments.montage, said, hits)
     if arguments.json:
@@ -58,11 +66,24 @@ def run(arguments: Any) -> int:
         print(json.dumps({"query": said, "results": results}, indent=2))
     else:
         rows = [
-            [f"{hit.score:.3f}", hit.id, hit.caption or "", _short(hit.path or "")] for hit in hits
+            [f"{hit.score:.3f}", hit.id, _cut(hit.caption or ""), _short(hit.path or "")]
+            for hit in hits
         ]
         print_table(said, ["cosine", "id", "caption", "file"], rows)
+    if arguments.html or arguments.montage:
+        _say_outside(hits)
     _say_gone(hits)
     return 0
+
+
+def _say_outside(hits: list) -> None:
+    outside = [hit.path for hit in hits if hit.outside]
+    if outside:
+        say(
+            f"align-tf: warning: {len(outside)} of {len(hits)} pictures are not shown, such as "
+            f"{outside[0]}: not below the folder that you embedded; --pictures DIR shows those "
+            "below another"
+        )
 
 
 def _say_gone(hits: list) -> None:
@@ -72,6 +93,12 @@ def _say_gone(hits: list) -> None:
             f"align-tf: warning: {len(gone)} of {len(hits)} pictures are gone, such as {gone[0]}; "
             "expected the collection embedded and indexed again"
         )
+
+
+def _cut(caption: str) -> str:
+    """Writes a caption in one line that is not too long."""
+    line = " ".join(caption.split())
+    return line if len(line) <= CAPTION_SHOWN else line[: CAPTION_SHOWN - 1] + "…"
 
 
 def _short(path: str) -> str:

@@ -5,6 +5,7 @@ identity            which rows are one image or one text
 embedder            a model's towers, compiled: batches in, arrays out
 retrieval           ranks and recalls of images and their texts
 zero_shot           classes by their names
+confusion           classes one by one, and which is taken for which
 nearest_neighbors   classes by the nearest examples
 linear_probe        classes by a logistic regression
 examples, arrays    what these share

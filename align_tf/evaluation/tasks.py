@@ -14,7 +14,14 @@ import tensorflow as tf
 
 from align_tf.data import dataset, left_out, sources
 from align_tf.data.readers import open_source
-from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retrieval, zero_shot
+from align_tf.evaluation import (
+    confusion,
+    examples,
+    linear_probe,
+    nearest_neighbors,
+    retrieval,
+    zero_shot,
+)
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
 from align_tf.files import read_lines
@@ -25,8 +32,8 @@ from align_tf.progress import track
 
 TEST_SHARE = 0.2  # of each class, where no training folder is given
 
-# key, bytes of the image file, captions or the name of the class
-Record = tuple[str, bytes, list[str]]
+# key, bytes of the image file, captions with their columns or the name of the class
+Record = tuple[str, bytes, list[Any]]
 
 
 @dataclasses.dataclass
@@ -35,69 +42,117 @@ class Embedded:
 
     image_embeds: np.ndarray  # (n, d)
     contents: list[bytes]  # (n)
-    captions: list[list[str]]  # of each record
+    texts: list[list[Any]]  # of each record
     skipped: dict[str, str]  # key of an image that is left out -> why
 
 
-def evaluate(model: Any, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+def read(options: Any) -> dict[str, Any]:
+    """Opens what a task measures, before there is a model.
+
+    Args:
+        options: as in `evaluate`.
+
+    Returns:
+        What `evaluate` takes as `opened`.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: what no model could make right.
+    """
+    if options.task == "retrieval":
+        columns = options.caption_key or [None]
+        return {
+            column: open_source(options.data, options.image_key, column)
+            for column in dict.fromkeys(columns)
+        }
+    if options.task == "zero-shot":
+        templates = read_templates(options.templates)
+        folders = class_folders(options.data)
+        labels = class_labels(options.labels, list(folders))
+        return {"folders": folders, "labels": labels, "templates": templates}
+    examples.require_sklearn()
+    opened = {"folders": class_folders(options.data)}
+    if options.train_data:
+        opened["train_folders"] = class_folders(options.train_data)
+    return opened
+
+
+def evaluate(
+    model: Any, processor: AlignProcessor, options: Any, opened: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Runs one task.
 
     Args:
         model: the model.
         processor: its processor.
-        options: what the command line holds: task, data, train_data, labels, templates.
+        options: what the command line holds: task, data, image_key, caption_key, train_data,
+            labels, templates.
+        opened: what `read` returned; None has it read here.
 
     Returns:
         `images`, the number measured on, what else was counted, `skipped`, key -> why, and
-        `metrics`, by the names that `align_tf.evaluation` gives them.
+        `metrics`, by the names that `align_tf.evaluation` gives them; of several columns of
+        captions `by_caption`, the same of each; of zero-shot `per_class`, see `class_figures`.
 
     Raises:
         ValueError: the data does not suit the task.
         FileNotFoundError: there is no such folder or file.
     """
     embedder = Embedder(model)
+    opened = read(options) if opened is None else opened
     if options.task == "retrieval":
-        return _retrieval(embedder, processor, options)
+        return _retrieval(embedder, processor, opened)
     if options.task == "zero-shot":
-        return _zero_shot(embedder, processor, options)
-    return _from_examples(embedder, processor, options)
+        return _zero_shot(embedder, processor, **opened)
+    return _from_examples(embedder, processor, options.task, **opened)
 
 
 # --- the tasks -----------------------------------------------------------------------------
 
 
-def _retrieval(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
-    opened = open_source(options.data)
-    records = dataset.read_records(opened)
-    count = int(records.cardinality())
-    images = _embed_images(embedder, processor, captioned_images(records), count, opened)
-    captions = sorted({caption for captions in images.captions for caption in captions})
+def _retrieval(
+    embedder: Embedder, processor: AlignProcessor, opened: dict[str | None, sources.Source]
+) -> dict[str, Any]:
+    streams = {column: dataset.read_records(source) for column, source in opened.items()}
+    count = int(next(iter(streams.values())).cardinality())
+    first = next(iter(opened.values()))
+    images = _embed_images(embedder, processor, captioned_images(streams), count, first)
+    captions = sorted({caption for texts in images.texts for _, caption in texts})
     texts, contents = _embed_texts(embedder, processor, captions, progress=True)
     # A row for each caption of each record: of an image, and of a text.
     rows = {caption: row for row, caption in enumerate(captions)}
-    of_image = np.repeat(np.arange(len(images.captions)), [len(c) for c in images.captions])
-    of_text = np.array([rows[caption] for captions in images.captions for caption in captions])
-    image_rows, text_rows, pairs = retrieval.distinct_pairs(
-        Numbering()(images.contents)[of_image], Numbering()(contents)[of_text]
-    )
-    metrics = retrieval.retrieval_metrics(
-        images.image_embeds[of_image[image_rows]],
-        texts[of_text[text_rows]],
-        pairs,
-        progress=True,
-    )
-    return {
-        "images": len(image_rows),
-        "texts": len(text_rows),
-        "skipped": images.skipped,
-        "metrics": metrics,
-    }
+    of_image = np.repeat(np.arange(len(images.texts)), [len(texts) for texts in images.texts])
+    of_text = np.array([rows[caption] for texts in images.texts for _, caption in texts])
+    of_column = np.array([column for texts in images.texts for column, _ in texts], object)
+    image_ids, text_ids = Numbering()(images.contents), Numbering()(contents)
+
+    def figures(chosen: Any) -> dict[str, Any]:
+        own_images, own_texts = of_image[chosen], of_text[chosen]
+        image_rows, text_rows, pairs = retrieval.distinct_pairs(
+            image_ids[own_images], text_ids[own_texts]
+        )
+        embeds = images.image_embeds[own_images[image_rows]], texts[own_texts[text_rows]]
+        metrics = retrieval.retrieval_metrics(*embeds, pairs, progress=True)
+        return {"images": len(image_rows), "texts": len(text_rows), "metrics": metrics}
+
+    report = {**figures(slice(None)), "skipped": images.skipped}
+    if len(opened) > 1:
+        report["by_caption"] = {}
+        for column in opened:
+            if not (of_column == column).any():
+                raise ValueError(
+                    f"no captions: none of {len(images.texts)} images has one in {column!r}"
+                )
+            report["by_caption"][column] = figures(of_column == column)
+    return report
 
 
-def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
-    folders = class_folders(options.data)
-    labels = class_labels(options.labels, list(folders))
-    templates = read_templates(options.templates)
+def _zero_shot(
+    embedder: Embedder,
+    processor: AlignProcessor,
+    folders: dict[str, list[pathlib.Path]],
+    labels: dict[str, str],
+    templates: list[str],
+) -> dict[str, Any]:
     names = list(labels.values())
     zero_shot.check_labels(names, text_contents(processor.tokenizer(names, padding="longest")))
     embeds, classes, skipped = _embed_classes(embedder, processor, folders)
@@ -108,21 +163,27 @@ def _zero_shot(embedder: Embedder, processor: AlignProcessor, options: Any) -> d
         progress=True,
     )
     rows = {name: row for row, name in enumerate(labels)}
-    metrics = zero_shot.zero_shot_metrics(embeds, class_embeds, [rows[name] for name in classes])
+    sets = (embeds, class_embeds, [rows[name] for name in classes])
     return {
         "images": len(classes),
         "classes": len(labels),
         "templates": len(templates),
         "skipped": skipped,
-        "metrics": metrics,
+        "metrics": zero_shot.zero_shot_metrics(*sets),
+        "per_class": confusion.class_figures(
+            sets[2], zero_shot.zero_shot_predictions(*sets), names
+        ),
     }
 
 
-def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) -> dict[str, Any]:
+def _from_examples(
+    embedder: Embedder,
+    processor: AlignProcessor,
+    task: str,
+    folders: dict[str, list[pathlib.Path]],
+    train_folders: dict[str, list[pathlib.Path]] | None = None,
+) -> dict[str, Any]:
     """kNN and the linear probe: classes learned from training images."""
-    examples.require_sklearn()
-    folders = class_folders(options.data)
-    train_folders = class_folders(options.train_data) if options.train_data else None
     embeds, labels, skipped = _embed_classes(embedder, processor, folders)
     if train_folders:
         train_embeds, train_labels, left_out = _embed_classes(embedder, processor, train_folders)
@@ -138,7 +199,7 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
         "classes": len(np.unique(train_labels)),
         "skipped": skipped,
     }
-    if options.task == "linear-probe":
+    if task == "linear-probe":
         return {**report, "metrics": linear_probe.linear_probe_metrics(*sets, progress=True)}
     report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
     return {**report, "metrics": nearest_neighbors.knn_metrics(*sets, k=k, progress=True)}
@@ -147,12 +208,25 @@ def _from_examples(embedder: Embedder, processor: AlignProcessor, options: Any) 
 # --- reading -------------------------------------------------------------------------------
 
 
-def captioned_images(records: tf.data.Dataset) -> Iterator[Record]:
-    """Reads images with their captions, from what `align_tf.data.records` gives."""
+def captioned_images(streams: dict[str | None, tf.data.Dataset]) -> Iterator[Record]:
+    """Reads images with their captions.
+
+    Args:
+        streams: column of captions -> what `align_tf.data.records` gives of it; the images are
+            the same, in the same order.
+
+    Yields:
+        Each image once, its texts pairs of a column and a caption.
+    """
+    iterators = [stream.as_numpy_iterator() for stream in streams.values()]
     try:
-        for record in records.as_numpy_iterator():
-            captions = [caption.decode(errors="replace") for caption in record["captions"]]
-            yield record["key"].decode(errors="replace"), record["image_bytes"], captions
+        for records in zip(*iterators, strict=True):
+            texts = [
+                (column, caption.decode(errors="replace"))
+                for column, record in zip(streams, records, strict=True)
+                for caption in record["captions"]
+            ]
+            yield records[0]["key"].decode(errors="replace"), records[0]["image_bytes"], texts
     except tf.errors.OpError as error:
         raise ValueError(f"the data cannot be read: {plain(error.message)}") from error
 
@@ -160,7 +234,8 @@ def captioned_images(records: tf.data.Dataset) -> Iterator[Record]:
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     """Lists a folder that has one sub-folder a class: name of the sub-folder -> image files."""
     folder = _folder(source)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    folders = (path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    names = sorted(path.name for path in folders)
     if not names:
         raise ValueError(f"{source}: no sub-folders; expected one for each class, with its images")
     files = {name: _image_files(folder / name) for name in names}
@@ -217,7 +292,8 @@ def read_templates(name: str | None) -> list[str]:
     templates = [line for line in read_lines(name) if not line.startswith("#")]
     for template in templates:
         if "{}" not in template:
-            raise ValueError(f"{name}: template {template!r}: expected a {{}} for the label")
+            said = template if len(template) <= 60 else template[:59] + "…"
+            raise ValueError(f"{name}: template {said!r}: expected a {{}} for the label")
     return templates
 
 
@@ -229,7 +305,14 @@ def _folder(source: str) -> pathlib.Path:
 
 
 def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
+    return sorted(
+        path for path in found if not any(map(_is_hidden, path.relative_to(folder).parts))
+    )
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 # --- embedding -----------------------------------------------------------------------------
@@ -242,7 +325,7 @@ def _embed_classes(
     files = [(name, file) for name, found in folders.items() for file in found]
     records = ((str(file), file.read_bytes(), [name]) for name, file in files)
     images = _embed_images(embedder, processor, records, len(files))
-    classes = np.concatenate(images.captions)
+    classes = np.concatenate(images.texts)
     for name, found in folders.items():
         if name not in classes:
             raise ValueError(
@@ -268,13 +351,13 @@ def _embed_images(
         total: how many there are, for the progress; negative where that is not known.
         opened: where they are from, for what is said of absent images.
     """
-    keys, captions, skipped = [], [], {}
+    keys, kept, skipped = [], [], {}
 
     def files() -> Iterator[bytes]:
         for key, content, texts in records:
             if texts:
                 keys.append(key)
-                captions.append(list(texts))
+                kept.append(list(texts))
                 yield content
             else:
                 skipped[key] = left_out.REASONS[left_out.NO_CAPTION]
@@ -300,8 +383,8 @@ def _embed_images(
     if not fine.any():
         why = left_out.tally(collections.Counter(problems.tolist()), opened)
         raise ValueError(f"none of {len(keys)} images can be decoded, such as {keys[0]}: {why}")
-    contents, captions = ([of[row] for row in np.flatnonzero(fine)] for of in (contents, captions))
-    return Embedded(np.concatenate(embeds)[fine], contents, captions, skipped)
+    contents, kept = ([of[row] for row in np.flatnonzero(fine)] for of in (contents, kept))
+    return Embedded(np.concatenate(embeds)[fine], contents, kept, skipped)
 
 
 def _embed_texts(

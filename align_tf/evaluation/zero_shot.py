@@ -5,7 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from align_tf.evaluation.arrays import accuracies, checked_embeddings, checked_labels, unit_length
+from align_tf.evaluation.arrays import (
+    accuracies,
+    checked_embeddings,
+    checked_labels,
+    row_blocks,
+    unit_length,
+)
 from align_tf.evaluation.retrieval import ranks_of_right_answers
 from align_tf.progress import track
 
@@ -96,6 +102,42 @@ def zero_shot_metrics(
     Raises:
         ValueError: the shapes do not fit, a number is not finite, or a label is no row.
     """
+    images, classes, labels = _checked(image_embeds, class_embeds, labels)
+    return accuracies(_ranks(images, classes, labels, progress), labels, ks)
+
+
+def zero_shot_predictions(
+    image_embeds: ArrayLike, class_embeds: ArrayLike, labels: ArrayLike
+) -> np.ndarray:
+    """Says what class each image is taken for: the nearest.
+
+    A class as near as the right one comes before it, as in `zero_shot_metrics`.
+
+    Args:
+        image_embeds: (n, d), compared by dot product.
+        class_embeds: (c, d), as `class_embeddings` gives them.
+        labels: (n,), the row of each image's class.
+
+    Returns:
+        int (n,), rows of class_embeds.
+
+    Raises:
+        ValueError: as `zero_shot_metrics`.
+    """
+    images, classes, labels = _checked(image_embeds, class_embeds, labels)
+    predicted = np.array(labels, int)
+    wrong = np.flatnonzero(_ranks(images, classes, labels, progress=False) > 1)
+    for block in row_blocks(len(wrong)):
+        rows = wrong[block]
+        scores = images[rows] @ classes.T  # (rows, c)
+        scores[np.arange(len(rows)), labels[rows]] = -np.inf
+        predicted[rows] = scores.argmax(axis=1)
+    return predicted
+
+
+def _checked(
+    image_embeds: ArrayLike, class_embeds: ArrayLike, labels: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     images = checked_embeddings("image_embeds", image_embeds)
     classes = checked_embeddings("class_embeds", class_embeds, images.shape[1])
     labels = checked_labels("labels", labels, len(images))
@@ -104,6 +146,11 @@ def zero_shot_metrics(
     outside = labels[(labels < 0) | (labels >= len(classes))]
     if outside.size:
         raise ValueError(f"label {outside[0]}: expected rows 0 to {len(classes) - 1}")
+    return images, classes, labels
+
+
+def _ranks(
+    images: np.ndarray, classes: np.ndarray, labels: np.ndarray, progress: bool
+) -> np.ndarray:
     pairs = np.stack([np.arange(len(labels)), labels], axis=1)
-    ranks, _ = ranks_of_right_answers(images, classes, pairs, progress)
-    return accuracies(ranks, labels, ks)
+    return ranks_of_right_answers(images, classes, pairs, progress)[0]

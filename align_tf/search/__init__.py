@@ -10,7 +10,8 @@ shard_writer    this process
 ray_engine      Ray
 source_files    whether they are those the collection was begun with
 collection      the Parquet shards
-fingerprint, thumbnail, vectors
+own_pictures    whose pictures may be shown
+fingerprint, thumbnail, writing, vectors, required
 """
 
 import lazy_loader

@@ -1,5 +1,6 @@
 """A collection of images as Parquet shards of embeddings: what they hold, written and read."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from align_tf.extras import extra
 from align_tf.files import replacing
+from align_tf.search.required import require_pyarrow
 
 EMBEDDING_DTYPES = ("float16", "float32")
 SKIPPED_NAMED = 10  # of the records that are left out
@@ -69,16 +70,6 @@ class Shard:
     named: dict[str, str]
 
 
-def require_pyarrow() -> None:
-    """Asks for the extra that a collection needs.
-
-    Raises:
-        ModuleNotFoundError: pyarrow is not installed.
-    """
-    with extra("data", "a collection needs pyarrow"):
-        import pyarrow.parquet  # noqa: F401
-
-
 def write_shard(
     output: pathlib.Path, settings: Settings, shard: Shard, columns: dict[str, Any]
 ) -> None:
@@ -103,7 +94,7 @@ def write_shard(
     about = {**dataclasses.asdict(settings), "shard": dataclasses.asdict(shard)}
     table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps(about)})
     with replacing(output / SHARD_NAME.format(shard.number)) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -146,7 +137,12 @@ class Collection:
         import pyarrow.parquet as pq
 
         for file in shard_files(self.folder):
-            yield pq.read_table(file, columns=columns)
+            with _whole(file):
+                table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+                table.validate(full=True)
+                if table.column_names != columns:
+                    raise ValueError(f"columns {table.column_names}")
+            yield table
 
     def image_embeds(self) -> Iterator[np.ndarray]:
         """Yields the image embeddings of each shard, (n, d) in the collection's dtype."""
@@ -209,12 +205,26 @@ def read_shards(folder: pathlib.Path, settings: Settings) -> list[Shard]:
 
 
 def read_header(file: pathlib.Path) -> tuple[Settings, Shard]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        about = json.loads(pq.read_schema(file).metadata[METADATA])
+    with _whole(file):
+        metadata = pq.read_metadata(file)
+        about = json.loads(metadata.metadata[METADATA])
         shard = Shard(**about.pop("shard"))
-        return Settings(**{"listing": None, **about}), shard
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
+        settings = Settings(**{"listing": None, **about})
+        for values in (settings, shard):
+            for field in dataclasses.fields(values):
+                if field.type in (int, str) and type(getattr(values, field.name)) is not field.type:
+                    raise ValueError(f"{field.name} {getattr(values, field.name)!r}")
+        if shard.rows != metadata.num_rows or min(settings.shard_size, settings.dim) < 1:
+            raise ValueError(f"{metadata.num_rows} rows")
+    return settings, shard
+
+
+@contextlib.contextmanager
+def _whole(file: pathlib.Path) -> Iterator[None]:
+    """Makes one line of whatever Arrow and JSON say of a file that is broken or another."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{file}: not a whole shard of `align-tf embed`") from error

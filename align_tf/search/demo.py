@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import html
 import os
 import pathlib
 import tempfile
@@ -12,15 +13,13 @@ import numpy as np
 
 from align_tf.client.align_client import AlignClient, AlignServerError
 from align_tf.data.sources import IMAGE
-from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.search.collection import Settings, Shard, write_shard
 from align_tf.search.encoder import Encoder
 from align_tf.search.index import Index, build_index
+from align_tf.search.required import require_gradio
 from align_tf.search.searcher import Searcher
 from align_tf.search.thumbnail import thumbnail
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # asks for nothing outside
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a picture
 MAX_PROMPTS = 1000  # labels times templates
@@ -28,12 +27,15 @@ TRIED = 5  # example pictures, a row of them
 SHOWN = 12  # results of a search
 PICTURE = 320  # pixels of a result
 
+ASKED = "a red flower"
+TITLE = "Classify and search pictures by words"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 EXAMPLES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 LABELS = ("panda", "police car", "pineapple", "cupcake", "rose", "star")
 FONTS = ("system-ui", "sans-serif")
 CSS = """
-.message { border-left: 4px solid #c2410c; padding: 4px 12px; }
+.mistake { border-left: 4px solid #c2410c; margin: 0; padding: 4px 12px; }
+.grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important; }
 .gradio-container { margin: 0 auto !important; max-width: 1100px !important; width: 100%; }
 """
@@ -55,8 +57,9 @@ def build_page(encoder: Encoder | AlignClient, searcher: Searcher, name: str) ->
         ModuleNotFoundError: Gradio is not installed.
     """
     gradio = require_gradio()
-    with gradio.Blocks(title="ALIGN", analytics_enabled=False) as page:
-        gradio.Markdown(f"# ALIGN\n{name} · {len(searcher.index):,} pictures to search")
+    with gradio.Blocks(title=f"{TITLE} · ALIGN", analytics_enabled=False) as page:
+        about = f"ALIGN, {name} · {len(searcher.index):,} pictures to search"
+        gradio.HTML(f"<h1>{TITLE}</h1><p>{html.escape(about)}</p>")
         with gradio.Tab("Classify"):
             _classify_tab(gradio, encoder)
         with gradio.Tab("Search"):
@@ -141,18 +144,7 @@ def example_searcher(encoder: Encoder | AlignClient) -> Searcher:
         output = pathlib.Path(folder)
         write_shard(output / "embeds", settings, Shard(0, count, 0, {}), columns)
         build_index(output / "embeds", output / "index")
-        return Searcher(Index(output / "index"), client=encoder)
-
-
-def require_gradio() -> Any:
-    """Imports Gradio.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    with extra("demo", "the demo needs Gradio"):
-        import gradio
-    return gradio
+        return Searcher(Index(output / "index", EXAMPLES[0].parent), client=encoder)
 
 
 # --- the tabs ------------------------------------------------------------------------------
@@ -184,7 +176,7 @@ def _classify_tab(gradio: Any, encoder: Encoder | AlignClient) -> None:
 
 
 def _search_tab(gradio: Any, searcher: Searcher) -> None:
-    text = gradio.Textbox(label="What the pictures show", placeholder="a red flower")
+    text = gradio.Textbox(label="What the pictures show", placeholder=ASKED)
     button = gradio.Button("Search", variant="primary")
     message, results = _message(gradio), _results(gradio)
     for asked in (button.click, text.submit):
@@ -228,7 +220,7 @@ def _picture(gradio: Any) -> Any:
 
 
 def _message(gradio: Any) -> Any:
-    return gradio.Markdown(visible=False, elem_classes="message")
+    return gradio.HTML(visible=False)
 
 
 def _results(gradio: Any) -> Any:
@@ -248,16 +240,36 @@ def _results(gradio: Any) -> Any:
 def _answer(gradio: Any, function: Callable) -> Callable:
     """Has a function's result shown, or in its place the message of a mistake."""
 
-    def answer(*inputs: Any) -> tuple[Any, Any]:
+    def answer(*inputs: Any) -> Iterator[tuple[Any, Any]]:
+        yield gradio.skip(), gradio.HTML(visible=False)  # of the run before
         try:
-            return function(*inputs), gradio.Markdown(visible=False)
+            yield function(*inputs), gradio.HTML(visible=False)
         except MISTAKES as error:
             said = str(error)
-            for path in (value for value in inputs if isinstance(value, str) and os.sep in value):
+            for path in (value for value in inputs if isinstance(value, str) and _is_file(value)):
                 said = said.replace(path, os.path.basename(path))  # not where the upload lies
-            return None, gradio.Markdown(said, visible=True)
+            line = f'<p class="mistake" role="alert">{html.escape(said)}</p>'
+            yield None, gradio.HTML(line, visible=True)
 
     return answer
+
+
+def _is_file(text: str) -> bool:
+    return os.path.isabs(text) and "\n" not in text and os.path.isfile(text)
+
+
+def warm_up(encoder: Encoder | AlignClient, searcher: Searcher) -> None:
+    """Asks once what the page asks, so that whoever comes first waits no longer than others.
+
+    Args:
+        encoder: as in `build_page`.
+        searcher: as in `build_page`.
+
+    Raises:
+        AlignServerError: the server does not answer.
+    """
+    classify(encoder, str(EXAMPLES[0]), "\n".join(LABELS), "{}")
+    searcher.search(ASKED, k=SHOWN)
 
 
 def classify(
@@ -297,10 +309,15 @@ def find(searcher: Searcher, **query: Any) -> list[tuple[Any, str]]:
     hits = searcher.search(**query, k=SHOWN)
     pictures = [(thumbnail(hit.picture, PICTURE), hit) for hit in hits]
     shown = [
-        (picture, f"{hit.caption or hit.id} · {hit.score:.2f}")
+        (picture, f"{hit.score:.2f} · {hit.caption or hit.id}")
         for picture, hit in pictures
         if picture is not None
     ]
+    if not shown and any(hit.outside for hit in hits):
+        raise ValueError(
+            "The pictures are not below the folder that was embedded here: expected the demo "
+            "started with --pictures and their folder."
+        )
     if not shown:
         raise ValueError("The picture files of the collection are not on this machine.")
     return shown

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,17 +17,18 @@ from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
-from align_tf.search import source_files
+from align_tf.search import own_pictures, source_files
 from align_tf.search.collection import (
     EMBEDDING_DTYPES,
     SKIPPED_NAMED,
     Settings,
     Shard,
     read_shards,
-    require_pyarrow,
 )
 from align_tf.search.fingerprint import fingerprint, load_model
+from align_tf.search.required import require_pyarrow, require_ray
 from align_tf.search.shard_writer import ShardWriter
+from align_tf.terminal import say
 
 SHARD_SIZE = 4096
 ENGINES = ("default", "ray")
@@ -56,6 +56,7 @@ def embed(
     `caption`, the first; `thumbnail`, a small JPEG where there is no file; `image_embeds` and, of
     the caption, `text_embeds`, of unit length. `_listing.npz` beside them holds the names,
     sizes and times of the source's files: what was begun with others is not gone on with.
+    `_pictures.json` tells, signed, the folder of the image files: an index shows those below it.
 
     Args:
         source: as `data.make_dataset` takes it; captions may be missing.
@@ -83,6 +84,8 @@ def embed(
     """
     _check_arguments(source, model, dtype, batch_size, shard_size, engine, workers)
     require_pyarrow()
+    if engine == "ray":
+        require_ray()
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.
@@ -129,6 +132,8 @@ def embed(
         left.unlink(missing_ok=True)
     if listing is not None:
         source_files.check_unchanged(settings, listing, list_files(source, image_key))
+    if opened.paths:
+        own_pictures.sign(output, opened.paths)
     return _summary(output, settings, shards, opened)
 
 
@@ -181,7 +186,7 @@ def _runs(numbers: list[int]) -> Iterator[range]:
 
 def _tell(shard: Shard, before: int) -> None:
     for key, reason in list(shard.named.items())[: max(SKIPPED_NAMED - before, 0)]:
-        print(f"left out {key}: {reason}", file=sys.stderr, flush=True)
+        say(f"left out {key}: {reason}")
 
 
 def _summary(

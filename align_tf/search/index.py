@@ -5,19 +5,21 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from align_tf import files
-from align_tf.extras import extra
 from align_tf.progress import track
+from align_tf.search import own_pictures
 from align_tf.search.collection import COLUMNS, Collection
 from align_tf.search.recall import tune
+from align_tf.search.required import require_faiss
 from align_tf.search.vectors import as_float32, evenly_spread
+from align_tf.terminal import say
 
 KINDS = ("flat", "ivf")
 FLAT_ROWS = 100_000  # up to so many every vector is compared
@@ -25,6 +27,10 @@ LISTS_PER_ROOT = 4  # of an inverted file: the lists are so many times the root 
 TRAINING_ROWS = 64  # of each list
 ITERATIONS = 10  # of k-means
 TOP_K = 10
+
+SUMMED = 256 * 2**20  # bytes: of a larger file the size alone is looked at when it is opened
+BLOCK = 2**20
+HEADER = 32  # bytes that FAISS writes before the vectors, at least
 
 INDEX_NAME, RECORDS_NAME, ABOUT_NAME = "index.faiss", "records.arrow", "index.json"
 
@@ -39,6 +45,7 @@ class Hit:
         path: the image file; None where the image is in a shard.
         caption: None where it has none.
         thumbnail: a small JPEG of an image that is in a shard.
+        outside: whether the image file is not below the folder whose pictures are shown.
     """
 
     score: float
@@ -46,11 +53,12 @@ class Hit:
     path: str | None
     caption: str | None
     thumbnail: bytes | None = dataclasses.field(default=None, repr=False)
+    outside: bool = False
 
     @property
     def picture(self) -> str | bytes | None:
-        """What shows the image: its file, or the thumbnail."""
-        return self.path or self.thumbnail
+        """What shows the image: its file, or the thumbnail; None where it is not to be shown."""
+        return self.thumbnail if self.outside else self.path or self.thumbnail
 
 
 # --- the index -----------------------------------------------------------------------------
@@ -79,7 +87,8 @@ def build_index(
     Returns:
         What `index.json` in the folder holds: `kind`, `rows`, `dim`, `dtype`, `nlist` and
         `nprobe` of an ivf, `recall_at_10` against exact search by the kind of query, `model`,
-        `fingerprint`, `embeddings`.
+        `fingerprint`, `embeddings`, and `pictures`, the folder that was embedded, signed, and
+        `files`, sizes and checksums.
 
     Raises:
         FileNotFoundError, ValueError: as `Collection`; or the output is no index, or kind is
@@ -109,20 +118,11 @@ def build_index(
         "model": collection.settings.model,
         "fingerprint": collection.settings.fingerprint,
         "embeddings": str(collection.folder.absolute()),
+        "pictures": own_pictures.signed(collection.folder),
     }
     with _replacing_folder(output) as folder:
         _write(folder, index, collection, about)
     return about
-
-
-def require_faiss() -> None:
-    """Asks for the extra that an index needs.
-
-    Raises:
-        ModuleNotFoundError: FAISS is not installed.
-    """
-    with extra("search", "an index needs FAISS"):
-        import faiss  # noqa: F401
 
 
 def _flat(collection: Collection) -> Any:
@@ -150,8 +150,7 @@ def _trained_ivf(collection: Collection, progress: bool) -> Any:
     index.cp.min_points_per_centroid = 1  # so that FAISS does not warn of a small collection
     sample = evenly_spread(collection.image_embeds(), rows, lists * TRAINING_ROWS)
     if progress:
-        message = f"Training {lists:,} lists on {len(sample):,} images ..."
-        print(message, file=sys.stderr, flush=True)
+        say(f"Training {lists:,} lists on {len(sample):,} images ...")
     index.train(sample)
     return index
 
@@ -178,6 +177,7 @@ def _write(folder: pathlib.Path, index: Any, collection: Collection, about: dict
     with pa.ipc.new_file(folder / RECORDS_NAME, schema) as file:
         for table in collection.tables(schema.names):
             file.write_table(table.cast(schema))
+    about["files"] = {name: _sum(folder / name) for name in (INDEX_NAME, RECORDS_NAME)}
     files.write_text(folder / ABOUT_NAME, json.dumps(about, indent=2) + "\n")
 
 
@@ -189,17 +189,20 @@ class Index:
 
     Args:
         folder: what `build_index` wrote.
+        pictures: the folder whose pictures may be shown; None takes the one that was embedded, of
+            an index of this user's. One that came from someone else may name any file.
 
     Attributes:
         about: what `build_index` returned.
+        pictures: the folder whose pictures may be shown; None shows those of no file.
 
     Raises:
-        FileNotFoundError: there is no index.
+        FileNotFoundError: there is no index, or no such folder of pictures.
         ValueError: it is broken.
         ModuleNotFoundError: FAISS is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, pictures: str | os.PathLike | None = None):
         require_faiss()
         import faiss
         import pyarrow as pa
@@ -207,17 +210,23 @@ class Index:
         self.folder = pathlib.Path(folder)
         if not (self.folder / ABOUT_NAME).is_file():
             raise FileNotFoundError(f"{folder}: no index; expected what `align-tf index` wrote")
-        self.about = files.read_json(self.folder / ABOUT_NAME)
-        flags = faiss.IO_FLAG_MMAP if self.about["kind"] == "ivf" else faiss.IO_FLAG_MMAP_IFC
-        try:
+        with self._unbroken():
+            self.about = files.read_json(self.folder / ABOUT_NAME)
+            _check_about(self.folder, self.about)
+            ivf = self.about["kind"] == "ivf"
+            flags = faiss.IO_FLAG_MMAP if ivf else faiss.IO_FLAG_MMAP_IFC
             self._index = faiss.read_index(str(self.folder / INDEX_NAME), flags)
+            _check_index(self._index, self.about)
             records = pa.memory_map(str(self.folder / RECORDS_NAME))
             self._records = pa.ipc.open_file(records).read_all()
-        except (RuntimeError, pa.ArrowInvalid) as error:
-            raise ValueError(
-                f"{folder}: a broken index; `align-tf index` builds it anew"
-            ) from error
-        if self.about["kind"] == "ivf":
+            if self._records.schema != pa.schema(COLUMNS) or len(self._records) != len(self):
+                raise ValueError("records of another kind or number")
+        self.pictures = own_pictures.own_folder(self.about.get("pictures"))
+        if pictures is not None:
+            if not os.path.isdir(pictures):
+                raise FileNotFoundError(f"{pictures}: no such folder of pictures")
+            self.pictures = os.path.abspath(pictures)
+        if ivf:
             # Threads that read every list once before it is searched pay on a cold disk alone.
             faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
 
@@ -243,12 +252,84 @@ class Index:
             raise ValueError(f"queries of shape {queries.shape}: expected (q, {self._index.d})")
         if k < 1:
             raise ValueError(f"k={k}: expected 1 or more")
-        return self._index.search(queries, min(k, len(self)))
+        with self._unbroken():
+            return self._index.search(queries, min(k, len(self)))
 
     def hits(self, scores: np.ndarray, rows: np.ndarray) -> list[Hit]:
         """Takes the scores (k,) and rows (k,) of one query to what is known of the images."""
-        return [
-            Hit(float(score), **self._records.slice(int(row), 1).to_pylist()[0])
-            for score, row in zip(scores, rows, strict=True)
-            if row >= 0
-        ]
+        hits = []
+        for score, row in zip(scores, rows, strict=True):
+            if row >= 0:
+                with self._unbroken():
+                    part = self._records.slice(int(row), 1)
+                    part.validate(full=True)  # before it is read: what is broken leads anywhere
+                    (record,) = part.to_pylist()
+                path = record["path"]
+                outside = path is not None and not own_pictures.is_below(path, self.pictures)
+                hits.append(Hit(float(score), **record, outside=outside))
+        return hits
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """Makes one line of whatever FAISS, Arrow and JSON say of a broken file."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.folder}: a broken index; `align-tf index` builds it anew"
+            ) from error
+
+
+def _check_about(folder: pathlib.Path, about: dict[str, Any]) -> None:
+    """Checks what an index says of itself, and its files where it says how they were."""
+    kinds = {"kind": str, "rows": int, "dim": int, "model": str, "fingerprint": str}
+    for name, kind in kinds.items():
+        if type(about.get(name)) is not kind:
+            raise ValueError(f"{name} {about.get(name)!r}")
+    if about["kind"] not in KINDS or min(about["rows"], about["dim"]) < 1:
+        raise ValueError(f"kind {about['kind']!r}, {about['rows']} rows of {about['dim']}")
+    # FAISS reads beyond the end of a mapped file that is cut within its header.
+    if (folder / INDEX_NAME).stat().st_size < HEADER + 2 * about["rows"] * about["dim"]:
+        raise ValueError(f"{INDEX_NAME} is cut")
+    said = about.get("files", {})
+    for name in (INDEX_NAME, RECORDS_NAME) if said else ():
+        if said != {**said, name: _sum(folder / name)}:
+            raise ValueError(f"{name} has changed")
+
+
+def _check_index(index: Any, about: dict[str, Any]) -> None:
+    """Checks that an index of FAISS is one that `build_index` makes, and holds what it should."""
+    import faiss
+
+    flat = (faiss.IndexFlat, faiss.IndexScalarQuantizer)
+    ivf = (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer)
+    if not isinstance(index, ivf if about["kind"] == "ivf" else flat):
+        raise ValueError(f"a {type(index).__name__}")
+    found = (index.ntotal, index.d, index.metric_type, index.is_trained)
+    if found != (about["rows"], about["dim"], faiss.METRIC_INNER_PRODUCT, True):
+        raise ValueError(f"rows, dimensions and metric {found}")
+    half = isinstance(index, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer)
+    if half and index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:
+        raise ValueError(f"a quantizer of kind {index.sq.qtype}")
+    width = about["dim"] * (2 if half else 4)  # bytes of a vector
+    if index.code_size != width or (half and index.sq.code_size != width):
+        raise ValueError(f"vectors of {index.code_size} bytes")
+    if about["kind"] == "flat":
+        held = index.codes.size()
+    else:
+        lists = faiss.downcast_InvertedLists(index.invlists)
+        centers = faiss.downcast_index(index.quantizer)
+        if (lists.nlist, centers.ntotal, centers.d) != (index.nlist, index.nlist, index.d):
+            raise ValueError(f"{lists.nlist} lists")
+        held = sum(lists.list_size(number) for number in range(lists.nlist)) * lists.code_size
+    if held != index.ntotal * width:
+        raise ValueError(f"{held} bytes of vectors")
+
+
+def _sum(file: pathlib.Path) -> list[int]:
+    """Returns a file's size and, unless it is large, its CRC-32."""
+    size, crc = file.stat().st_size, 0
+    with open(file, "rb") as data:
+        while size <= SUMMED and (part := data.read(BLOCK)):
+            crc = zlib.crc32(part, crc)
+    return [size, crc]

@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from align_tf.extras import extra
 from align_tf.search import source_files
 from align_tf.search.collection import Settings, Shard
 from align_tf.search.fingerprint import fingerprint, load_model
+from align_tf.search.required import require_ray
 from align_tf.search.shard_writer import ShardWriter
 
 
@@ -42,9 +42,9 @@ def write_shards(
     Raises:
         ModuleNotFoundError: Ray is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
-    with extra("ray", 'engine="ray" needs Ray'):
-        import ray.data
+    require_ray()
+    import ray.data
+
     if not numbers:
         return
     started = not ray.is_initialized()

@@ -1,12 +1,14 @@
 """Queries of text, image or both over an index."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from align_tf.client.align_client import AlignClient
+from align_tf.hub import resolve_folder
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.search.encoder import Encoder
@@ -23,7 +25,7 @@ class Searcher:
     Args:
         index: the index, or its folder.
         model: the model that embedded the collection: a checkpoint's name, or the model; None
-            takes the name that the index holds.
+            takes the name that the index holds, where that is on this machine: it is not fetched.
         processor: the model's; None loads it by the model's name.
         client: of a server that has the model, in the place of model and processor.
 
@@ -46,10 +48,9 @@ class Searcher:
             self.encoder = client
             self._check_server()
             return
-        model = model or about["model"]
-        if not model:
-            raise ValueError(f"{self.index.folder}: does not tell its model's name: expected model")
-        name = "the model given" if isinstance(model, AlignModel) else os.fspath(model)
+        name = "the model given" if isinstance(model, AlignModel) else os.fspath(model or "")
+        if model is None:
+            name, model = about["model"], self._own_model(about["model"])
         model, processor = load_model(model, processor)
         found = fingerprint(model, processor)
         if found != about["fingerprint"]:
@@ -131,11 +132,24 @@ class Searcher:
         scores, rows = self.index.search(query[None], k)
         return self.index.hits(scores[0], rows[0])
 
+    def _own_model(self, name: str) -> pathlib.Path:
+        """Finds the model that the index names, which may come from anyone, on this machine."""
+        if not name:
+            raise ValueError(f"{self.index.folder}: does not tell its model's name: expected model")
+        try:
+            return resolve_folder(name, local_files_only=True, weights=True)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.index.folder}: of a model {name!r}, which is not on this machine: expected "
+                "--model with that name, where it may be fetched, or with its folder"
+            ) from error
+
     def _check_server(self) -> None:
         """Has the server embed a picture of the collection anew; it has to be found again."""
         rows = range(min(len(self.index), TOP_K))
         hits = self.index.hits(np.zeros(len(rows)), np.array(rows))
-        path = next((hit.path for hit in hits if hit.path and os.path.isfile(hit.path)), None)
+        shown = (hit.path for hit in hits if hit.path and not hit.outside)
+        path = next(filter(os.path.isfile, shown), None)
         if path is None:  # its width is all that can be checked
             embeds = self.encoder.embed_texts(["a"])
             self.index.search(embeds, 1)

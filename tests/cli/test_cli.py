@@ -267,10 +267,15 @@ def test_the_package_is_a_program():
         (["--task", "zero-shot"], "no images"),
         (["--task", "zero-shot", "--templates", "none.txt"], "none.txt: no such file"),
         (["--task", "knn"], 'pip install "align-tf[eval]"'),
+        (["--task", "zero-shot", "--plot", "a.png"], 'pip install "align-tf[plot]"'),
+        (["--task", "zero-shot", "--plot", "a.jpg"], "a.jpg: expected a name that ends in .png"),
+        (["--task", "knn", "--plot", "a.png"], "--plot: of no use to --task knn"),
+        (["--data", "gone.csv"], "gone.csv: no such file"),
     ],
 )
 def test_evaluate_sees_what_is_wrong_before_it_loads_a_model(capsys, absent, arguments, expected):
-    absent("sklearn")
+    for package in ("sklearn", "matplotlib"):
+        absent(package)
     code, out, err = run(capsys, "evaluate", "--data", SERVING, "--model", "nowhere", *arguments)
     assert (code, out) == (2, "")
     assert expected in err.splitlines()[-1] and "Loading" not in err

@@ -71,7 +71,9 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def test_both_ways_to_evaluate_find_the_same_figures(model, processor, folder):
-    options = argparse.Namespace(task="retrieval", data=str(folder))
+    options = argparse.Namespace(
+        task="retrieval", data=str(folder), image_key=None, caption_key=None
+    )
     report = tasks.evaluate(model, processor, options)
     assert (report["images"], report["texts"], report["skipped"]) == (6, 6, {})
 

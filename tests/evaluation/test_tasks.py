@@ -35,10 +35,11 @@ def evaluate(one_model):
     """Runs a task."""
     model, processor = command.load("align-tiny")
 
-    def run(task, data, train_data=None, labels=None, templates=None):
+    def run(task, data, train_data=None, labels=None, templates=None, caption_key=None):
         options = argparse.Namespace(
             task=task, data=str(data), train_data=train_data, labels=labels, templates=templates
         )
+        options.image_key, options.caption_key = None, caption_key
         return tasks.evaluate(model, processor, options)
 
     return run
@@ -93,6 +94,30 @@ def test_files_that_are_missing_are_each_named(evaluate, pairs):
     assert all("no image" in reason for reason in report["skipped"].values())
 
 
+def test_captions_of_several_columns_have_figures_of_their_own(
+    evaluate, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    rows = [f"{path},{path.stem.replace('_', ' ')}," for path in EXAMPLES]
+    # The second column has the wrong names of two.
+    other = [EXAMPLES[1].stem, EXAMPLES[0].stem, *["" for _ in EXAMPLES[2:]]]
+    table = tmp_path / "table.csv"
+    lines = [row + name for row, name in zip(rows, other, strict=True)]
+    table.write_text("\n".join(["path,short,wrong", *lines]))
+    report = evaluate("retrieval", table, caption_key=["short", "wrong"])
+    assert (report["images"], report["texts"]) == (6, 6)
+    short, wrong = report["by_caption"]["short"], report["by_caption"]["wrong"]
+    assert (short["images"], short["texts"], short["metrics"]["r1_i2t"]) == (6, 6, 1.0)
+    assert (wrong["images"], wrong["texts"], wrong["metrics"]["r1_i2t"]) == (2, 2, 0.0)
+    arguments = ["evaluate", "--data", str(table), "--caption-key", "short", "wrong"]
+    assert main(arguments) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines()]
+    shown = [row[1].strip() for row in rows if len(row) > 1]
+    assert shown == ["all", "all", "short", "short", "wrong", "wrong"]
+    with pytest.raises(ValueError, match="expected 'none', or the name of another"):
+        evaluate("retrieval", table, caption_key=["short", "none"])
+
+
 def test_zero_shot(evaluate, classes, tmp_path):
     (classes / "star" / "bad.jpg").write_bytes(b"no picture")
     report = evaluate("zero-shot", classes)
@@ -145,6 +170,10 @@ def test_class_folders(tmp_path):
     with pytest.raises(ValueError, match=r"cat: no images; expected \.jpg"):
         class_folders(str(tmp_path))
     (tmp_path / "cat" / "b.png").touch()
+    for hidden in (".ipynb_checkpoints", "__MACOSX", "cat/.thumbnails"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "c.png").touch()
+    (tmp_path / "cat" / "._b.png").touch()
     found = {name: [file.name for file in files] for name, files in class_folders(tmp_path).items()}
     assert found == {"cat": ["b.png"], "dog": ["a.JPG"]}
 
@@ -188,12 +217,17 @@ def test_the_command_prints_a_table_and_writes_json(capsys, classes, tmp_path):
     output = tmp_path / "new" / "figures.json"
     (classes / "star" / "bad.jpg").write_bytes(b"no picture")
     arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes), "--output", str(output)]
-    assert main(arguments) == 0
+    picture = tmp_path / "confusion.png"
+    assert main([*arguments, "--plot", str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
     captured = capsys.readouterr()
     assert "top-1" in captured.out and "%" in captured.out
+    assert "mistaken for" in captured.out and "police car" in captured.out
     assert "left out 1 image" in captured.err and "bad.jpg" in captured.err
     report = json.loads(output.read_text())
     assert (report["task"], report["model"], report["images"]) == ("zero-shot", "align-tiny", 36)
+    assert report["per_class"]["panda"]["images"] == 6
     assert [path.name for path in output.parent.iterdir()] == ["figures.json"]
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == report

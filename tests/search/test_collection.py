@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 
 import keras
@@ -85,7 +86,7 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert list(summary["named"]) == [f"{n:03}" for n in (BROKEN, ABSENT, HUGE)]
     assert "pixels" in summary["named"][f"{HUGE:03}"]
     shards = [f"shard-{n:06}.parquet" for n in range(6)]
-    assert sorted(contents(output)) == ["_listing.npz", *shards]
+    assert sorted(contents(output)) == ["_listing.npz", "_pictures.json", *shards]
 
 
 def test_the_embeddings_are_the_models(whole, model, processor):
@@ -223,6 +224,25 @@ def test_a_tf_data_set_of_unknown_length_in_float32(loaded, tmp_path):
     expected = np.asarray(model(processor(images=images, text="a", padding="longest")).image_embeds)
     np.testing.assert_allclose(embeds, expected, atol=1e-6)
     assert embeds.dtype == np.float32
+
+
+def test_a_tar_of_pictures_that_pillow_chokes_on_is_embedded(loaded, tmp_path, capsys):
+    model, processor = loaded
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01" + b"\xff" * 10  # of a kind that there is not
+    files = {"thin.png": io.BytesIO(), "turned.jpg": io.BytesIO()}
+    Image.new("RGB", (1, 3000), "red").save(files["thin.png"], "PNG")
+    Image.new("RGB", (30, 20), "red").save(files["turned.jpg"], "JPEG", exif=exif)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, file in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = file.tell()
+            file.seek(0)
+            tar.addfile(member, file)
+    summary = embed(tmp_path / "a.tar", tmp_path / "out", model=model, processor=processor)
+    assert (summary["images"], summary["skipped"]) == (2, 0)
+    small = pq.read_table(tmp_path / "out")["thumbnail"].to_pylist()
+    assert [Image.open(io.BytesIO(jpeg)).size for jpeg in small] == [(1, 160), (160, 107)]
+    assert "Corrupt EXIF" not in capsys.readouterr().err
 
 
 def test_nothing_to_embed_is_an_error(loaded, tmp_path):

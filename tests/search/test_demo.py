@@ -16,7 +16,7 @@ from align_tf.hub import BUNDLED
 pytest.importorskip("gradio", reason='pip install "align-tf[demo]"')
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 
-from align_tf.search import demo  # noqa: E402
+from align_tf.search import build_index, demo, embed  # noqa: E402
 from align_tf.search.encoder import Encoder  # noqa: E402
 
 EXAMPLES = BUNDLED["align-tiny"] / "examples"
@@ -77,7 +77,7 @@ def choose(page, path: pathlib.Path, tab: int = 0) -> None:
 
 
 def message(page) -> str:
-    found = page.locator(".prose.message").filter(visible=True)
+    found = page.get_by_role("alert").filter(visible=True)
     found.wait_for()
     return found.inner_text()
 
@@ -104,7 +104,7 @@ def test_search_finds_by_words(page):
     page.get_by_role("button", name="Search", exact=True).filter(visible=True).click()
     first = page.locator(".thumbnail-item").filter(visible=True).first
     first.wait_for()
-    assert "panda" in first.inner_text()
+    assert re.fullmatch(r"\d\.\d\d · panda", first.inner_text().strip())  # long ones are cut
     assert page.locator(".thumbnail-item").filter(visible=True).count() == 6
 
 
@@ -129,15 +129,54 @@ def test_mistakes_are_told_on_the_page(page, tmp_path):
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
     page.wait_for_timeout(1000)
     classify.click()
-    page.locator(".prose.message").filter(has_text="broken.png").wait_for()
+    page.get_by_role("alert").filter(has_text="broken.png").wait_for()
     said = message(page)
     assert said.startswith("broken.png: not a decodable image") and "tmp" not in said
     page.get_by_label("Templates, one a line").fill("a photo")
     page.get_by_role("button", name="Classify", exact=True).click()
-    page.locator(".prose.message").filter(has_text="expected a {}").wait_for()
+    page.get_by_role("alert").filter(has_text="expected a {}").wait_for()
     page.get_by_label("Labels, one a line").fill("\n")
     classify.click()
-    page.locator(".prose.message").filter(has_text="No labels").wait_for()
+    page.get_by_role("alert").filter(has_text="No labels").wait_for()
+
+
+@needs_browser
+def test_a_mistake_is_shown_once_and_literally_and_goes_when_asked_again(page):
+    classify = page.get_by_role("button", name="Classify", exact=True)
+    choose(page, EXAMPLES / "panda.png")
+    page.get_by_label("Templates, one a line").fill("*a* <b>photo</b>")
+    classify.click()
+    assert "'*a* <b>photo</b>'" in message(page)
+    bars = "[...document.querySelectorAll('*')].filter(e => e.offsetParent && parseInt("
+    bars += "getComputedStyle(e).borderLeftWidth) >= 4).length"
+    assert page.evaluate(bars) == 1
+    page.get_by_label("Templates, one a line").fill("{}")
+    classify.click()
+    page.get_by_test_id("label-output-value").filter(has_text="panda").wait_for()
+    assert page.get_by_role("alert").filter(visible=True).count() == 0
+
+
+@needs_browser
+def test_the_page_says_what_it_is(page):
+    assert page.title() == "Classify and search pictures by words · ALIGN"
+    heading = page.get_by_role("heading", name="Classify and search pictures by words")
+    assert heading.count() == 1
+    page.get_by_text("ALIGN, align-tiny · 6 pictures to search").wait_for()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_gallery_is_as_high_as_its_pictures(page, width):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("What the pictures show").fill("a panda")
+    page.get_by_role("button", name="Search", exact=True).filter(visible=True).click()
+    pictures = page.locator(".thumbnail-item").filter(visible=True)
+    pictures.last.wait_for()
+    last = pictures.last.bounding_box()
+    gallery = page.locator(".grid-wrap").filter(visible=True).bounding_box()
+    left = gallery["y"] + gallery["height"] - last["y"] - last["height"]
+    assert 0 <= left < 40
 
 
 @needs_browser
@@ -211,3 +250,32 @@ def test_a_server_that_is_not_there(capsys):
     assert main(["demo", "--server", "127.0.0.1:1"]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("align-tf: error:") and "127.0.0.1:1: cannot reach" in last
+
+
+def test_the_model_has_answered_before_the_page_is_there(encoder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "embeds"
+    embed(EXAMPLES, output, model="align-tiny")
+    build_index(output, tmp_path / "index")
+    done = []
+    for name in ("embed_images", "embed_texts"):
+        asked = getattr(Encoder, name)
+        monkeypatch.setattr(
+            Encoder, name, lambda *given, name=name, asked=asked: done.append(name) or asked(*given)
+        )
+
+    def serve(*given):
+        done.append("served")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "serve", serve)
+    assert main(["demo", "--index", str(tmp_path / "index")]) == 130
+    assert done == ["embed_texts", "embed_images", "embed_texts", "served"]
+
+
+def test_pictures_of_an_index_of_someone_else_are_not_shown(encoder, tmp_path, monkeypatch):
+    searcher = demo.example_searcher(encoder)
+    monkeypatch.setattr(searcher.index, "pictures", None)
+    with pytest.raises(ValueError, match="expected the demo started with --pictures"):
+        demo.find(searcher, text="a rose")
+    monkeypatch.setattr(searcher.index, "pictures", str(EXAMPLES))
+    assert len(demo.find(searcher, text="a rose")) == 6

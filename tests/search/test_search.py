@@ -5,7 +5,11 @@ import copy
 import html.parser
 import io
 import json
+import os
 import pathlib
+import shutil
+import struct
+import urllib.parse
 
 import keras
 import numpy as np
@@ -26,8 +30,10 @@ from align_tf.search import (
 )
 from align_tf.search.collection import Collection, Settings, Shard, write_shard
 from align_tf.search.encoder import Encoder
+from align_tf.search.thumbnail import thumbnail
 
 pytest.importorskip("faiss")
+pa = pytest.importorskip("pyarrow")
 
 COLORS = ["red", "green", "blue", "gray", "black", "white"]
 DIM = 16
@@ -294,16 +300,23 @@ def test_an_encoder_refuses_as_a_client_does(searcher, labels, template, message
 class Page(html.parser.HTMLParser):
     def __init__(self, text: str):
         super().__init__()
-        self.images, self.text = [], ""
+        self.images, self.links, self.text = [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "link", "b")
+        assert tag not in ("script", "link", "b") and "id" not in dict(attributes)
         if tag == "img":
             self.images.append(dict(attributes))
+        if tag == "a":
+            self.links.append(dict(attributes)["href"])
 
     def handle_data(self, data):
         self.text += data
+
+
+def decoded(image: dict[str, str]) -> Image.Image:
+    data = base64.b64decode(image["src"].removeprefix("data:image/jpeg;base64,"))
+    return Image.open(io.BytesIO(data))
 
 
 def test_the_page_holds_its_pictures(pictures, tmp_path):
@@ -311,18 +324,59 @@ def test_the_page_holds_its_pictures(pictures, tmp_path):
         Hit(0.5, "red", str(pictures / "red.png"), "<b>red</b> & more"),
         Hit(0.25, "lost", str(pictures / "lost.png"), None),
         Hit(-0.125, "in a shard", None, None),
+        Hit(-0.25, "private", str(pictures / "blue.png"), "\x1b[31m\ud83e", None, True),
     ]
     gallery.write_html(tmp_path / "page.html", "a <b> query", hits)
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "http" not in content
     page = Page(content)
-    for text in ("a <b> query", "<b>red</b> & more", "0.500", "-0.125", "lost", "in a shard"):
+    for text in ("a <b> query", "<b>red</b> & more", "0.500", "-0.125", r"\x1b[31m\ud83e"):
         assert text in page.text
+    assert [page.text.count(text) for text in ("lost", "in a shard", "not shown")] == [1, 1, 1]
     (image,) = page.images
     assert image["alt"] == "<b>red</b> & more"
-    data = base64.b64decode(image["src"].removeprefix("data:image/jpeg;base64,"))
-    mean = np.asarray(Image.open(io.BytesIO(data))).mean(axis=(0, 1))
+    mean = np.asarray(decoded(image)).mean(axis=(0, 1))
     assert mean[0] > 200 and mean[1] < 60
+    (link,) = page.links
+    assert (tmp_path / urllib.parse.unquote(link)).resolve() == pictures / "red.png"
+
+
+def test_the_page_shows_the_picture_of_the_query(pictures, tmp_path):
+    odd = tmp_path / "a#b? <c>&d.png"
+    odd.write_bytes((pictures / "blue.png").read_bytes())
+    gallery.write_html(tmp_path / "page.html", "blue", [Hit(0.5, "x", None, None)], odd)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    (image,) = page.images
+    mean = np.asarray(decoded(image)).mean(axis=(0, 1))
+    assert mean[2] > 200 and mean[0] < 60
+    assert page.links == ["a%23b%3F%20%3Cc%3E%26d.png"]
+
+
+def test_a_picture_that_pillow_chokes_on_is_shown_or_left_out(tmp_path, recwarn):
+    thin, turned, cut = (tmp_path / name for name in ("thin.png", "turned.jpg", "cut.jpg"))
+    Image.new("RGB", (1, 5000), "red").save(thin)
+    # EXIF whose one value is said to have a kind that there is not, and to lie beyond the end.
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"
+    Image.new("RGB", (30, 20), "red").save(turned, exif=exif)
+    cut.write_bytes(turned.read_bytes()[:300])
+    assert thumbnail(thin, 320).size == (1, 320)
+    assert thumbnail(turned, 60).size == (60, 40)
+    assert thumbnail(turned.read_bytes(), 60).getpixel((9, 9))[0] > 200
+    assert thumbnail(cut, 60) is None and thumbnail(b"", 60) is None
+    hits = [Hit(0.5, path.stem, str(path), None) for path in (thin, turned, cut)]
+    gallery.write_html(tmp_path / "page.html", "red", hits)
+    gallery.write_montage(tmp_path / "page.png", "red", hits)
+    assert len(Page((tmp_path / "page.html").read_text()).images) == 2 and not recwarn.list
+
+
+@pytest.mark.parametrize("broken", [struct.error, KeyError, ZeroDivisionError, RecursionError])
+def test_whatever_exif_raises_the_picture_is_shown(tmp_path, monkeypatch, broken):
+    def raises(picture):
+        raise broken("no EXIF")
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", raises)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    assert thumbnail(tmp_path / "a.png", 60).size == (60, 40)
 
 
 def test_the_montage_shows_each_picture_in_its_place(tmp_path):
@@ -356,6 +410,119 @@ def test_the_command(index, pictures, tmp_path, capsys):
     assert [set(row) for row in answer["results"]] == [{"score", "id", "path", "caption"}] * 4
     assert Image.open(tmp_path / "p.png").format == "PNG"
     assert "data:image/jpeg" in (tmp_path / "p.html").read_text()
+
+
+def test_a_montage_writes_every_script(tmp_path):
+    pytest.importorskip("matplotlib")
+    hits = [Hit(0.5, "x", None, text) for text in ("Привет", "سلام", "a" * 10**6, "‎\x07")]
+    written = np.asarray(gallery.montage("Привет", hits).convert("L"))
+    texts = [written[280 + 4 : 300, 16 + 240 * place : 176 + 240 * place] for place in range(4)]
+    assert all((text < 128).any() for text in texts[:3])
+    # Two letters of one script differ, as the frames of letters that are not there do not.
+    letters = [gallery.montage(letter, hits[:1]).convert("L") for letter in "Дش"]
+    assert letters[0].tobytes() != letters[1].tobytes()
+
+
+# --- an index of someone else's ---------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign(index, pictures, tmp_path) -> pathlib.Path:
+    """An index that names two pictures that were not embedded with the others."""
+    private = tmp_path / "private"
+    private.mkdir()
+    shutil.copytree(index, tmp_path / "foreign")
+    records = pa.ipc.open_file(tmp_path / "foreign" / "records.arrow").read_all()
+    paths = records["path"].to_pylist()
+    named = (
+        private / "red.png",
+        f"{pictures}/../{os.path.relpath(private, pictures.parent)}/b.png",
+    )
+    for row, (name, path) in enumerate(zip(("red", "blue"), named, strict=True)):
+        shutil.copy(pictures / f"{name}.png", path)
+        paths[row] = str(path)
+    records = records.set_column(1, "path", pa.array(paths, "string"))
+    with pa.ipc.new_file(tmp_path / "foreign" / "records.arrow", records.schema) as file:
+        file.write_table(records)
+    about = json.loads((tmp_path / "foreign" / "index.json").read_text())
+    del about["files"]  # whoever changes the one changes the other
+    (tmp_path / "foreign" / "index.json").write_text(json.dumps(about))
+    return tmp_path / "foreign"
+
+
+def asked(index, tmp_path, *arguments) -> tuple[list[bool], Page]:
+    """Searches an index of six pictures; returns which are outside, and the page."""
+    options = ["--html", tmp_path / "p.html", "--montage", tmp_path / "p.png", *arguments]
+    assert main(["search", *map(str, [index, "red", *options])]) == 0
+    hits = Index(index).hits(np.zeros(6), np.arange(6))
+    return [hit.outside for hit in hits], Page((tmp_path / "p.html").read_text())
+
+
+def test_pictures_beside_the_folder_that_was_embedded_are_not_shown(
+    foreign, pictures, tmp_path, capsys
+):
+    outside, page = asked(foreign, tmp_path)
+    assert outside == [True, True, False, False, False, False]
+    assert len(page.images) == len(page.links) == 4 and page.text.count("not shown") == 2
+    warning = capsys.readouterr().err.strip().splitlines()[-1]
+    assert warning.startswith("align-tf: warning: 2 of 6 pictures are not shown, such as /")
+    _, page = asked(foreign, tmp_path, "--pictures", tmp_path)
+    assert len(page.images) == 2 + 4 * (tmp_path in pictures.parents)
+
+
+def test_the_folder_that_an_index_names_has_to_be_signed(foreign, tmp_path, monkeypatch):
+    about = json.loads((foreign / "index.json").read_text())
+    for said in (
+        {**about["pictures"], "folder": "/"},
+        {"folder": "/"},
+        "/",
+        None,
+    ):
+        (foreign / "index.json").write_text(json.dumps({**about, "pictures": said}))
+        outside, page = asked(foreign, tmp_path)
+        assert all(outside) and page.images == page.links == []
+    (foreign / "index.json").write_text(json.dumps(about))
+    assert not all(asked(foreign, tmp_path)[0])
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    assert all(asked(foreign, tmp_path)[0])
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder of pictures"):
+        Index(foreign, "nowhere")
+
+
+def test_a_server_is_not_sent_what_an_index_of_someone_else_names(foreign, searcher, monkeypatch):
+    sent = []
+    embed_images = Encoder.embed_images
+    monkeypatch.setattr(
+        Encoder,
+        "embed_images",
+        lambda self, images: sent.extend(images) or embed_images(self, images),
+    )
+    Searcher(foreign, client=searcher.encoder)
+    assert len(sent) == 1 and "private" not in str(sent[0])
+
+
+@pytest.mark.parametrize("name", ["someone/a-model", "a-model", "nowhere/at/all"])
+def test_a_model_that_an_index_names_is_not_fetched(index, tmp_path, capsys, monkeypatch, name):
+    import huggingface_hub
+
+    asked, fetch = [], huggingface_hub.snapshot_download
+
+    def looked_up(**options):
+        asked.append(options.pop("local_files_only"))
+        return fetch(**options, local_files_only=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", looked_up)
+    folder = shutil.copytree(index, tmp_path / "index")
+    about = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**about, "model": name}))
+    assert main(["search", str(folder), "red"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("align-tf: error:")
+    assert f"of a model {name!r}, which is not on this machine: expected --model" in last
+    assert all(asked)
+
+
+# --- the commands ----------------------------------------------------------------------------
 
 
 def test_the_index_command(collection, tmp_path, capsys):
