@@ -1,6 +1,7 @@
 """Progress of long work, on stderr."""
 
 import datetime
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,12 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0  # between two states of a Rate
 def say(message: str) -> None:
     """Writes a line to stderr at once."""
     print(message, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Writes a line to stderr, the first time in this process."""
+    say(message)
 
 
 def track(items: Iterable, description: str, total: int | None = None, show: bool = True) -> Any:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import os
 import sys
 from typing import Any
@@ -22,10 +23,17 @@ from align_tf.cli import (
 )
 from align_tf.cli.common import EXIT_USER_ERROR
 from align_tf.cli.parser import Parser, check_spelling
+from align_tf.files import check_local
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
 
 EXIT_INTERRUPTED = 130
+
+# The arguments that are paths on this machine, or several.
+PATHS = (
+    *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
+    *("html", "montage", "log", "directory", "model_config_file", "config"),
+)
 
 # command: (its file, with add_arguments and run; what it does)
 COMMANDS = {
@@ -54,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     parser = _parser()
     check_spelling(parser, argv)
     arguments = parser.parse_args(argv)
@@ -66,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 10)
     atexit.register(gc.freeze)
     try:
+        _check_paths(arguments)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         print("align-tf: stopped", file=sys.stderr)
@@ -76,6 +87,13 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"align-tf: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _check_paths(arguments: Any) -> None:
+    for name in PATHS:
+        given = getattr(arguments, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            check_local(path)
 
 
 def _parser() -> Parser:

@@ -13,11 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf.data import dataset, left_out, sources
+from align_tf.data.folders import class_pictures
 from align_tf.data.readers import open_source
 from align_tf.evaluation import examples, linear_probe, nearest_neighbors, retrieval, zero_shot
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
-from align_tf.files import read_lines
+from align_tf.files import read_lines, readable
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -159,10 +160,9 @@ def captioned_images(records: tf.data.Dataset) -> Iterator[Record]:
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     """Lists a folder that has one sub-folder a class: name of the sub-folder -> image files."""
     folder = _folder(source)
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if not names:
+    files = class_pictures(folder)
+    if not files:
         raise ValueError(f"{source}: no sub-folders; expected one for each class, with its images")
-    files = {name: _image_files(folder / name) for name in names}
     for name, found in files.items():
         if not found:
             raise ValueError(f"{folder / name}: no images; expected {', '.join(sources.IMAGE)}")
@@ -184,7 +184,7 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
         ValueError: a folder is of no class, a class comes twice, or a label is blank.
     """
     if labels is None:
-        return {name: name.replace("_", " ") for name in folders}
+        return {name: readable(name).replace("_", " ") for name in folders}
     if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
         labels = read_lines(labels[0])
     classes = {}
@@ -225,10 +225,6 @@ def _folder(source: str) -> pathlib.Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
     return folder
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
 
 
 # --- embedding -----------------------------------------------------------------------------

@@ -307,7 +307,7 @@ def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such recipe file{folder}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines of 'key: value', found {values!r}")
@@ -322,7 +322,7 @@ def _parsed(key: str, value: Any) -> Any:
         return value
     try:
         return yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{key}={value!r}: not valid YAML: {error}") from error
 
 
