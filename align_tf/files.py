@@ -1,16 +1,81 @@
-"""Reading and replacing files: JSON objects, lines, and writing at once or not at all."""
+"""Reading and replacing files: text, JSON, lines, and writing at once or not at all."""
 
+import codecs
 import contextlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+# What is halves of surrogate pairs in a text: those that stand for bytes are read as Windows-1252,
+# others, such as that of an emoji that was cut, say nothing.
+_HALVES = dict.fromkeys(range(0xD800, 0xE000)) | {
+    0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)
+}
+
+
+# The address of what is not on this machine; a drive of Windows has one letter.
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or does not fit the model."""
+
+
+def check_local(path: str | os.PathLike) -> None:
+    """Checks that a path is none of a remote folder, such as `gs://bucket/pairs`.
+
+    Raises:
+        ValueError: it is.
+    """
+    if REMOTE.match(os.fspath(path)):
+        raise ValueError(
+            f"{path}: remote folders are not supported; copy a source to this machine first and "
+            "results there afterwards, or mount the folder, and name the local path"
+        )
+
+
+# --- text ----------------------------------------------------------------------------------
+
+
+def readable(text: str) -> str:
+    """Spells a text so that it can be written anywhere, such as the name of a file.
+
+    Bytes that are not UTF-8, which Python keeps in a name and where a text is opened by
+    `text_format`, are read as Windows-1252.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.translate(_HALVES)
+    return text
+
+
+def text_format(start: bytes) -> dict[str, str]:
+    """Tells by its first bytes how a text file is opened so that none of it is lost.
+
+    Args:
+        start: of the file, two bytes or more.
+
+    Returns:
+        `encoding` and `errors`, as `open` and `bytes.decode` take them.
+    """
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # as Windows writes Unicode
+        return {"encoding": "utf-16", "errors": "replace"}
+    return {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+
+
+def decode_text(content: bytes) -> tuple[str, bool]:
+    """Decodes a text file, and says whether it was Unicode, or read as Windows-1252 in part."""
+    text = content.decode(**text_format(content))
+    decoded = readable(text)
+    return decoded, decoded == text
+
+
+# --- reading -------------------------------------------------------------------------------
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -23,8 +88,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -45,7 +110,7 @@ def read_lines(file: Any) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        lines = [line.strip(" ") for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip(" ") for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
     lines = [line for line in lines if line]
@@ -54,9 +119,17 @@ def read_lines(file: Any) -> list[str]:
     return lines
 
 
+# --- writing -------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path beside `path`, renamed to it if the block ends well."""
+    """Gives a temporary path beside `path`, renamed to it if the block ends well.
+
+    Raises:
+        ValueError: the path is a remote one.
+    """
+    check_local(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

@@ -1,5 +1,6 @@
 """Lines for people: what comes from files and names is shown literally, whatever it holds."""
 
+import functools
 import re
 import sys
 
@@ -31,3 +32,9 @@ def literal_lines(text: str) -> str:
 def say(message: str) -> None:
     """Writes a line, or several, to stderr at once."""
     print(literal_lines(message), file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Does the same, the first time in this process."""
+    say(message)

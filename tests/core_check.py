@@ -1,8 +1,10 @@
-"""The core install on the oldest TensorFlow and Keras: load, train, export and classify align-tiny.
+"""The core install with the oldest of all it needs: load, train, export and classify align-tiny.
 
-`.ci/run` runs it in an environment without the extras; pytest does not collect it by itself.
+`.ci/run` runs it in an environment without the extras, and its first test in one with them; pytest
+does not collect it by itself.
 """
 
+import collections
 import importlib.metadata
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from align_tf import AlignModel, AlignProcessor, export_saved_model
 from align_tf.data import make_dataset, write_tfrecords
@@ -19,10 +24,24 @@ PICTURES = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
 CAPTIONS = [f"a picture of a {path.stem.replace('_', ' ')}" for path in PICTURES]
 
 
-def test_this_is_the_oldest_tensorflow():
-    assert tf.__version__.startswith("2.20.")
-    assert keras.__version__.startswith("3.10.")
-    installed = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+def test_what_is_installed_is_the_oldest():
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    installed = {canonicalize_name(name): version for name, version in installed.items()}
+    oldest, with_extras = collections.defaultdict(set), "pyarrow" in installed
+    for requirement in map(Requirement, importlib.metadata.requires("align-tf")):
+        floors = [of.version for of in requirement.specifier if of.operator == ">="]
+        assert floors or requirement.marker, f"{requirement} has no floor"
+        if with_extras or not requirement.marker:
+            oldest[canonicalize_name(requirement.name)] |= set(map(Version, floors))
+    found = {
+        name: Version(installed[name]) for name in oldest if oldest[name] and name in installed
+    }
+    assert {"tensorflow", "keras", "numpy", "pillow", "huggingface-hub"} <= set(found)
+    assert {name: version for name, version in found.items() if version not in oldest[name]} == {}
+
+
+def test_no_extra_is_installed():
+    installed = {found.name.lower() for found in importlib.metadata.distributions()}
     assert installed.isdisjoint({"jax", "torch", "grpcio-tools", "scikit-learn", "pyarrow"})
 
 

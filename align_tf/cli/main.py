@@ -24,11 +24,18 @@ from align_tf.cli import (
 )
 from align_tf.cli.common import EXIT_USER_ERROR
 from align_tf.cli.parser import Parser, check_spelling
+from align_tf.files import check_local
 from align_tf.terminal import say
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
 
 EXIT_INTERRUPTED = 130
+
+# The arguments that are paths on this machine, or several.
+PATHS = (
+    *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
+    *("html", "montage", "log", "directory", "model_config_file", "config"),
+)
 
 # command: (its file, with add_arguments and run; what it does)
 COMMANDS = {
@@ -70,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     gc.set_threshold(100_000, 20, 10)
     atexit.register(gc.freeze)
     try:
+        _check_paths(arguments)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         say("align-tf: stopped")
@@ -87,6 +95,13 @@ def _write_any_text() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         utf_8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
         sys.stdout.reconfigure(errors="surrogateescape" if utf_8 else "backslashreplace")
+
+
+def _check_paths(arguments: Any) -> None:
+    for name in PATHS:
+        given = getattr(arguments, name, None) or []
+        for path in [given] if isinstance(given, str) else given:
+            check_local(path)
 
 
 def _parser() -> Parser:

@@ -1,11 +1,12 @@
 """The image files that a command is given: files, folders, globs, and a list on stdin."""
 
 import collections
-import glob
+import io
 import pathlib
 import sys
 
 from align_tf.cli.common import import_tensorflow, say
+from align_tf.data.patterns import matching
 
 PHOTOGRAPH_SHARE = 0.25  # of its pixels: no colour of a photograph, but an emoji's, has as many
 SAMPLED = 64  # pixels a side that are looked at
@@ -30,7 +31,7 @@ def find_pictures(given: list[str]) -> list[str]:
         elif path.is_file():
             found.append(str(path))
         else:
-            matches = sorted(glob.glob(str(path), recursive=True))
+            matches = matching(str(path))
             found += [match for match in matches if pathlib.Path(match).is_file()]
             missing += [] if matches else [name]
     if missing:
@@ -46,6 +47,8 @@ def _listed(given: list[str]) -> list[str]:
         if name != "-":
             names.append(name)
             continue
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a name need not be UTF-8
         lines = [line.rstrip("\r\n") for line in sys.stdin]
         if not any(lines):
             raise ValueError("-: nothing on stdin, expected paths, one a line")
@@ -56,10 +59,10 @@ def _listed(given: list[str]) -> list[str]:
 def _pictures_of(folder: pathlib.Path) -> list[str]:
     say(f"Listing {folder} ...")
     import_tensorflow()
-    from align_tf.data.sources import IMAGE  # which loads it
+    from align_tf.data.folders import pictures  # which loads it
+    from align_tf.data.sources import IMAGE
 
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE)
-    found = sorted(str(path) for path in paths if path.is_file())
+    found = sorted(path for path, _ in pictures(folder))
     if not found:
         raise ValueError(f"{folder}: no images; expected {', '.join(IMAGE)}")
     return found

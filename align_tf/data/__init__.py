@@ -3,6 +3,9 @@
 dataset         batches for `fit`, `evaluate` and `predict`
 readers         which files a source is, and those whose records are known by their paths
 streams         records that come in a row: TFRecord, tar, Parquet, a tf.data.Dataset
+tables, tars    the rows of a .csv, .tsv, .jsonl or .parquet; the members of a tar
+folders         which files of a folder are data
+patterns        names with wildcards and braces
 sources         what a source of records is
 listing         a source's files, and what has changed of them
 left_out, limit records that are no pairs: why, and how many are too many

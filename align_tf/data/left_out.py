@@ -35,8 +35,8 @@ def tally(problems: Mapping[int, int], opened: Source | None) -> str:
 
 
 def _because(problem: int, opened: Source | None) -> str:
-    causes = {NO_IMAGE: opened.image_cause, NO_CAPTION: opened.caption_cause} if opened else {}
-    return REASONS[problem] + (f" ({causes[problem]})" if causes.get(problem) else "")
+    cause = opened.image_cause if opened and problem == NO_IMAGE else ""
+    return REASONS[problem] + (f" ({cause})" if cause else "")
 
 
 class LeftOut:

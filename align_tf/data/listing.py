@@ -38,7 +38,7 @@ class Listing:
         self.paths.append(os.fspath(path))
         try:
             found = os.stat(path)
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             found = None
         self.sizes.append(-1 if found is None else found.st_size)
         self.times.append(found.st_mtime_ns if timed and found is not None else 0)

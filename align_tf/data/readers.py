@@ -1,30 +1,18 @@
 """Image-text data in the field's file formats, as records that are not decoded yet."""
 
-import csv
 import dataclasses
-import glob
 import itertools
-import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from align_tf.data.folders import ends, pictures
 from align_tf.data.listing import Listing
-from align_tf.data.sources import (
-    CAPTION,
-    CAPTION_KEYS,
-    IMAGE,
-    PATH_KEYS,
-    Keys,
-    Source,
-    choose_key,
-    open_parquet,
-    read_captions,
-    strings_in,
-)
+from align_tf.data.patterns import matching
+from align_tf.data.sources import CAPTION, Keys, Source, read_captions, tell_foreign
 from align_tf.data.streams import (
     image_column,
     open_dataset,
@@ -32,11 +20,16 @@ from align_tf.data.streams import (
     open_tars,
     open_tfrecords,
 )
+from align_tf.data.tables import image_rows
+from align_tf.files import check_local, readable
 from align_tf.progress import counted
+from align_tf.terminal import say_once
 
 TFRECORD = (".tfrecord", ".tfrecord.gz", ".tfrecords", ".tfrecords.gz")
 TAR = (".tar", ".tar.gz", ".tgz")
 TABLE = (".csv", ".tsv", ".jsonl", ".parquet")
+KINDS = {"tfrecord": TFRECORD, "tar": TAR, "table": TABLE}
+ONE_KIND = "expected one kind of file"
 PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
 EXPECTED = (
     "a folder of images beside .txt or .json captions, or files that end in "
@@ -98,12 +91,12 @@ def _files(kind: str, paths: list[pathlib.Path], keys: Keys) -> Iterator[tuple[s
     """Yields the files of a source, each with whether its time counts."""
     if kind == "folder":
         for folder in paths:
-            for image, beside in _images(folder):
+            for image, beside in pictures(folder):
                 yield from ((file, True) for file in (image, _caption_file(image, beside)) if file)
         return
     yield from ((str(path), kind == "table") for path in paths)
     if kind == "table":
-        images = (image for path in paths for _, image, _ in _image_rows(path, keys))
+        images = (image for path in paths for _, image, _ in image_rows(path, keys))
         yield from ((image, True) for image in dict.fromkeys(images))
 
 
@@ -116,7 +109,7 @@ def _found(source: Any, keys: Keys) -> tuple[str, str, list[pathlib.Path]]:
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
-        raise ValueError(f"{name}: expected one kind of file, found {', '.join(sorted(kinds))}")
+        raise ValueError(f"{name}: {ONE_KIND}, found {', '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind == "table" and any(image_column(path, keys.image) for path in paths):
         kind = "images in tables"
@@ -134,35 +127,44 @@ def _find(source: Any) -> list[pathlib.Path]:
             f"source: expected a path, a list of paths or a tf.data.Dataset, found "
             f"{type(source).__name__}"
         )
+    check_local(source)
     path = pathlib.Path(source)
     if path.is_dir():
-        for suffixes in (TAR, TFRECORD):
-            shards = sorted(file for file in path.iterdir() if _ends(file, suffixes))
-            if shards:
-                return shards
-        if not any(_ends(file, IMAGE) for _, _, files in os.walk(path) for file in files):
-            tables = sorted(file for file in path.iterdir() if _ends(file, (".parquet",)))
-            if not tables:
-                raise ValueError(f"{path}: empty, expected {EXPECTED}")
-            return tables
-        return [path]
-    if path.exists():
-        return [path]
-    matches = sorted(map(pathlib.Path, glob.glob(str(source), recursive=True)))
+        return _find_in(path)
+    matches = [pathlib.Path(match) for match in matching(str(source))]
     if not matches:
         raise FileNotFoundError(f"{source}: no such file or folder; expected {EXPECTED}")
     return matches
 
 
-def _ends(path: str | os.PathLike, suffixes: tuple[str, ...]) -> bool:
-    name = os.path.basename(path)
-    return name.lower().endswith(suffixes) and not name.startswith(".")
+def _find_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Takes a folder to itself, where it has images, or to the shards that lie in it."""
+    files = sorted(folder.iterdir())
+    beside = {kind: [file for file in files if ends(file, KINDS[kind])] for kind in KINDS}
+    if any(True for _ in pictures(folder)):
+        named = [readable(file.name) for found in beside.values() for file in found]
+        if named:
+            more = f" and {len(named) - 1:,} more" if len(named) > 1 else ""
+            say_once(
+                f"{readable(str(folder))}: its images are read; beside them, not read unless "
+                f"named: {named[0]}{more}"
+            )
+        return [folder]
+    beside["table"] = [file for file in beside["table"] if ends(file, (".parquet",))]
+    found = [kind for kind in KINDS if beside[kind]]
+    if not found:
+        raise ValueError(f"{folder}: empty, expected {EXPECTED}")
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder}: {ONE_KIND}, found {', '.join(sorted(found))}; name one's files"
+        )
+    return beside[found[0]]
 
 
 def _kind(path: pathlib.Path) -> str:
     if path.is_dir():
         return "folder"
-    for kind, suffixes in (("tfrecord", TFRECORD), ("tar", TAR), ("table", TABLE)):
+    for kind, suffixes in KINDS.items():
         if path.name.lower().endswith(suffixes):
             return kind
     raise ValueError(f"{path}: expected {EXPECTED}")
@@ -179,7 +181,7 @@ def _open_listed(
     lengths = [len(of_image) for of_image in captions]
     if need_captions and not any(lengths):
         raise ValueError(f"{name}: no captions")
-    names, paths = tf.constant(names), tf.constant(files)
+    names, paths = tf.constant(names), tf.constant([os.fsencode(file) for file in files])
     flat = tf.constant(list(itertools.chain.from_iterable(captions)), tf.string)
     captions = tf.RaggedTensor.from_row_lengths(flat, tf.constant(lengths, tf.int64))
     count = len(lengths)
@@ -197,7 +199,9 @@ def _open_listed(
             "captions": tf.gather(captions, rows),
         }
 
-    return Source(name, count, elements, load, files)
+    # A path that is not UTF-8 cannot be kept: such an image is one of those that have no file.
+    known = [file if readable(file) is file else None for file in files]
+    return Source(name, count, elements, load, known)
 
 
 def _read_files(paths: tf.Tensor) -> tf.Tensor:
@@ -214,25 +218,16 @@ def _read_files(paths: tf.Tensor) -> tf.Tensor:
 
 
 def _open_folders(name: str, folders: list[pathlib.Path], keys: Keys) -> Source:
-    names, paths, captions = [], [], []
+    names, paths, captions, foreign = [], [], [], []
     for folder in folders:
-        for image, beside in counted(_images(folder), f"Listing {folder}", "images"):
-            names.append(os.path.splitext(os.path.relpath(image, folder))[0])
+        for image, beside in counted(pictures(folder), f"Listing {folder}", "images"):
+            names.append(readable(os.path.splitext(os.path.relpath(image, folder))[0]))
             paths.append(image)
-            captions.append(_captions_beside(image, beside, keys.caption))
+            captions.append(_captions_beside(image, beside, keys.caption, foreign))
+    tell_foreign(name, foreign)
     if keys.need_captions and names and not any(captions):
         raise ValueError(f"{name}: no captions: expected a .txt or a .json beside each image")
     return _open_listed(name, names, paths, captions, keys.need_captions)
-
-
-def _images(folder: pathlib.Path) -> Iterator[tuple[str, set[str]]]:
-    """Yields the images of a folder and those within, in order, with the names beside each."""
-    for root, folders, files in os.walk(folder):
-        folders.sort()
-        beside = set(files)
-        for file in sorted(files):
-            if _ends(file, IMAGE):
-                yield os.path.join(root, file), beside
 
 
 def _caption_file(image: str, beside: set[str]) -> str | None:
@@ -243,12 +238,14 @@ def _caption_file(image: str, beside: set[str]) -> str | None:
     return suffix and stem + suffix
 
 
-def _captions_beside(image: str, beside: set[str], caption_key: str | None) -> list[str]:
+def _captions_beside(
+    image: str, beside: set[str], caption_key: str | None, foreign: list[str]
+) -> list[str]:
     path = _caption_file(image, beside)
     if path is None:
         return []
     with open(path, "rb") as file:
-        return read_captions(os.path.splitext(path)[1], file.read(), caption_key)
+        return read_captions(path, file.read(), caption_key, foreign)
 
 
 def _open_tables(
@@ -259,7 +256,7 @@ def _open_tables(
     captions: dict[str, list[str]] = {}  # of each path, in the order of its first row
     names: dict[str, str] = {}
     for file in files:
-        rows = counted(_image_rows(file, keys), f"Reading {file}", "rows")
+        rows = counted(image_rows(file, keys), f"Reading {file}", "rows")
         for name_of_image, path, texts in rows:
             names.setdefault(path, name_of_image)
             captions.setdefault(path, []).extend(texts)
@@ -269,40 +266,6 @@ def _open_tables(
     folders = ", ".join(dict.fromkeys(os.path.abspath(file.parent) for file in files))
     cause = f"paths are taken relative to the folder of the table, {folders}"
     return dataclasses.replace(opened, image_cause=cause)
-
-
-def _image_rows(file: pathlib.Path, keys: Keys) -> Iterator[tuple[str, str, list[str]]]:
-    """Yields the name, the path and the captions of each row of a table."""
-    rows = _table_rows(file)
-    first = next(rows, None)
-    if first is None:
-        return
-    image = choose_key(str(file), "image", keys.image, PATH_KEYS, first)
-    caption = choose_key(
-        str(file), "caption", keys.caption, CAPTION_KEYS, first, keys.need_captions
-    )
-    for row in itertools.chain([first], rows):
-        if not isinstance(row.get(image), str):
-            raise ValueError(f"{file}: expected a path in column {image!r} of each row")
-        texts = strings_in(row.get(caption)) if caption else []
-        yield os.path.splitext(row[image])[0], os.path.join(file.parent, row[image]), texts
-
-
-def _table_rows(file: pathlib.Path) -> Iterator[Mapping[str, Any]]:
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        for batch in open_parquet(file).iter_batches():
-            yield from batch.to_pylist()
-        return
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        if suffix == ".jsonl":
-            for number, line in enumerate(lines, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from error
-        else:
-            yield from csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
 
 
 OPENERS = {

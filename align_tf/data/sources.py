@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from align_tf.extras import extra
+from align_tf.files import decode_text, readable
+from align_tf.terminal import say_once
 
 IMAGE = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 CAPTION = (".txt", ".caption", ".json")  # of one name, the first is taken
@@ -40,18 +43,17 @@ class Source:
             `first` it leaves out so many, and does not open the files they fill.
         load: takes a batch of elements to `key` (n,), `image_bytes` (n,) and `captions`, ragged
             (n, None). What could not be read has no image and no caption.
-        paths: the image file of each record, where the images are files.
+        paths: the image file of each record, where the images are files; None for one whose name
+            is not UTF-8.
         image_cause: why images are usually missing in such a source; "" where nothing is usual.
-        caption_cause: why captions are.
     """
 
     name: str
     count: int | None
     elements: Callable[..., tf.data.Dataset]
     load: Callable[[Any], dict[str, Any]]
-    paths: list[str] | None = None
+    paths: list[str | None] | None = None
     image_cause: str = ""
-    caption_cause: str = ""
 
 
 def choose_key(
@@ -76,14 +78,24 @@ def choose_key(
     )
 
 
-def read_captions(suffix: str, content: bytes, caption_key: str | None) -> list[str]:
-    """Reads a caption file: a .txt is one caption, a .json one or several; broken ones are none."""
-    text = content.decode("utf-8", errors="ignore")
-    if suffix != ".json":
+def read_captions(
+    path: str, content: bytes, caption_key: str | None, foreign: list[str]
+) -> list[str]:
+    """Reads a caption file: a .txt is one caption, a .json one or several; broken ones are none.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        caption_key: of the captions in a .json.
+        foreign: gets the path of a file that is not Unicode; see `tell_foreign`.
+    """
+    text, is_unicode = decode_text(content)
+    foreign += [] if is_unicode else [path]
+    if os.path.splitext(path)[1].lower() != ".json":
         return [text.strip()]
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     if isinstance(value, dict):
         keys = JSON_KEYS if caption_key is None else (caption_key,)
@@ -91,14 +103,43 @@ def read_captions(suffix: str, content: bytes, caption_key: str | None) -> list[
     return strings_in(value)
 
 
+def tell_foreign(name: str, foreign: list[str]) -> None:
+    """Says on stderr, once of a source, which of its texts were not Unicode."""
+    if foreign:
+        more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
+        first = readable(foreign[0])
+        say_once(f"{readable(name)}: not UTF-8, so read as Windows-1252: {first}{more}")
+
+
 def strings_in(value: Any) -> list[str]:
     """Takes a caption or a list of captions, as JSON or a table gives it, to the strings in it."""
     values = value if isinstance(value, list) else [value]
-    return [text.strip() for text in values if isinstance(text, str)]
+    return [readable(text).strip() for text in values if isinstance(text, str)]
 
 
 def open_parquet(file: pathlib.Path) -> Any:
     """Opens a Parquet file as a `pyarrow.parquet.ParquetFile`."""
     with extra("data", f"{file.name} needs pyarrow to be read"):
         import pyarrow.parquet
-    return pyarrow.parquet.ParquetFile(file)
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a whole Parquet file: {error}") from error
+
+
+def parquet_rows(
+    file: pathlib.Path, batch_size: int, columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Parquet file, of which so many are in memory at a time.
+
+    Raises:
+        OSError: the file is damaged.
+    """
+    table = open_parquet(file)
+    import pyarrow
+
+    try:
+        for batch in table.iter_batches(batch_size=batch_size, columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise OSError(f"{file}: a damaged Parquet file: {error}") from error

@@ -1,22 +1,19 @@
 """Image-text records that come in a row: TFRecord, tar shards, images in Parquet, tf.data."""
 
+import collections
 import contextlib
-import dataclasses
 import functools
 import gzip
-import itertools
 import os
 import pathlib
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from align_tf.data.folders import tell_unread
 from align_tf.data.sources import (
-    CAPTION,
     CAPTION_KEYS,
     IMAGE,
     IMAGE_KEYS,
@@ -25,16 +22,19 @@ from align_tf.data.sources import (
     Source,
     choose_key,
     open_parquet,
-    read_captions,
+    parquet_rows,
     strings_in,
 )
+from align_tf.data.tars import READ_ERRORS, count_tar, tar_records
+from align_tf.files import readable
 from align_tf.progress import counted
+from align_tf.terminal import say_once
 
 FILES_AT_A_TIME = 4  # of a shuffled stream, read in turn
 SHUFFLE_BUFFER = 4096  # records of a shuffled stream held in memory, undecoded
 CHUNK = 16  # records that a Python reader hands over at once
-TAR_APART = "the files of a record lie side by side in a tar, as `tar --sort=name` packs them"
-READ_ERRORS = (OSError, EOFError, zlib.error, tarfile.TarError)
+FIRST_RECORDS = 100  # of a TFRecord file, one of which tells its features
+CHUNK_BYTES = 1 << 24  # of such records: those that have more come alone
 
 
 # --- records that come in a row: TFRecord -----------------------------------------------------
@@ -60,7 +60,10 @@ def _stream(
     if not count:
         raise ValueError(f"{name}: empty, expected one record or more")
     ends = np.cumsum(counts)
-    names, counts = tf.constant([str(file) for file in files]), tf.constant(counts, tf.int64)
+    names, counts = (
+        tf.constant([os.fsencode(file) for file in files]),
+        tf.constant(counts, tf.int64),
+    )
 
     def elements(seed: tf.Tensor | None, first: int = 0) -> tf.data.Dataset:
         order = tf.range(len(files))
@@ -113,24 +116,21 @@ def open_tfrecords(
         caption or "caption": tf.io.RaggedFeature(tf.string, row_splits_dtype=tf.int64),
     }
 
+    def parse(place: tf.Tensor, record: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        parsed = tf.io.parse_single_example(record, spec)
+        key = tf.where(parsed["key"] == "", place, parsed["key"])
+        return key, parsed[image], parsed[caption or "caption"]
+
     def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         zipped = tf.strings.regex_full_match(file, r".*\.gz")
         records = tf.data.TFRecordDataset(file, tf.where(zipped, "GZIP", "")).ignore_errors()
         numbered = tf.data.Dataset.zip(tf.data.Dataset.range(count), records)
-        records = numbered.map(lambda number, record: (_place(file, number), record))
-        damaged = tf.data.Dataset.range(count).map(lambda i: (_damaged(file, i), ""))
-        return records.concatenate(damaged).take(count)
+        records = numbered.map(lambda number, record: parse(_place(file, number), record))
+        none = tf.boolean_mask([""], [False])  # of a length that is not known in the graph
+        damaged = tf.data.Dataset.range(count).map(lambda i: (_damaged(file, i), "", none))
+        return records.ignore_errors().concatenate(damaged).take(count)
 
-    def load(batch: tuple[tf.Tensor, tf.Tensor]) -> dict[str, Any]:
-        place, records = batch
-        parsed = tf.io.parse_example(records, spec)
-        return {
-            "key": tf.where(parsed["key"] == "", place, parsed["key"]),
-            "image_bytes": parsed[image],
-            "captions": parsed[caption or "caption"],
-        }
-
-    return _stream(name, files, counts, read, load)
+    return _stream(name, files, counts, read, _load_record)
 
 
 def _place(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
@@ -159,14 +159,14 @@ def _count_tfrecord(file: pathlib.Path) -> int:
 
 
 def _features(file: pathlib.Path) -> list[str]:
-    """Returns the names of the features in a file's first record."""
+    """Returns the names of the features in a file's first record that is not broken."""
     compression = "GZIP" if file.suffix == ".gz" else ""
-    try:
-        record = next(iter(tf.data.TFRecordDataset(str(file), compression))).numpy()
-        example = tf.train.Example.FromString(record)
-    except Exception as error:
-        raise ValueError(f"{file}: not a TFRecord file of tf.train.Example") from error
-    return sorted(example.features.feature)
+    records = tf.data.TFRecordDataset(os.fsencode(file), compression).ignore_errors()
+    for record in records.take(FIRST_RECORDS):
+        with contextlib.suppress(Exception):  # protobuf's own errors
+            if features := tf.train.Example.FromString(record.numpy()).features.feature:
+                return sorted(features)
+    raise ValueError(f"{file}: not a TFRecord file of tf.train.Example")
 
 
 # --- records that Python reads: tar and Parquet -----------------------------------------------
@@ -181,13 +181,20 @@ def open_tars(
 ) -> Source:
     """Opens webdataset shards."""
     images = IMAGE if keys.image is None else (f".{keys.image}",)
+    dotted, unread = [], collections.Counter()
     opened = _open_files(
         name,
         files,
-        functools.partial(_count_tar, images=images, need_captions=keys.need_captions),
-        functools.partial(_tar_records, images=images, caption_key=keys.caption),
+        lambda file: count_tar(file, images, keys.need_captions, dotted, unread),
+        functools.partial(tar_records, images=images, caption_key=keys.caption),
     )
-    return dataclasses.replace(opened, image_cause=TAR_APART, caption_cause=TAR_APART)
+    tell_unread(name, unread)
+    if dotted:
+        say_once(
+            f"{readable(name)}: left out {len(dotted):,} images with a dot before the last one, "
+            f"such as {readable(dotted[0])}: in webdataset a key ends at the first dot"
+        )
+    return opened
 
 
 def open_image_tables(
@@ -214,8 +221,8 @@ def _open_files(
     string = tf.TensorSpec([None], tf.string)
 
     def chunks(file: bytes) -> Iterator[tuple[Any, ...]]:
-        intact = _until_damage(records(pathlib.Path(file.decode())))
-        while chunk := list(itertools.islice(intact, CHUNK)):
+        intact = _until_damage(records(pathlib.Path(os.fsdecode(file))))
+        for chunk in _chunks(intact):
             keys, images, captions = zip(*chunk, strict=True)
             flat = [text.encode() for texts in captions for text in texts]
             yield (
@@ -246,66 +253,22 @@ def _open_files(
     return _stream(name, files, counts, read, _load_record)
 
 
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    chunk, size = [], 0
+    for record in records:
+        chunk.append(record)
+        size += len(record[1])
+        if len(chunk) == CHUNK or size > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
 def _until_damage(records: Iterator[Record]) -> Iterator[Record]:
     # What a damaged file lost becomes rows without an image.
     with contextlib.suppress(*READ_ERRORS):
         yield from records
-
-
-def _tar_groups(
-    tar: tarfile.TarFile,
-) -> Iterator[tuple[str, Iterator[tuple[str, tarfile.TarInfo]]]]:
-    """Yields the key of each record of a webdataset shard, and its members by suffix."""
-    named = ((*_split(member.name), member) for member in tar if member.isfile())
-    for key, members in itertools.groupby(named, lambda parts: parts[0]):
-        yield key, ((suffix, member) for _, suffix, member in members)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Splits a member's name at the first dot of its last part, as webdataset does."""
-    folder, _, file = name.removeprefix("./").rpartition("/")
-    stem, dot, suffix = file.partition(".")
-    return os.path.join(folder, stem), dot + suffix.lower()
-
-
-def _tar_records(
-    file: pathlib.Path, images: tuple[str, ...], caption_key: str | None
-) -> Iterator[Record]:
-    with tarfile.open(file, "r|*") as tar:
-        for key, members in _tar_groups(tar):
-            wanted = {
-                suffix: tar.extractfile(member).read()
-                for suffix, member in members
-                if suffix in (*images, *CAPTION)
-            }
-            if wanted:
-                image = next((wanted[suffix] for suffix in images if suffix in wanted), b"")
-                suffix = next((suffix for suffix in CAPTION if suffix in wanted), None)
-                captions = read_captions(suffix, wanted[suffix], caption_key) if suffix else []
-                yield key, image, captions
-
-
-def _count_tar(file: pathlib.Path, images: tuple[str, ...], need_captions: bool) -> int:
-    """Counts records by the names of their members; the one that is cut off is a record too."""
-    count, suffixes = 0, set()
-    try:
-        with tarfile.open(file) as tar:
-            for _, members in _tar_groups(tar):
-                of_record = {suffix for suffix, _ in members}
-                suffixes |= of_record
-                count += not of_record.isdisjoint((*images, *CAPTION))
-    except READ_ERRORS as error:
-        if not suffixes:
-            raise ValueError(f"{file}: not a tar file") from error
-        count += 1
-    needed = (("images", images), ("captions", CAPTION))
-    for what, expected in needed if need_captions else needed[:1]:
-        if suffixes and suffixes.isdisjoint(expected):
-            raise ValueError(
-                f"{file}: no {what}: expected members that end in {', '.join(expected)}, "
-                f"found {', '.join(sorted(suffixes))}"
-            )
-    return count
 
 
 def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
@@ -322,16 +285,13 @@ def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
 
 
 def _parquet_records(file: pathlib.Path, keys: Keys) -> Iterator[Record]:
-    table = open_parquet(file)
-    names = table.schema_arrow.names
+    names = open_parquet(file).schema_arrow.names
     image = image_column(file, keys.image)
     caption = choose_key(
         str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions
     )
     columns = [image, *({caption, "key"} & set(names))]
-    batches = table.iter_batches(batch_size=CHUNK, columns=columns)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(parquet_rows(file, CHUNK, columns)):
         content, key = row[image], row.get("key")
         if isinstance(content, dict):  # as Hugging Face's datasets writes them
             key = key or os.path.splitext(content.get("path") or "")[0]

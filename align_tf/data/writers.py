@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-from align_tf.files import replacing
+from align_tf.files import check_local, replacing
 from align_tf.progress import track
 
 PAIRS_PER_FILE = 4096
@@ -44,6 +44,7 @@ def write_tfrecords(
         ValueError: there is no pair, or pairs_per_file is not a positive number.
         TypeError: an image or its captions are none of these.
     """
+    check_local(folder)
     folder = pathlib.Path(folder)
     if pairs_per_file < 1:
         raise ValueError(f"pairs_per_file={pairs_per_file}: expected a positive number")

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf.data import dataset, left_out, sources
+from align_tf.data.folders import class_pictures
 from align_tf.data.readers import open_source
 from align_tf.evaluation import (
     confusion,
@@ -24,7 +25,7 @@ from align_tf.evaluation import (
 )
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
-from align_tf.files import read_lines
+from align_tf.files import read_lines, readable
 from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
@@ -234,11 +235,9 @@ def captioned_images(streams: dict[str | None, tf.data.Dataset]) -> Iterator[Rec
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:
     """Lists a folder that has one sub-folder a class: name of the sub-folder -> image files."""
     folder = _folder(source)
-    folders = (path for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name))
-    names = sorted(path.name for path in folders)
-    if not names:
+    files = class_pictures(folder)
+    if not files:
         raise ValueError(f"{source}: no sub-folders; expected one for each class, with its images")
-    files = {name: _image_files(folder / name) for name in names}
     for name, found in files.items():
         if not found:
             raise ValueError(f"{folder / name}: no images; expected {', '.join(sources.IMAGE)}")
@@ -260,7 +259,7 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
         ValueError: a folder is of no class, a class comes twice, or a label is blank.
     """
     if labels is None:
-        return {name: name.replace("_", " ") for name in folders}
+        return {name: readable(name).replace("_", " ") for name in folders}
     if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
         labels = read_lines(labels[0])
     classes = {}
@@ -302,17 +301,6 @@ def _folder(source: str) -> pathlib.Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"{source}: no such folder")
     return folder
-
-
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in sources.IMAGE)
-    return sorted(
-        path for path in found if not any(map(_is_hidden, path.relative_to(folder).parts))
-    )
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 # --- embedding -----------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import json
 import math
 import os
 import pathlib
+import zipfile
 from typing import Any
 
 import keras
@@ -15,13 +17,15 @@ from align_tf.configuration.blocks import block_table
 from align_tf.export.matching import check_fit
 from align_tf.export.saved_model import export_saved_model
 from align_tf.export.temporary import temporary_folder
-from align_tf.files import CheckpointError
+from align_tf.files import CheckpointError, check_local
 from align_tf.models.align import AlignModel
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.plain_copy import plain_copy
 from align_tf.preprocessing.image_processing import AlignImageProcessor
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
+
+LARGEST_CONFIG = 1 << 24  # bytes of a .keras file's config.json
 
 
 def convert(
@@ -66,6 +70,7 @@ def convert(
         ValueError: the model cannot be had in that format or dtype, the processor does not fit
             it, or a setting is wrong.
     """
+    check_local(output)
     output, notes = pathlib.Path(output).expanduser(), []
     _check_output(output, to, overwrite)
     model, found = _read(source, config)
@@ -145,13 +150,28 @@ def _read_keras(path: pathlib.Path) -> AlignModel:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        model = keras.saving.load_model(path, compile=False)
+        name, kind = _keras_class(path)
+        if kind is not None:
+            return keras.saving.load_model(path, compile=False)
     except Exception as error:  # Keras, zipfile and h5py raise kinds of their own
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not a whole .keras file: {reason}") from error
-    if not isinstance(model, AlignModel):
-        raise CheckpointError(f"{path}: expected an AlignModel, found {type(model).__name__}")
-    return model
+    raise CheckpointError(f"{path}: expected an AlignModel, found {name}")
+
+
+def _keras_class(path: pathlib.Path) -> tuple[str, type[AlignModel] | None]:
+    """Reads the name of a .keras file's class, and which class of ours it is, before Keras does.
+
+    Keras makes whatever the file names, with what it says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        about = archive.getinfo("config.json")
+        if about.file_size > LARGEST_CONFIG:
+            raise ValueError(f"config.json of {about.file_size:,} bytes")
+        config = json.loads(archive.read(about))
+    kind = keras.saving.get_registered_object(config["registered_name"])
+    is_ours = isinstance(kind, type) and issubclass(kind, AlignModel)
+    return str(config["class_name"]), kind if is_ours else None
 
 
 def _read_processor(

@@ -6,6 +6,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from align_tf.files import check_local
+
 
 @contextlib.contextmanager
 def temporary_folder(directory: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
@@ -21,9 +23,11 @@ def temporary_folder(directory: pathlib.Path, name: str) -> Iterator[pathlib.Pat
         The folder.
 
     Raises:
+        ValueError: the directory is a remote one.
         FileExistsError: a file is in the place of the directory.
         OSError: nothing can be written there.
     """
+    check_local(directory)
     absent = []
     for path in (directory, *directory.parents):
         if path.is_dir():

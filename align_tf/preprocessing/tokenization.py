@@ -51,7 +51,7 @@ class AlignTokenizer:
         added_tokens_decoder: tokens to find in a text before its words, besides those above:
             id -> {"content": str, "normalized": bool, "special": bool}. A normalized one is found
             in the normalized text, another in the text as it is. The id is the vocabulary's, or
-            comes after it.
+            the next one after it.
 
     Raises:
         ValueError: a special token is not in the vocabulary, or an added one cannot be kept.
@@ -435,16 +435,17 @@ def _distinct(vocab: Sequence[str]) -> list[str]:
 
 
 def _check_added(vocab: Sequence[str], added: Mapping[int, Mapping[str, Any]]) -> None:
-    ids = {token: i for i, token in enumerate(vocab)}
-    for i, token in added.items():
+    ids, free = {token: i for i, token in enumerate(vocab)}, len(vocab)
+    for i, token in sorted(added.items()):
         content = token["content"]
         where = f"the added token {content!r}"
         if not content:
             raise ValueError(f"{where}, id {i}: expected some text")
         if token.get("single_word"):
             raise ValueError(f"{where}: single_word=True, expected False")
-        if i != ids.get(content, max(i, len(vocab))):
-            raise ValueError(f"{where}: id {i}, expected {ids.get(content, len(vocab))}")
+        if i != ids.get(content, free):
+            raise ValueError(f"{where}: id {i}, expected {ids.get(content, free)}")
+        free += content not in ids
 
 
 def _check_max_length(max_length: int) -> None:

@@ -13,7 +13,11 @@ SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
 
 ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "model_max_length")
+# setting: what it is
+SETTINGS = {
+    **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), bool),
+    "model_max_length": (int, float),
+}
 
 # The names that tokenizer.json's normalizer has for the settings.
 # setting: key
@@ -58,22 +62,29 @@ def read(folder: pathlib.Path) -> tuple[list[str], dict[str, Any], dict[str, Any
     listed = stated.pop("added_tokens_decoder", None)
     if listed is None:  # older files state it in several places
         stated |= _read_if_there(folder / SPECIAL_TOKENS_NAME)
-        names = {_content(stated.get(role)) for role in ROLES}
-        listed = {
-            i: {"content": token, "normalized": token not in names, "special": token in names}
-            for token, i in _read_if_there(folder / ADDED_TOKENS_NAME).items()
-        }
-        listed |= {token.get("id"): token for token in serialized.get("added_tokens") or ()}
-    for name in (*SETTINGS, *ROLES):
-        if stated.get(name) is not None:
-            settings[name] = _content(stated[name])
+        older = _read_if_there(folder / ADDED_TOKENS_NAME)
     try:
+        if listed is None:
+            names = {_content(stated.get(role)) for role in ROLES}
+            listed = {
+                i: {"content": token, "normalized": token not in names, "special": token in names}
+                for token, i in older.items()
+            }
+            listed |= {token.get("id"): token for token in serialized.get("added_tokens") or ()}
+        settings |= {
+            name: _content(stated[name])
+            for name in (*SETTINGS, *ROLES)
+            if stated.get(name) is not None
+        }
         settings["added_tokens_decoder"] = _added_tokens(vocab, listed, stated)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder}: the added tokens are not in the form of an id and "
             '{"content": ..., "normalized": ..., "special": ...}'
         ) from error
+    for name, value in settings.items():
+        if not isinstance(value, {**SETTINGS, "added_tokens_decoder": dict}.get(name, str)):
+            raise ValueError(f"{folder}: {name}={value!r}, expected another kind of value")
     used = (*SETTINGS, *ROLES, *EXTRA_TOKENS, "added_tokens_decoder")
     return vocab, settings, {k: v for k, v in config.items() if k not in used}
 
@@ -83,6 +94,8 @@ def _added_tokens(
 ) -> dict[int, dict[str, Any]]:
     """Puts the tokens listed with an id and those stated by name alone into one table."""
     added = {int(i): dict(token) for i, token in listed.items()}
+    if not all(isinstance(token["content"], str) for token in added.values()):
+        raise TypeError
     known = {token: i for i, token in enumerate(vocab)}
     known |= {token["content"]: i for i, token in added.items()}
     by_name = [stated.get(role) for role in ROLES]
@@ -110,14 +123,27 @@ def _read_vocab(path: pathlib.Path) -> list[str]:
 
 def _read_tokenizer(path: pathlib.Path, values: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Takes the vocabulary and the normalizer's settings from a tokenizer.json."""
-    model, normalizer = values.get("model") or {}, values.get("normalizer") or {}
+    model, normalizer = (
+        value if isinstance(value := values.get(name), dict) else {}
+        for name in ("model", "normalizer")
+    )
     ids = model.get("vocab")
     if model.get("type") != "WordPiece" or not isinstance(ids, dict):
         raise ValueError(f"{path}: expected a WordPiece model, found {model.get('type')!r}")
-    vocab = [""] * (max(ids.values(), default=-1) + 1)
-    for token, i in ids.items():
-        vocab[i] = token
+    vocab = sorted(ids, key=lambda token: _id_of(path, token, ids[token]))
+    for place, token in enumerate(vocab):
+        if ids[token] != place:
+            raise ValueError(
+                f"{path}: token {token!r} has id {ids[token]}, expected the ids 0 to "
+                f"{len(ids) - 1}, each once"
+            )
     return vocab, {name: normalizer[k] for name, k in NORMALIZER_KEYS.items() if k in normalizer}
+
+
+def _id_of(path: pathlib.Path, token: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{path}: token {token!r} has id {value!r}, expected a whole number")
+    return value
 
 
 def _content(value: Any) -> Any:

@@ -14,6 +14,7 @@ from align_tf.data.readers import PathOrPaths, list_files, open_source
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
+from align_tf.files import check_local
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
@@ -86,6 +87,7 @@ def embed(
     require_pyarrow()
     if engine == "ray":
         require_ray()
+    check_local(output)
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.
@@ -173,8 +175,11 @@ def _count(opened: Source) -> int:
 
 def _absolute(source: Any) -> Any:
     if isinstance(source, list | tuple):
-        return [os.path.abspath(path) for path in source]
-    return os.path.abspath(source) if isinstance(source, str | os.PathLike) else source
+        return [_absolute(path) for path in source]
+    if not isinstance(source, str | os.PathLike):
+        return source
+    check_local(source)
+    return os.path.abspath(source)
 
 
 def _runs(numbers: list[int]) -> Iterator[range]:

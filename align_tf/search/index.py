@@ -98,6 +98,7 @@ def build_index(
     require_faiss()
     if kind not in (None, *KINDS):
         raise ValueError(f"kind={kind!r}: expected {' or '.join(KINDS)}")
+    files.check_local(output)
     collection, output = Collection(embeddings), pathlib.Path(output)
     if output.exists() and not (output / ABOUT_NAME).is_file():
         raise ValueError(f"{output}: there already, and no index; expected another folder")

@@ -106,13 +106,13 @@ class ShardWriter:
             raise ValueError(f"{ids[fine[wrong[0]]]}: its embedding is not finite")
         paths = self.opened.paths and self.opened.paths[first : first + len(ids)]
         captions = [captions[row] for row in fine]
-        images = [None] * len(ids) if paths else batch["image_bytes"].numpy()
+        images = batch["image_bytes"].numpy()
         return {
             "records": len(ids),
             "id": [ids[row] for row in fine],
             "path": [paths[row] if paths else None for row in fine],
             "caption": captions,
-            "thumbnail": [_small(images[row]) for row in fine],
+            "thumbnail": [None if paths and paths[row] else _small(images[row]) for row in fine],
             "image_embeds": embeds,
             "text_embeds": self._embed_texts(captions),
             "skipped": {

@@ -18,6 +18,7 @@ from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import make_dataset
 from align_tf.data.listing import Listing
 from align_tf.data.readers import list_files, open_source
+from align_tf.files import check_local
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Bar
@@ -98,6 +99,8 @@ def limit_arenas() -> None:
 
 def _claim(recipe: Recipe) -> pathlib.Path:
     """Takes the output folder, or refuses one that belongs to something else."""
+    check_local(recipe.output)
+    check_local(recipe.data)
     output = pathlib.Path(recipe.output)
     path = output / RECIPE_NAME
     if path.is_file() and resume.list_checkpoints(output):

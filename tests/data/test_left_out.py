@@ -4,7 +4,6 @@ import io
 import json
 import pathlib
 import re
-import tarfile
 
 import pytest
 import tensorflow as tf
@@ -99,26 +98,6 @@ def test_a_share_is_judged_before_the_end_of_a_long_pass(tmp_path):
     left_out.report(tf.constant(0, tf.int64), keys, tf.fill([500], NO_IMAGE))
     with pytest.raises(tf.errors.InvalidArgumentError, match="1000 of 1000 records left out"):
         left_out.report(tf.constant(1, tf.int64), keys, tf.fill([500], NO_IMAGE))
-
-
-def test_the_usual_cause_in_a_tar_is_told(batches, tmp_path):
-    with tarfile.open(tmp_path / "apart.tar", "w") as tar:  # images first, then captions
-        for suffix in ("png", "txt"):
-            for i, name in enumerate(NAMES):
-                content = encoded(i) if suffix == "png" else name.encode()
-                member = tarfile.TarInfo(f"{name}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    apart = "(the files of a record lie side by side in a tar, as `tar --sort=name` packs them)"
-    message = failure(lambda: batches(tmp_path / "apart.tar", max_errors=3))
-    assert re.search(
-        rf": no caption {re.escape(apart)}, \d+ records left out; max_errors=3$", message
-    )
-    message = failure(lambda: batches(tmp_path / "apart.tar", max_errors=None))
-    assert message.endswith(
-        f"none of 20 records is a pair: 10 x no caption {apart}, "
-        f"10 x no image, or its file cannot be read {apart}"
-    )
 
 
 @pytest.mark.parametrize("limit", ["5", "101%", "-1%", "five", -1, 0.05, True, "5 %"])

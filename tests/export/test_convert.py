@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -214,6 +215,28 @@ def test_a_source_that_is_broken_is_refused_before_anything_is_written(file, fol
     with pytest.raises(FileNotFoundError, match=r"none.keras: no such file"):
         convert(tmp_path / "none.keras", "hf", tmp_path / "hf")
     assert names(tmp_path) == before
+
+
+def test_a_class_that_is_no_model_of_ours_is_not_made(file, tmp_path):
+    written = tmp_path / "written"
+    call = {"module": "builtins", "class_name": "open", "config": [str(written), "w"]}
+    lambdas = {"module": "keras.layers", "class_name": "Lambda", "config": {"function": call}}
+    for name, config, message in (
+        ("call", {**call, "registered_name": "open"}, "expected an AlignModel, found open"),
+        ("layer", {**lambdas, "registered_name": None}, "expected an AlignModel, found Lambda"),
+        ("liar", {**call, "class_name": "AlignModel", "registered_name": "x"}, "expected an Align"),
+        ("list", [call], "not a whole .keras file"),
+        ("deep", "[" * 100_000, "not a whole .keras file"),
+    ):
+        path = tmp_path / f"{name}.keras"
+        with zipfile.ZipFile(file) as whole, zipfile.ZipFile(path, "w") as archive:
+            text = config if isinstance(config, str) else json.dumps(config)
+            archive.writestr("config.json", text)
+            archive.writestr("metadata.json", whole.read("metadata.json"))
+            archive.writestr("model.weights.h5", whole.read("model.weights.h5"))
+        with pytest.raises(CheckpointError, match=f"{name}.keras: {message}"):
+            convert(path, "hf", tmp_path / "hf")
+        assert not written.exists()
 
 
 def test_a_value_that_the_dtype_cannot_hold_is_named(folder, tmp_path):

@@ -54,7 +54,7 @@ def two_frames() -> bytes:
 def frames_of_nothing(count: int) -> bytes:
     """Writes a GIF of many frames of 25 million pixels, each a few bytes long."""
     frame = b"," + struct.pack("<4HB", 0, 0, 5000, 5000, 0) + b"\2\2\x4c\1\0"
-    return b"GIF89a" + struct.pack("<HHBBB", 20000, 5000, 0x80, 0, 0) + bytes(6) + frame * count
+    return b"GIF89a" + struct.pack("<HHBBB", 40000, 5000, 0x80, 0, 0) + bytes(6) + frame * count
 
 
 def text(kind: bytes, megabytes: int) -> bytes:

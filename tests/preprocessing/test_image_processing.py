@@ -188,16 +188,52 @@ def test_exif_orientation(picture, decode, decode_upright, orientation, order):
     np.testing.assert_array_equal(decode(encoded), unturned)
 
 
+@pytest.mark.parametrize("name", image_files.jpeg_files(image_files.walk()))
+def test_what_lies_behind_a_jpeg_is_no_part_of_it(decode, name):
+    film = np.random.default_rng(0).bytes(1 << 18) + b"\xff\xda" * 300
+    expected = image_files.pillow_pixels(FILES[name])
+    np.testing.assert_array_equal(decode(FILES[name] + film), expected)
+
+
+def test_only_the_scans_of_the_image_count(picture, decode, small):
+    thumbnail = encode(picture, "JPEG", progressive=True)
+    exif = b"Exif\0\0" + thumbnail * 20  # more than a hundred scans
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    file = encode(picture, "JPEG")
+    file = file[:2] + segment + file[2:]
+    assert file.count(b"\xff\xda") > 100
+    np.testing.assert_array_equal(decode(file), image_files.pillow_pixels(file))
+    pages = [picture.rotate(90 * i) for i in range(120)]
+    file = encode(picture, "MPO", save_all=True, append_images=pages)
+    np.testing.assert_array_equal(decode(file), image_files.pillow_pixels(file))
+
+    progressive = encode(picture, "JPEG", progressive=True)
+    at = progressive.index(b"\xff\xda")
+    for many in (progressive[at : at + 12] * 101, b"\xff\xfe\0\2" * 1001):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="not a decodable image"):
+            small.decode(tf.constant(progressive[:at] + many + progressive[at:] + b"\xff\xda" * 99))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP"])
 def test_declared_size_is_refused(picture, small, kind):
     side = {"WEBP": 0x3FFF, "JPEG": 65500}.get(kind, 65535)  # libjpeg has a limit of its own
     fine = encode(picture, kind)
     huge = declare(fine, kind, side)
-    message = f"declares {side} x {side} pixels, expected 89478485 at most"
+    message = f"declares {side} x {side} pixels, expected 178956970 at most"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         small.decode(tf.constant(huge))
     with pytest.raises(tf.errors.InvalidArgumentError, match=rf"image_bytes\[1\]: .*{message}"):
         small.pixel_values(tf.constant([fine, huge, b"no image"]))
+
+
+@pytest.mark.slow  # 90 million pixels, of which Pillow warns
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_large_pictures_are_read_as_pillow_reads_them(decode, kind):
+    levels = np.tile(np.arange(250, dtype=np.uint8), (10_000, 36))
+    levels[::7] += 3
+    encoded = encode(PIL.Image.fromarray(levels), kind)
+    assert (decode(encoded).numpy() == image_files.pillow_pixels(encoded)).all()
 
 
 def test_max_image_pixels(picture):

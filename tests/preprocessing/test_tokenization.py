@@ -194,6 +194,53 @@ def test_absent_and_absurd_files(tmp_path):
     assert AlignTokenizer.from_pretrained(tmp_path).model_max_length == 64
 
 
+@pytest.mark.parametrize(
+    ("vocab", "message"),
+    [
+        ({"[PAD]": 0, "a": 10**9}, "token 'a' has id 1000000000, expected the ids 0 to 1, each"),
+        ({"[PAD]": 0, "a": -1}, "token 'a' has id -1, expected the ids 0 to 1, each once"),
+        ({"[PAD]": 0, "a": 0}, "token 'a' has id 0, expected the ids 0 to 1, each once"),
+        ({"[PAD]": 1, "a": 2}, r"token '\[PAD\]' has id 1, expected the ids 0 to 1, each once"),
+        ({"[PAD]": 0, "a": "1"}, "token 'a' has id '1', expected a whole number"),
+        ({"[PAD]": 0, "a": True}, "token 'a' has id True, expected a whole number"),
+        ([["[PAD]", 0]], "expected a WordPiece model, found 'WordPiece'"),
+    ],
+)
+def test_ids_of_a_vocabulary_follow_one_another(tmp_path, vocab, message):
+    model = {"type": "WordPiece", "vocab": vocab}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {message}"):
+        AlignTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": [], "normalizer": 5}'),
+        ("tokenizer.json", '{"model": {"type": "WordPiece", "vocab": {"a": 1e999}}}'),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1000000000": {"content": "x"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"-1": {"content": "x"}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"22": {"content": 3}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [3]}'),
+        ("tokenizer_config.json", '{"unk_token": {}}'),
+        ("tokenizer_config.json", '{"unk_token": ["x"]}'),
+        ("tokenizer_config.json", '{"do_lower_case": "no"}'),
+        ("tokenizer_config.json", '{"model_max_length": "long"}'),
+        ("added_tokens.json", '{"x": 1e999}'),
+        ("added_tokens.json", '{"x": 1000000000}'),
+        ("special_tokens_map.json", '{"sep_token": 7}'),
+    ],
+)
+def test_hostile_files_are_refused_in_one_line(tmp_path, name, content):
+    if name != "tokenizer.json":
+        (tmp_path / "vocab.txt").write_text("\n".join(VOCAB))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        AlignTokenizer.from_pretrained(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_repeated_and_blank_lines_of_a_vocabulary():
     tokenizer = AlignTokenizer([*VOCAB, "", "cat"])
     assert ids(tokenizer, "cat") == [len(VOCAB) + 1]

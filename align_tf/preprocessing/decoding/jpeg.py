@@ -19,12 +19,16 @@ from align_tf.preprocessing.decoding.pixels import (
 from align_tf.preprocessing.decoding.webp import ALL_BYTES
 
 MAX_SCANS = 100  # of a JPEG
+SEARCHED = 1 << 16  # bytes that are looked through at a time for a marker
 JPEG_MAGIC = b"\xff\xd8\xff"
 
 
 def read_jpeg(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.Tensor, tf.Tensor]:
     # A progressive file takes a pass over all pixels for each scan, of which a few bytes suffice.
+    # What looks like one may also be part of a thumbnail, or of what lies behind the image's end,
+    # such as the film of a phone's photo: only where there is too much of it is it looked at.
     scans = tf.size(tf.strings.split([image_bytes], b"\xff\xda").values) - 1
+    scans = tf.cond(scans > MAX_SCANS, lambda: _count_scans(image_bytes), lambda: scans)
 
     def load(image_bytes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         shape = tf.image.extract_jpeg_shape(image_bytes, output_type=tf.int64)
@@ -38,6 +42,43 @@ def read_jpeg(image_bytes: tf.Tensor, max_pixels: int, exact: bool) -> tuple[tf.
         is_cmyk = (tf.reduce_prod(shape[:2]) <= max_pixels) & (scans <= MAX_SCANS) & (shape[2] == 4)
         pixels = tf.cond(is_cmyk, lambda: _decode_cmyk_jpeg(image_bytes), lambda: pixels)
     return pixels, shape[:2]
+
+
+def _count_scans(image_bytes: tf.Tensor) -> tf.Tensor:
+    """Counts the scans of a JPEG up to the end that its markers say, and MAX_SCANS + 1 at most."""
+    end = tf.strings.length(image_bytes)
+
+    def more(at: tf.Tensor, scans: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        return (at < end) & (scans <= MAX_SCANS)
+
+    def step(at: tf.Tensor, scans: tf.Tensor, segments: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        segment = read_bytes(image_bytes, at, 4)
+        marker = segment[1]
+        is_alone = (marker == 0x01) | (marker == 0xD8)
+        length = tf.where(is_alone, 0, tf.cast(big_endian(segment, 2, 2), tf.int32))
+        following = tf.where(marker == 0xD9, end, at + 2 + length)
+        scans += tf.cast(marker == 0xDA, tf.int32)
+        scans = tf.where(segments < MAX_BLOCKS, scans, MAX_SCANS + 1)
+        return _next_marker(image_bytes, following, end), scans, segments + 1
+
+    start = _next_marker(image_bytes, tf.constant(2), end)
+    return tf.while_loop(more, step, (start, tf.constant(0), tf.constant(0)))[1]
+
+
+def _next_marker(image_bytes: tf.Tensor, at: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
+    """Finds the next marker that is no part of a scan; the file's end if there is none."""
+
+    def step(at: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        piece = read_bytes(image_bytes, at, SEARCHED + 1)
+        code = piece[1:]
+        in_scan = (code == 0) | (code == 0xFF) | ((code >= 0xD0) & (code <= 0xD7))
+        is_marker = (piece[:-1] == 0xFF) & ~in_scan
+        found = tf.reduce_any(is_marker)
+        offset = tf.argmax(tf.cast(is_marker, tf.int32), output_type=tf.int32)
+        return at + tf.where(found, offset, SEARCHED), found
+
+    at, found = tf.while_loop(lambda at, found: (at < end) & ~found, step, (at, tf.constant(False)))
+    return tf.where(found, at, end)
 
 
 def _accurate_jpeg(image_bytes: tf.Tensor) -> tf.Tensor:
