@@ -237,6 +237,29 @@ def test_both_readers_agree():
             assert rapidjson.read(text.encode()) == document
 
 
+X_ROWS = ["[1, 2.5]", "[1e400]", "[true]", "1", "[]", "[[1], [2]]", '"a"', '{"b64": "YQ=="}', "{}"]
+
+
+def test_lists_are_converted_at_once_as_item_by_item(monkeypatch):
+    pairs = [f"[{one}, {other}]" for one in X_ROWS for other in X_ROWS]
+    forms = ['{"inputs": %s}', '{"instances": %s}', '{"instances": [{"x": %s}, {"x": [1, 2.5]}]}']
+    dtypes = [{"x": dtype} for dtype in (tf.float32, tf.int32, tf.bool, tf.string)]
+    cases = [(json.loads(form % pair), d) for form in forms for pair in pairs for d in dtypes]
+
+    def outcome(document, dtypes):
+        try:
+            arrays, row_form = rest_json.predict_inputs(document, dtypes)
+        except RequestError as error:
+            return str(error)
+        return row_form, *((k, v.dtype, v.shape, v.tolist()) for k, v in arrays.items())
+
+    at_once = [outcome(*case) for case in cases]
+    monkeypatch.setattr(rest_json, "_leaves", lambda *_: None)
+    monkeypatch.setattr(rest_json, "_rows_at_once", lambda *_: None)
+    assert at_once == [outcome(*case) for case in cases]
+    assert sum(isinstance(found, tuple) for found in at_once) > 20
+
+
 def test_deep_nesting_is_refused(server):
     status, answer = predict(server, '{"instances": ' + "[" * 100_000)
     assert (status, "nested too deeply" in answer["error"]) == (400, True)

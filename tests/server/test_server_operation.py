@@ -712,15 +712,20 @@ def test_a_request_on_its_way_is_answered_when_the_server_stops():
 
 
 @pytest.mark.parametrize("given", [None, "0"])
-def test_weights_are_frozen_for_what_is_served_alone(monkeypatch, given):
+def test_weights_are_frozen_for_what_is_served_alone(tmp_path, monkeypatch, given):
     name = "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"
     monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv(name, given)
     seen = []
-    monkeypatch.setattr(ModelServer, "wait", lambda *_: seen.append(os.environ[name]))
+    monkeypatch.setattr(ModelServer, "wait", lambda *_: seen.append(os.environ.get(name)))
+    folder = shutil.copytree(PROBE / "2", tmp_path / "2")
+    (folder / "assets.extra").mkdir()
+    for metadata in ('{"dtype": "bfloat16"}', '{"dtype": "float32"}', "[]", "{"):
+        (folder / "assets.extra" / "align_tf.json").write_text(metadata)
+        serve(ModelServer(tmp_path))
     serve(ModelServer(PROBE))
-    assert seen == [given or "1"]
+    assert seen == [given or "1", given, given, given, given]
     assert os.environ.get(name) == given
     weights = tf.Variable(tf.ones((64, 64)))
 
