@@ -4,7 +4,9 @@ A value is made of dict, list, str, int, float, bool and None. Bytes that are no
 a str as surrogate escapes, in both directions.
 """
 
+import itertools
 import json
+import json.encoder
 import math
 import re
 from typing import Any
@@ -251,7 +253,7 @@ def encode(text: str) -> bytes:
 
 def quote(text: str) -> str:
     """Writes a string's token."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.encoder.encode_basestring(text)
 
 
 def decimals(values: np.ndarray) -> list[str]:
@@ -263,21 +265,36 @@ def decimals(values: np.ndarray) -> list[str]:
     Returns:
         n tokens; whole numbers end in ".0", and NaN and Infinity stand bare.
     """
-    numbers = values.tolist()
-    short = [f"{number:.6g}" for number in numbers]
-    with np.errstate(over="ignore"):
-        equal = np.array(short, np.float64).astype(values.dtype) == values
     digits = 9 if values.dtype == np.float32 else 17
-    tokens = []
-    for number, text, exact in zip(numbers, short, equal.tolist(), strict=True):
-        if not exact:
-            text = f"{number:.{digits}g}"
+    tokens = _formatted(values, digits)
+    places = np.flatnonzero(_may_be_short(values))
+    short = _formatted(values[places], 6)
+    with np.errstate(over="ignore"):
+        equal = np.array(short, np.float64).astype(values.dtype) == values[places]
+    for place, text in zip(places[equal].tolist(), itertools.compress(short, equal), strict=True):
+        tokens[place] = text
+    with np.errstate(invalid="ignore"):
+        whole = (values == np.rint(values)) | ~np.isfinite(values)
+    for place in np.flatnonzero(whole).tolist():
+        number, text = values[place], tokens[place]
         if not math.isfinite(number):
-            text = "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
+            tokens[place] = "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
         elif "." not in text and "e" not in text:
-            text += ".0"
-        tokens.append(text)
+            tokens[place] += ".0"
     return tokens
+
+
+def _formatted(values: np.ndarray, digits: int) -> list[str]:
+    return (" ".join([f"%.{digits}g"] * len(values)) % tuple(values.tolist())).split()
+
+
+def _may_be_short(values: np.ndarray) -> np.ndarray:
+    """Tells which numbers six digits may be enough for: all of those, and few others."""
+    with np.errstate(all="ignore"):
+        size = np.abs(values.astype(np.float64))
+        scale = 10.0 ** (5 - np.floor(np.log10(size)))
+        away = np.abs(np.rint(size * scale) / scale - size)
+        return ~(away > 4 * np.spacing(np.abs(values)).astype(np.float64))
 
 
 def render(tree: Any, depth: int = 0, one_line: bool = False) -> str:
@@ -296,7 +313,8 @@ def render(tree: Any, depth: int = 0, one_line: bool = False) -> str:
     if isinstance(tree, dict):
         members = [f"{quote(k)}: {render(v, depth + 1, one_line)}" for k, v in tree.items()]
         return f"{{{inner}{(',' + inner).join(members)}{newline}}}"
-    items = [render(item, depth + 1, one_line) for item in tree]
+    tokens = set(map(type, tree)) == {str}
+    items = tree if tokens else [render(item, depth + 1, one_line) for item in tree]
     if one_line:
         return f"[{', '.join(items)}]"
     return f"[{inner}{(',' + inner).join(items)}{newline}]"

@@ -287,6 +287,16 @@ FLOAT_TOKENS = [
 def test_float_tokens():
     numbers, tokens = zip(*FLOAT_TOKENS, strict=True)
     assert rapidjson.decimals(np.array(numbers, np.float32)) == list(tokens)
+    rng = np.random.default_rng(0)
+    short = np.array([f"{number:.6g}" for number in rng.standard_normal(3000)], np.float32)
+    some = [short, short[:500] * np.float32(1e30), rng.standard_normal(3000).astype(np.float32)]
+    some.append(rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32))  # any bits
+    for number, token in zip(found := np.concatenate(some), rapidjson.decimals(found), strict=True):
+        if np.isfinite(number):
+            six, nine = f"{number:.6g}", f"{number:.9g}"
+            with np.errstate(over="ignore"):
+                expected = six if np.float32(six) == number else nine
+            assert token in (expected, f"{expected}.0") and float(token) == float(expected)
     doubles = rapidjson.decimals(np.array([1 / 3, 0.1, 1e300]))
     assert doubles == ["0.33333333333333331", "0.1", "1e+300"]
 
