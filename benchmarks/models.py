@@ -114,7 +114,7 @@ def exported(folder: pathlib.Path, quick: bool, dtype: str = "float32") -> pathl
 def set_threads(threads: int = THREADS) -> None:
     """Gives TensorFlow and PyTorch as many threads; called before either has run anything.
 
-    Sets what `align-tf serve` and `serving/` set, too.
+    Sets what `serving/` sets, too.
     """
     os.environ["TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"] = "1"
     import torch

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import functools
+import http.client
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import re
 import runpy
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -39,6 +42,7 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from align_tf.client import AlignClient, AlignServerError, AsyncAlignClient, Tls
 from align_tf.hub import BUNDLED
+from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.server import ModelServer
 from align_tf.server.protos import BatchingParameters, MonitoringConfig
 
@@ -369,6 +373,10 @@ def test_grafana_finds_prometheus_and_the_dashboard():
     (provider,) = yaml.safe_load((SERVING / "grafana" / "dashboards.yaml").read_text())["providers"]
     mounts = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
     assert mounts["./grafana/align.json"].startswith(provider["options"]["path"])
+    secret = services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD__FILE"]
+    assert mounts.pop("./secrets/grafana") == str(pathlib.PurePath(secret).parent)
+    (script,) = examples("mkdir")  # and the file is made
+    assert f"serving/secrets/grafana/{pathlib.PurePath(secret).name}" in script
     for local in mounts:
         assert not local.startswith("./") or (SERVING / local).is_file()
     board = json.loads((SERVING / "grafana" / "align.json").read_text())
@@ -547,6 +555,7 @@ def gateway(ports, secrets, keep_port):
     config = (SERVING / "envoy.yaml").read_text()
     for old, new in {
         "/etc/envoy/secrets": os.fspath(secrets),
+        "/etc/envoy/shapes.lua": os.fspath(SERVING / "shapes.lua"),
         "0.0.0.0": "127.0.0.1",
         "port_value: 8443": f"port_value: {port}",
         "address: align, port_value: 8500": f"address: 127.0.0.1, port_value: {ports[0]}",
@@ -587,8 +596,111 @@ def test_the_gateway_asks_for_a_key_and_lets_rest_through(gateway, secrets):
     assert status_through(gateway, secrets) == "401"
     assert status_through(gateway, secrets, "/v1/models/align", bearer.replace(key, "no")) == "401"
     # Nothing but the model's routes is reached.
-    for path in ("/monitoring/prometheus/metrics", "/v1/models/other", "/"):
+    for path in (
+        *("/monitoring/prometheus/metrics", "/v1/models/other", "/", "/v1/models/align-internal"),
+        *("/v1/models/align-internal:predict", "/v1/models/align/labels/x/../../../align-b"),
+        "/v1/models/align?x=1",
+    ):
         assert status_through(gateway, secrets, path, bearer) == "404"
+
+
+TEXTS = '{"signature_name": "embed_text", "inputs": '
+TOKENS = '{"signature_name": "embed_tokens", "instances": [{%s"attention_mask": [1, 1], "x": 1, '
+TOKENS += '"token_type_ids": [0, 0]}]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (TEXTS + '["a {\\"[ cat", "b"]}', None),
+        (' {"inputs": {"texts": ["a"]}, "signature_name" : "embed_text"}', None),
+        ('{"signature_name": "embed_text", "instances": ["a", {"b64": "YQ=="}]}', None),
+        ('{"signature_name": "embed_text", "instances": [{"texts": "a"}]}', None),
+        (TEXTS + "[]}", None),
+        (
+            TOKENS % '"input_ids": [2, 3], ',
+            "JSON object: does not have named input: x",
+        ),  # the server's
+        (TOKENS.replace('"x": 1, ', "") % '"input_ids": [2, 3], ', None),
+        (TOKENS % '"input_ids": 2, ', "input_ids: rank 0, expected 1"),
+        (TOKENS % '"input_ids": [], ', "input_ids: expected one or more in each dimension"),
+        (TOKENS % "", "input_ids: missing"),
+        (TEXTS + '"a"}', "texts: rank 0, expected 1"),
+        (TEXTS + '[["a"]]}', "texts: rank 2, expected 1"),
+        (TEXTS + '{"te\\u0078ts": [["a"]]}}', "JSON: escapes in names are not taken"),
+        ('{"inputs": {"image_bytes": ["a"], "labels": ["x"]}}', "labels: rank 1, expected 2"),
+        ('{"inputs": {"image_bytes": ["a"], "labels": [[]]}}', "labels: expected one or more in e"),
+        (
+            '{"instances": [{"image_bytes": {"b64": ""}, "labels": "x"}]}',
+            "labels: rank 0, expected 1",
+        ),
+        (
+            '{"instances": [{"image_bytes": "", "labels": []}]}',
+            "labels: expected one or more in eac",
+        ),
+        ('{"instances": ["x"]}', "expected an object of inputs by name"),
+        ('{"instances": []}', "instances: expected one or more"),
+        ('{"signature_name": "none", "instances": [1]}', "signature_name: not one of the model's"),
+        ('{"inputs": ' + "[" * 100, "JSON: nested too deeply"),
+        ('{"inputs": {"a": "', "JSON: a string has no end"),
+        ("[1]", "JSON: expected an object"),
+        ("", "JSON: it ends too early"),
+    ],
+)
+def test_the_gateway_refuses_what_must_not_share_a_batch(gateway, secrets, body, error):
+    port, key = gateway
+    context = ssl.create_default_context(cafile=secrets / "tls.crt")
+    connection = http.client.HTTPSConnection("localhost", port, timeout=60, context=context)
+    with contextlib.closing(connection):
+        headers = {"authorization": f"Bearer {key}"}
+        connection.request("POST", "/v1/models/align:predict", body, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    assert (response.status, error) == ((200, None) if error is None else (400, error))
+    assert error is None or error in answer["error"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "inputs", "error"),
+    [
+        ("embed_text", {"texts": ["a", "b"]}, None),
+        ("embed_text", {"texts": "a"}, "texts: rank 0, expected 1"),
+        ("embed_text", {"texts": [1.0]}, "texts: dtype 1, expected 7"),
+        ("embed_text", {}, "texts: missing"),
+        ("", {"image_bytes": ["a"], "labels": ["x"]}, "labels: rank 1, expected 2"),
+        ("", {"image_bytes": ["a"], "labels": np.empty([1, 0], object)}, "labels: expected one or"),
+        (
+            "embed_tokens",
+            {key: [[1, 1]] for key in ("input_ids", "attention_mask")},
+            "token_type_ids",
+        ),
+        ("embed_tokens", {key: [2, 3] for key in TOKEN_INPUTS}, ": rank 1, expected 2"),
+        ("embed_tokens", {key: [[1, 1]] for key in TOKEN_INPUTS}, None),
+        ("embed_pixels", {"pixel_values": np.zeros([1, 2, 3], "f")}, "rank 3, expected 4"),
+    ],
+)
+def test_the_gateway_reads_messages(gateway, secrets, signature, inputs, error):
+    port, key = gateway
+    credentials = grpc.ssl_channel_credentials((secrets / "tls.crt").read_bytes())
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "align", signature
+    for name, value in inputs.items():
+        request.inputs[name].CopyFrom(tf.make_tensor_proto(value))
+    with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        ask = functools.partial(
+            stub.Predict, timeout=60, metadata=[("authorization", f"Bearer {key}")]
+        )
+        if error is None:
+            assert ask(request).outputs
+            request.model_spec.name, error = (
+                "align-internal",
+                "model_spec: another model than align",
+            )
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(request)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert error in refused.value.details()
 
 
 def test_the_gateway_refuses_large_bodies(gateway, secrets, tmp_path):

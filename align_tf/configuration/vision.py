@@ -112,6 +112,12 @@ class AlignVisionConfig(ConfigFile):
             )
             scaled = self.round_filters(self.out_channels[stage])
             previous = (f"out_channels[{stage}]", scaled)
+        require(
+            not isinstance(self.image_size, int) or self.image_size >= self.least_side,
+            "image_size",
+            self.image_size,
+            f"{self.least_side} or more, of which a pixel is left after the last block",
+        )
 
     def round_filters(self, channels: int) -> int:
         """Scales a channel count by the width and rounds it to the divisor.
@@ -148,6 +154,21 @@ class AlignVisionConfig(ConfigFile):
     def num_hidden_layers(self) -> int:
         """Blocks of all stages after scaling by the depth."""
         return sum(self.round_repeats(n) for n in self.num_block_repeats)
+
+    @property
+    def least_side(self) -> int:
+        """The least height and width of an image: one pixel of it is left after the last block."""
+        margins, block = [2], 0  # of each stride of 2: what its kernel is larger than its padding
+        stages = zip(self.kernel_sizes, self.strides, self.num_block_repeats, strict=True)
+        for kernel_size, stride, repeats in stages:
+            if stride == 2:
+                square = block in self.depthwise_padding
+                margins.append(kernel_size - 2 * (kernel_size // 2) + (not square))
+            block += self.round_repeats(repeats)
+        side = 1
+        for margin in reversed(margins):
+            side = max(1, 2 * (side - 1) + margin)
+        return side
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as config.json holds it, unknown keys included."""

@@ -1,7 +1,5 @@
 """Whether a model and a processor fit each other, seen before anything slow is done with them."""
 
-from align_tf.configuration.blocks import block_table
-from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 
@@ -24,7 +22,7 @@ def check_fit(model: AlignModel, processor: AlignProcessor) -> None:
     if words > rows:
         raise ValueError(f"a vocabulary of {words} words, the model knows {rows}")
     height, width, channels = processor.image_processor.output_shape
-    vision, least = model.config.vision_config, _least_side(model.config.vision_config)
+    vision, least = model.config.vision_config, model.config.vision_config.least_side
     if channels != vision.num_channels:
         raise ValueError(
             f"the processor's images have {channels} channels, the model takes "
@@ -36,17 +34,3 @@ def check_fit(model: AlignModel, processor: AlignProcessor) -> None:
                 f"the processor's images are {pixels} pixels {side}: the model takes {least} or "
                 "more"
             )
-
-
-def _least_side(config: AlignVisionConfig) -> int:
-    """Computes the side of which one pixel is left after the last block."""
-    margins = [2]  # of each convolution of stride 2: what its kernel is larger than its padding
-    for spec in block_table(config):
-        if spec.stride == 2:
-            after = spec.kernel_size // 2
-            padding = 2 * after if spec.square_padding else 2 * after - 1
-            margins.append(spec.kernel_size - padding)
-    side = 1
-    for margin in reversed(margins):
-        side = 2 * (side - 1) + margin
-    return side

@@ -56,11 +56,12 @@ def check_known(names: Iterable[str], known: tuple[str, ...]) -> None:
         raise ValueError(f"unknown inputs {', '.join(unknown)}: expected {', '.join(known)}")
 
 
-def check_pixels(pixel_values: Any, channels: int) -> None:
+def check_pixels(pixel_values: Any, channels: int, least_side: int) -> None:
     """Checks what an image tower takes, as far as it can be seen.
 
     Raises:
-        ValueError: it is no batch of images with channels last, or holds levels of 0..255.
+        ValueError: it is no batch of images with channels last and sides of least_side or more,
+            or holds levels of 0..255.
     """
     shape = tuple(getattr(pixel_values, "shape", ()))
     expected = f"float (n, height, width, {channels}), as the processor gives them"
@@ -69,6 +70,11 @@ def check_pixels(pixel_values: Any, channels: int) -> None:
     if shape[-1] not in (channels, None):
         first = ", channels first" if shape[1] == channels else ""
         raise ValueError(f"pixel_values of shape {shape}{first}: expected {expected}")
+    if any(side is not None and side < least_side for side in shape[1:3]):
+        raise ValueError(
+            f"pixel_values of shape {shape}: expected images of {least_side} x {least_side} pixels "
+            "or more"
+        )
     if "int" in str(pixel_values.dtype):
         dtype = keras.backend.standardize_dtype(pixel_values.dtype)
         raise ValueError(f"pixel_values of {dtype}: expected {expected}")

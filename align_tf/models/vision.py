@@ -70,7 +70,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
     def call(
         self, inputs: Any, output_hidden_states: bool = False, training: bool = False
     ) -> ModelOutput:
-        """Encodes images of any size.
+        """Encodes images of any size that the tower's strides leave a pixel of.
 
         Args:
             inputs: `pixel_values` float (n, h, w, 3), or a dict that holds it.
@@ -83,10 +83,11 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             float32.
 
         Raises:
-            ValueError: the images are not floats with the channels last.
+            ValueError: the images are not floats with the channels last, or are smaller than
+                the configuration's `least_side`.
         """
         x = inputs["pixel_values"] if isinstance(inputs, dict) else inputs
-        x, given = self._one_or_more(x, training)
+        x, given = self._one_or_more(self._large_enough(x), training)
         x = self.stem_conv(self.stem_pad(x))
         if training and fused_training.can_fuse(self.activation, self.stem_bn, x):
             x = fused_training.normalize_swish(self.stem_bn, x)
@@ -111,7 +112,25 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             inputs = {"pixel_values": inputs}
         if inputs.get("pixel_values") is None:
             raise ValueError(f"inputs {', '.join(inputs) or 'of none'}: expected pixel_values")
-        check_pixels(inputs["pixel_values"], self.config.num_channels)
+        config = self.config
+        check_pixels(inputs["pixel_values"], config.num_channels, config.least_side)
+
+    def _large_enough(self, x: Any) -> Any:
+        """Has a graph look at the sides that are known only when it runs.
+
+        TensorFlow's convolutions by oneDNN give of an image smaller than their kernel, which
+        leaves nothing, memory as they find it in the image's shape.
+        """
+        if keras.backend.backend() != "tensorflow" or None not in x.shape[1:3]:
+            return x
+        import tensorflow as tf
+
+        least = self.config.least_side
+        message = f"pixel_values: expected images of {least} x {least} pixels or more, found"
+        sides = tf.shape(x)[1:3]
+        check = tf.debugging.Assert(tf.reduce_all(sides >= least), [message, sides])
+        with tf.control_dependencies([check]):
+            return tf.identity(x)
 
     def _one_or_more(self, x: Any, training: bool) -> tuple[Any, Callable]:
         """Puts a black image in the place of none: oneDNN's convolutions fail on an empty batch.

@@ -293,8 +293,12 @@ class AlignImageProcessor:
         return self.preprocess(self.decode(image_bytes))
 
     @_graph
-    def pixel_values(self, image_bytes: tf.Tensor) -> tf.Tensor:
+    def pixel_values(self, image_bytes: tf.Tensor, first_row: int | tf.Tensor = 0) -> tf.Tensor:
         """Takes encoded images (n,) to float32 (n, crop_h, crop_w, 3).
+
+        Args:
+            image_bytes: string (n,).
+            first_row: the number by which an error names the first of them.
 
         Raises:
             tf.errors.InvalidArgumentError: a row is no image, broken, or declares more pixels
@@ -306,7 +310,9 @@ class AlignImageProcessor:
         problem, size = tf.pad(problem, [[0, 1]]), tf.pad(size, [[0, 1], [0, 0]])
         row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
         reason = self._reason(problem[row], size[row])
-        message = tf.strings.join(["image_bytes[", tf.strings.as_string(row), "]: ", reason])
+        message = tf.strings.join(
+            ["image_bytes[", tf.strings.as_string(row + first_row), "]: ", reason]
+        )
         with plain_errors():
             fine = tf.debugging.Assert(fine, [message])
         with tf.control_dependencies([fine]):

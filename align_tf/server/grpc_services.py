@@ -1,6 +1,7 @@
 """The server's gRPC half: prediction, model status and health."""
 
 import functools
+import math
 import traceback
 from collections.abc import Callable
 from concurrent import futures
@@ -26,6 +27,7 @@ from align_tf.server.servables import Servables
 from align_tf.server.status_codes import RequestError, invalid_argument
 
 MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
+COPIES = 3  # of a request, at most: the message, its arrays, and those of its batch
 HEALTH_SERVICES = (  # of grpc.health.v1; "" is the server as a whole
     "",
     "tensorflow.serving.PredictionService",
@@ -83,17 +85,24 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
     ) -> predict_pb2.PredictResponse:
         model = self.servables.label(request.model_spec.name)
-        with self.metrics.request(model, "Predict", "GRPC"), self.gate:
-            if not context.is_active():  # its deadline has passed while it waited
-                raise RequestError("CANCELLED", "The caller has gone")
-            return self._predict(request)
+        with self.metrics.request(model, "Predict", "GRPC"), self.gate.memory.request() as take:
+            take(COPIES * request.ByteSize())
+            with self.gate:
+                return self._predict_in_turn(request, context)
+
+    def _predict_in_turn(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    ) -> predict_pb2.PredictResponse:
+        if not context.is_active():  # its deadline has passed while it waited
+            raise RequestError("CANCELLED", "The caller has gone")
+        return self._predict(request)
 
     def _predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
         _require_model_spec(request)
         servable = self.servables.find(request.model_spec)
         outputs = servable.predict(
             request.model_spec.signature_name,
-            {name: _from_proto(name, tensor) for name, tensor in request.inputs.items()},
+            {name: self._from_proto(name, tensor) for name, tensor in request.inputs.items()},
             request.output_filter,
         )
         response = predict_pb2.PredictResponse(
@@ -103,6 +112,10 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         response.model_spec.version.value = servable.version
         response.model_spec.signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
         return response
+
+    def _from_proto(self, name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
+        self.gate.check_rows(name, tuple(dim.size for dim in tensor.tensor_shape.dim))
+        return _from_proto(name, tensor)
 
     @_aborting
     def GetModelMetadata(
@@ -195,6 +208,14 @@ def _require_model_spec(request: Any) -> None:
 
 
 def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
+    declared = math.prod(dim.size for dim in tensor.tensor_shape.dim)
+    if not tensor.tensor_content:  # which has to be as long as the shape says
+        lists = (value for field, value in tensor.ListFields() if field.name.endswith("_val"))
+        held = sum(map(len, lists))
+        if declared > held:  # it would be filled up with the last one
+            raise invalid_argument(
+                f"tensor parsing error: {name}: {declared} elements declared, {held} held"
+            )
     try:
         return tf.make_ndarray(tensor)
     except (TypeError, ValueError, OverflowError):

@@ -26,20 +26,32 @@ class ModelConfig:
 
         base_path holds numbered folders, or is a SavedModel itself.
         """
-        path = self.base_path
-        if (path / "saved_model.pb").is_file():
-            return {1 if (version := _version(path.name)) is None else version: path}
-        found = {
-            version: entry
-            for entry in sorted(path.iterdir() if path.is_dir() else ())  # 1 comes after 0001
-            if (version := _version(entry.name)) is not None and entry.is_dir()
-        }
+        found = self._found() or {}
+        if list(found.values()) == [self.base_path]:
+            return found
         versions = sorted(found, reverse=True)
         if self.policy == "latest":
             versions = versions[: self.latest]
         elif self.policy == "specific":
             versions = [version for version in versions if version in self.specific]
         return {version: found[version] for version in versions}
+
+    def versions_there(self) -> set[int] | None:
+        """Returns the versions whose folders are there, served or not; None without base_path."""
+        found = self._found()
+        return None if found is None else set(found)
+
+    def _found(self) -> dict[int, pathlib.Path] | None:
+        path = self.base_path
+        if (path / "saved_model.pb").is_file():
+            return {1 if (version := _version(path.name)) is None else version: path}
+        if not path.is_dir():
+            return None
+        return {
+            version: entry
+            for entry in sorted(path.iterdir())  # 1 comes after 0001
+            if (version := _version(entry.name)) is not None and entry.is_dir()
+        }
 
 
 def _version(name: str) -> int | None:

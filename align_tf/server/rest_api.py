@@ -22,7 +22,7 @@ from align_tf.server.servable import DEFAULT_SIGNATURE, Servable
 from align_tf.server.servables import Servables
 from align_tf.server.status_codes import RequestError, invalid_argument
 
-BODIES_AT_ONCE = 8  # of the largest size, that are kept until they are answered
+GUNZIP_BYTES = 2**20  # that are decompressed at a time
 LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passed
 
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
@@ -62,7 +62,6 @@ class RestApp:
         """
         self.servables, self.gate, self.metrics = servables, gate, metrics
         self.metrics_path = metrics_path
-        self._kept_bytes = 0  # of all bodies
         self._pool = futures.ThreadPoolExecutor(gate.limits.threads, thread_name_prefix="rest")
 
     def close(self) -> None:
@@ -92,27 +91,25 @@ class RestApp:
         await response(scope, receive, send)
 
     async def _json_response(self, request: Request, path: str) -> Response:
-        body = bytearray()
         try:
-            await self._read_body(request, body)
-            encoding = request.headers.get("content-encoding", "")
-            status, content = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self.answer, request.method, path, bytes(body), encoding
-            )
+            with self.gate.memory.request() as take:
+                body = await self._read_body(request, take)
+                encoding = request.headers.get("content-encoding", "")
+                status, content = await asyncio.get_running_loop().run_in_executor(
+                    self._pool, self.answer, request.method, path, body, encoding, take
+                )
             return Response(content, status, media_type="application/json")
         except _BodyRefused as error:
             content, headers = rest_json.error_body(str(error)), {"connection": "close"}
             return Response(content, error.status, headers, "application/json")
-        finally:
-            self._kept_bytes -= len(body)
 
-    async def _read_body(self, request: Request, body: bytearray) -> None:
-        """Reads into body.
+    async def _read_body(self, request: Request, take: Callable[[int], None]) -> bytes:
+        """Reads the body, and takes memory for it.
 
         The rest of one that is too large is read and dropped, within reason, so that a client that
         sends first and listens then gets to see the refusal.
         """
-        size, limits = 0, self.gate.limits
+        body, size, limits = bytearray(), 0, self.gate.limits
         clock = asyncio.get_running_loop().time
         started, more = clock(), True
         while more:
@@ -126,26 +123,32 @@ class RestApp:
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
             if size <= limits.max_request_bytes:
-                if self._kept_bytes + len(chunk) > BODIES_AT_ONCE * limits.max_request_bytes:
-                    raise _BodyRefused(503, "Too many large requests at once: try again later")
+                try:
+                    take(len(chunk))
+                except RequestError as error:
+                    raise _BodyRefused(error.http_status, error.message) from None
                 body += chunk
-                self._kept_bytes += len(chunk)
             elif size > 4 * limits.max_request_bytes:
                 break
             else:
-                self._kept_bytes -= len(body)
+                take(-len(body))
                 body.clear()
         if size > limits.max_request_bytes:
             raise _BodyRefused(413, f"Request body is larger than {limits.max_request_bytes} bytes")
+        return bytes(body)
 
-    def answer(self, method: str, path: str, body: bytes, encoding: str) -> tuple[int, bytes]:
+    def answer(
+        self, method: str, path: str, body: bytes, encoding: str, take: Callable[[int], None]
+    ) -> tuple[int, bytes]:
         """Returns the HTTP status and the body that answer a request."""
         try:
             if method == "POST" and (match := _POST_PATH.fullmatch(path)):
-                return 200, self._run(match, body, encoding)
+                return 200, self._run(match, body, encoding, take)
             if method == "GET" and (match := _GET_PATH.fullmatch(path)):
                 return 200, self._describe(match)
             raise invalid_argument(f"Malformed request: {method} {path}")
+        except _NoVersion as error:
+            return error.http_status, b""
         except RequestError as error:
             return error.http_status, rest_json.error_body(error.message)
         except RecursionError:
@@ -156,12 +159,15 @@ class RestApp:
             traceback.print_exc()
             return 500, rest_json.error_body(f"{type(error).__name__}: {error}")
 
-    def _run(self, match: re.Match, body: bytes, encoding: str) -> bytes:
+    def _run(
+        self, match: re.Match, body: bytes, encoding: str, take: Callable[[int], None]
+    ) -> bytes:
         method = match["method"]
         model = self.servables.label(urllib.parse.unquote(match["name"]))
         with self.metrics.request(model, method, "REST"), self.gate:
-            if encoding.lower() == "gzip":
-                body = _gunzip(body, self.gate.limits.max_request_bytes)
+            if "gzip" in encoding.lower():
+                body = _gunzip(body, self.gate.limits.max_request_bytes, take)
+            take(rapidjson.memory(body))
             return (self._predict if method == "predict" else self._classify)(match, body)
 
     def _predict(self, match: re.Match, body: bytes) -> bytes:
@@ -174,6 +180,8 @@ class RestApp:
             raise invalid_argument(f"Failed to get input map for signature: {name or 'DEFAULT'}")
         dtypes = {key: tf.as_dtype(info.dtype) for key, info in infos.items()}
         inputs, row_form = rest_json.predict_inputs(document, dtypes)
+        for key, array in inputs.items():
+            self.gate.check_rows(key, array.shape)
         return rest_json.predict_body(servable.predict(name, inputs), row_form)
 
     def _classify(self, match: re.Match, body: bytes) -> bytes:
@@ -183,6 +191,8 @@ class RestApp:
         rest_json.check_examples(document)
         signature = _signature(self.servables.find(spec), rest_json.signature_name(document))
         kind = "classification" if match["method"] == "classify" else "regression"
+        if len(signature.inputs) != 1:
+            raise invalid_argument("Expected one input Tensor.")
         if "inputs" not in signature.inputs:
             raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
         raise RequestError(
@@ -190,6 +200,12 @@ class RestApp:
         )
 
     def _describe(self, match: re.Match) -> bytes:
+        name = urllib.parse.unquote(match["name"] or "")
+        # As there: probes count among the requests, and are timed, with no API.
+        with self.metrics.request(self.servables.label(name), "", "REST"):
+            return self._described(match)
+
+    def _described(self, match: re.Match) -> bytes:
         if not match["name"]:
             raise invalid_argument("Missing model name in request.")
         spec = _model_spec(match)
@@ -210,24 +226,38 @@ class _BodyRefused(Exception):
         self.status = status
 
 
-def _gunzip(body: bytes, limit: int) -> bytes:
-    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        plain = decompressor.decompress(body, limit)
-    except zlib.error as error:
-        raise invalid_argument(f"Failed to decompress the gzip body: {error}") from None
-    if decompressor.unconsumed_tail:
-        raise RequestError("RESOURCE_EXHAUSTED", f"Request body is larger than {limit} bytes")
-    if not decompressor.eof:
-        raise invalid_argument("Failed to decompress the gzip body: it is cut off")
-    return plain
+class _NoVersion(RequestError):
+    """A version beyond int64, which is answered without a body."""
+
+
+def _gunzip(body: bytes, limit: int, take: Callable[[int], None]) -> bytes:
+    """Decompresses a body, and takes memory for it before it is there.
+
+    TensorFlow Serving takes a broken one for an empty one.
+    """
+    broken = f"{rapidjson.EMPTY}. Failed to decompress the gzip body: "
+    decompressor, plain = zlib.decompressobj(zlib.MAX_WBITS | 16), bytearray()
+    while not decompressor.eof:
+        take(GUNZIP_BYTES)
+        try:
+            part = decompressor.decompress(body, GUNZIP_BYTES)
+        except zlib.error as error:
+            raise invalid_argument(f"{broken}{error}") from None
+        body = decompressor.unconsumed_tail
+        take(len(part) - GUNZIP_BYTES)
+        plain += part
+        if len(plain) > limit:
+            raise RequestError("RESOURCE_EXHAUSTED", f"Request body is larger than {limit} bytes")
+        if not part and not decompressor.eof:
+            raise invalid_argument(f"{broken}it is cut off")
+    return bytes(plain)
 
 
 def _model_spec(match: re.Match) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"]))
     if match["version"]:
         if int(match["version"]) >= 2**63:
-            raise invalid_argument(f"Failed to convert version: {match['version']} to numeric.")
+            raise _NoVersion("INVALID_ARGUMENT", f"version {match['version']}")
         spec.version.value = int(match["version"])
     if match["label"]:
         spec.version_label = urllib.parse.unquote(match["label"])

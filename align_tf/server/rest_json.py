@@ -6,6 +6,8 @@ rapidjson's: what it accepts, what it says of an error, how it lays out an answe
 
 import base64
 import binascii
+import contextlib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -98,7 +100,7 @@ def predict_inputs(
     if "instances" in document:
         instances = document["instances"]
         if not isinstance(instances, list):
-            raise _format_error(document, "Excepting 'instances' to be an list/array")
+            raise _format_error(document, "Expecting 'instances' to be an list/array")
         if not instances:
             raise _format_error(document, "No values in 'instances' array")
         return _from_rows(instances, dtypes), True
@@ -113,6 +115,8 @@ def _from_rows(instances: list, dtypes: Mapping[str, tf.DType]) -> dict[str, np.
             "instances is a plain list, but expecting list of objects as multiple input tensors "
             "required as per tensorinfo_map"
         )
+    if (arrays := _rows_at_once(instances, dtypes)) is not None:
+        return arrays
     objects = _is_plain_object(instances[0])
     names = sorted(dtypes)
     values: dict[str, list] = {name: [] for name in names}
@@ -140,6 +144,23 @@ def _from_rows(instances: list, dtypes: Mapping[str, tf.DType]) -> dict[str, np.
         name: _array(name, values[name], [len(instances), *shapes[name]], dtypes[name])
         for name in names
     }
+
+
+def _rows_at_once(instances: list, dtypes: Mapping[str, tf.DType]) -> dict[str, np.ndarray] | None:
+    """Converts rows that all fit without a look at each in turn; None leaves them to be told."""
+    columns = {next(iter(dtypes)): instances}
+    if set(map(type, instances)) == {dict} and not _is_base64(instances[0]):
+        if any(row.keys() != dtypes.keys() for row in instances):
+            return None
+        columns = {name: [row[name] for row in instances] for name in dtypes}
+    arrays = {}
+    for name in sorted(columns):
+        shape = _shape(columns[name])
+        values = _leaves(columns[name], shape, dtypes[name])
+        if values is None:
+            return None
+        arrays[name] = _array(name, values, shape, dtypes[name])
+    return arrays
 
 
 def _add_row(
@@ -175,9 +196,11 @@ def _from_columns(inputs: Any, dtypes: Mapping[str, tf.DType]) -> dict[str, np.n
     for name in sorted(dtypes):
         if name not in inputs:
             raise invalid_argument(f"Missing named input: {name} in 'inputs' object.")
-        values: list = []
         shape = _shape(inputs[name])
-        _fill(inputs[name], 0, shape, dtypes[name], values)
+        values = _leaves(inputs[name], shape, dtypes[name])
+        if values is None:
+            values = []
+            _fill(inputs[name], 0, shape, dtypes[name], values)
         arrays[name] = _array(name, values, shape, dtypes[name])
     return arrays
 
@@ -199,6 +222,24 @@ def _shape(value: Any) -> list[int]:
             break
         value = value[0]
     return shape
+
+
+def _leaves(value: Any, shape: list[int], dtype: tf.DType) -> list | None:
+    """Returns a nested list's leaves, level by level; None if one does not fit as it is."""
+    items = [value]
+    for size in shape:
+        if set(map(type, items)) != {list} or set(map(len, items)) != {size}:
+            return None
+        items = list(itertools.chain.from_iterable(items))
+    if dtype == tf.string:
+        found = set(map(type, items))
+        if found == {str}:
+            return [item.encode("utf-8", "surrogateescape") for item in items]
+        if found == {dict} and all(map(_is_base64, items)):
+            with contextlib.suppress(RequestError):  # it is told with its place
+                return list(map(_decode_base64, items))
+        return None
+    return items if _all_plain(items, dtype) else None
 
 
 def _fill(value: Any, level: int, shape: list[int], dtype: tf.DType, values: list) -> None:

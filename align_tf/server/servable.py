@@ -75,14 +75,15 @@ class Servable:
 
     def _warm_up(self, path: pathlib.Path) -> None:
         if path.is_file():
-            for request in _read_warmup(path):
-                self.predict(*request)
+            for name, *request in _read_warmup(path):
+                self.predict(*request, named=name)
 
     def predict(
         self,
         signature_name: str,
         inputs: Mapping[str, np.ndarray],
         output_filter: Iterable[str] = (),
+        named: str | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs a signature.
 
@@ -90,6 +91,7 @@ class Servable:
             signature_name: "" for serving_default.
             inputs: the inputs by name; strings as arrays of bytes objects.
             output_filter: the outputs to compute, all of them if empty.
+            named: the model's name in the metrics; None is the name it is served by.
 
         Returns:
             The outputs by name.
@@ -112,7 +114,8 @@ class Servable:
             open_dims = {name: _open_dims(info) for name, info in signature.inputs.items()}
             outputs = self.batcher.run((self, key, names), run, arrays, open_dims)
         seconds = time.monotonic() - started
-        self.metrics.observe("runtime_latency", seconds, self.name, "Predict", "TF1")
+        model = self.name if named is None else named
+        self.metrics.observe("runtime_latency", seconds, model, "Predict", "TF1")
         return outputs
 
     def _run(
@@ -188,15 +191,18 @@ def _checked_filter(signature, output_filter: Iterable[str]) -> list[str]:
     return names or sorted(signature.outputs)
 
 
-def _read_warmup(path: pathlib.Path) -> Iterator[tuple[str, dict[str, np.ndarray], Iterable[str]]]:
-    """Yields what `predict` takes of each request of a warmup file."""
+def _read_warmup(
+    path: pathlib.Path,
+) -> Iterator[tuple[str, str, dict[str, np.ndarray], Iterable[str]]]:
+    """Yields the model that each request of a warmup file names, and what `predict` takes of it."""
     try:
         for record in tf.data.TFRecordDataset(os.fspath(path)).as_numpy_iterator():
             log = prediction_log_pb2.PredictionLog.FromString(record)
             request = log.predict_log.request
             inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
             if log.HasField("predict_log"):
-                yield request.model_spec.signature_name, inputs, request.output_filter
+                spec = request.model_spec
+                yield spec.name, spec.signature_name, inputs, request.output_filter
     except tf.errors.DataLossError as error:  # what a request raises does not come by here
         reason = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", error.message)
         raise RequestError("DATA_LOSS", f"{path}: not warmup requests: {reason}") from None

@@ -193,7 +193,7 @@ class Servables:
         """Loads the versions that are missing, then lets go of those no longer wanted.
 
         A version that fails fails alone, and is tried again once it is due. As long as nothing
-        that is wanted is available, what was served before stays.
+        that is wanted is available, what was served before stays, while its folder does.
         """
         folders, failures = config.folders(), self._failures[config.name]
         for version, folder in folders.items():
@@ -204,7 +204,10 @@ class Servables:
                 self._load(config.name, version, folder)
         served, statuses = self._available[config.name], self._statuses[config.name]
         wanted = {version: served[version] for version in folders if version in served}
-        if wanted:
+        there = config.versions_there()
+        if not wanted and there is not None:
+            wanted = {version: served[version] for version in served if version in there}
+        if wanted or there is not None:
             self._available[config.name] = wanted
             for version in served.keys() - wanted.keys():
                 statuses[version] = _version_status(version, VersionStatus.END)

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from align_tf import AlignConfig, export_litert, export_saved_model
 from align_tf.export import saved_model
-from align_tf.export.matching import _least_side, check_fit
+from align_tf.export.matching import check_fit
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 
@@ -58,10 +58,10 @@ def test_grey_images_are_no_colour_images(tiny_config):
 
 
 def test_the_least_side_is_the_one_that_the_tower_takes(tiny_config):
-    assert _least_side(AlignConfig.from_preset("align-base").vision_config) == 32
+    assert AlignConfig.from_preset("align-base").vision_config.least_side == 32
     square = dataclasses.replace(tiny_config.vision_config, depthwise_padding=[1])
     for vision, least in ((tiny_config.vision_config, 4), (square, 2)):
-        assert _least_side(vision) == least
+        assert vision.least_side == least
         model = AlignModel(dataclasses.replace(tiny_config, vision_config=vision))
         states = model.vision_model(keras.ops.ones((1, least, least, 3))).last_hidden_state
         assert states.shape == (1, 1, 1, 8)

@@ -361,6 +361,78 @@ def test_a_broken_image_is_named_by_its_row(signatures):
         signatures["embed_image"](image_bytes=tf.constant([picture(7), b"no image at all"]))
 
 
+def test_more_rows_than_go_through_the_towers_at_once(signatures):
+    images = [picture(seed) for seed in range(4)] * 33
+    texts = [f"{'a dog ' * (number % 40)}car {number}" for number in range(300)]
+    few = run(signatures["embed_image"], {"image_bytes": images[:4]})["image_embeds"]
+    many = run(signatures["embed_image"], {"image_bytes": images})["image_embeds"]
+    np.testing.assert_allclose(many, np.tile(few, [33, 1]), atol=1e-6)
+    many = run(signatures["embed_text"], {"texts": texts})["text_embeds"]
+    few = run(signatures["embed_text"], {"texts": texts[250:260]})["text_embeds"]
+    np.testing.assert_allclose(many[250:260], few, atol=1e-6)
+    labels = [["a dog", text] for text in texts[: len(images)]]
+    logits, probs = classify(signatures, images, labels)
+    few = classify(signatures, images[60:70], labels[60:70])
+    for answers in zip((logits, probs), few, strict=True):
+        np.testing.assert_allclose(answers[0][60:70], answers[1], atol=1e-5)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"image_bytes\[130\]: not a decod"):
+        classify(signatures, [*images[:130], b"no image", images[0]], labels)
+
+
+def test_no_rows_are_answered_by_none(signatures):
+    strings, ints = (tf.zeros([0], dtype) for dtype in (tf.string, tf.int32))
+    size = signatures["embed_pixels"].structured_input_signature[1]["pixel_values"].shape[1:]
+    tokens = tf.reshape(ints, [0, 0])
+    tokens = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
+    labels = tf.reshape(strings, [0, 3])
+    for name, inputs, shape in (
+        ("embed_image", {"image_bytes": strings}, (0, 32)),
+        ("embed_pixels", {"pixel_values": tf.zeros([0, *size])}, (0, 32)),
+        ("embed_text", {"texts": strings}, (0, 32)),
+        ("embed_tokens", tokens, (0, 32)),
+        ("serving_default", {"image_bytes": strings, "labels": labels}, (0, 3)),
+    ):
+        assert {value.shape for value in signatures[name](**inputs).values()} == {shape}
+
+
+CLS = VOCAB.index("[CLS]")
+IDS = {"input_ids": [[CLS, 6], [CLS, 7]], "attention_mask": [[1, 1]] * 2}
+IDS["token_type_ids"] = [[0, 1]] * 2
+PIXELS = np.zeros((3, 32, 32, 3), "float32")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_ids": [[CLS, 6], [CLS, -1]]}, "input_ids[1]: expected ids from 0 to "),
+        (
+            {"input_ids": [[len(VOCAB), 6]] * 2},
+            f"input_ids[0]: expected ids from 0 to {len(VOCAB) - 1}",
+        ),
+        ({"token_type_ids": [[0, 0], [0, 2]]}, "token_type_ids[1]: expected ids from 0 to 1"),
+        ({"attention_mask": [[1, 1]]}, "attention_mask: expected the shape of input_ids"),
+        ({key: [[CLS] * 65] for key in IDS}, "input_ids: expected 1 to 64 tokens"),
+        (dict.fromkeys(IDS, np.zeros([2, 0], int)), "input_ids: expected 1 to 64 tokens"),
+        (
+            {"pixel_values": np.stack([PIXELS[0], PIXELS[0] + np.inf])},
+            "pixel_values[1]: expected num",
+        ),
+        ({"pixel_values": PIXELS - np.nan}, "pixel_values[0]: expected numbers from -32 to 32"),
+        ({"pixel_values": PIXELS + 255}, "pixel_values[0]: expected numbers from -32 to 32"),
+        (
+            {"labels": [["a"]] * 2, "image_bytes": [picture(1)]},
+            "labels: expected a row for each of",
+        ),
+    ],
+)
+def test_values_that_make_no_sense_are_named(signatures, changed, message):
+    (name,) = {"input_ids", "pixel_values", "labels"} & {*changed} or {"input_ids"}
+    signature = {"input_ids": "embed_tokens", "pixel_values": "embed_pixels"}.get(name)
+    inputs = IDS | changed if signature == "embed_tokens" else changed
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
+        run(signatures[signature or "serving_default"], inputs)
+
+
 def test_the_server_names_the_row_of_a_bad_image(folder, tmp_path):
     grpc = pytest.importorskip("grpc")
     apis = pytest.importorskip("tensorflow_serving.apis.prediction_service_pb2_grpc")

@@ -147,12 +147,28 @@ def test_missing_inputs_are_told(missing, message, unchanged, pairs):
         unchanged({**pairs, missing: None})
 
 
-@pytest.mark.parametrize("size", [(16, 16), (33, 33), (17, 40), (3, 3)])
+@pytest.mark.parametrize("size", [(16, 16), (33, 33), (17, 40), (4, 4)])
 def test_any_image_size_without_rebuilding(size, unchanged, pairs):
     weights = [id(weight) for weight in unchanged.weights]
     images = np.random.default_rng(0).random((4, *size, 3), "float32")
     assert unchanged({**pairs, "pixel_values": images}).logits_per_image.shape == (4, 4)
     assert [id(weight) for weight in unchanged.weights] == weights
+
+
+@pytest.mark.parametrize("size", [(3, 16), (16, 3), (1, 1), (0, 16)])
+def test_images_of_which_no_pixel_would_be_left_are_refused(size, unchanged, pairs):
+    images = np.zeros((4, *size, 3), "float32")
+    message = rf"pixel_values of shape \(4, {size[0]}, {size[1]}, 3\): expected images of 4 x 4"
+    with pytest.raises(ValueError, match=message):
+        unchanged({**pairs, "pixel_values": images})
+    if keras.backend.backend() == "tensorflow":  # the sizes are seen when the graph runs
+        import tensorflow as tf
+
+        spec = tf.TensorSpec([None, None, None, 3])
+        embed = tf.function(unchanged.get_image_features, input_signature=[spec], autograph=False)
+        assert embed(pairs["pixel_values"]).shape == (4, 8)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="images of 4 x 4 pixels or more"):
+            embed(images)
 
 
 def test_inside_a_functional_model(unchanged, pairs):

@@ -131,13 +131,13 @@ def test_answers_as_recorded(server, number):
     assert_same_value(got, expected)
 
 
-def test_all_57_exchanges_are_there():
-    assert len(EXCHANGES) == 57
+def test_all_81_exchanges_are_there():
+    assert len(EXCHANGES) == 81
 
 
 def test_layout_is_that_of_the_recording(server):
     recorded = [e for e in EXCHANGES if '"predictions": [[' in e["response"]]
-    assert len(recorded) == 5
+    assert len(recorded) == 13
     for exchange in recorded:
         answer = ask(server, "POST", exchange["path"], exchange["body"].encode())[2]
         (ours, numbers), (theirs, expected) = map(
@@ -155,9 +155,9 @@ PARSE_ERRORS = {
     b"{": "Missing a name for object member. at offset: 1",
     b'{"a"': "Missing a colon after a name of object member. at offset: 4",
     b'{"a":}': "Invalid value. at offset: 5",
-    b'{"a":1': "Missing a comma or } after an object member. at offset: 6",
+    b'{"a":1': "Missing a comma or '}' after an object member. at offset: 6",
     b'{"a":1,}': "Missing a name for object member. at offset: 7",
-    b'{"a":[1 2]}': "Missing a comma or ] after an array element. at offset: 8",
+    b'{"a":[1 2]}': "Missing a comma or ']' after an array element. at offset: 8",
     b'{"a":[1,]}': "Invalid value. at offset: 8",
     b'{"a":"b': "Missing a closing quotation mark in string. at offset: 7",
     b'{"a":"\\x"}': "Invalid escape character in string. at offset: 6",
@@ -167,7 +167,7 @@ PARSE_ERRORS = {
     b'{"a":"\n"}': "Invalid encoding in string. at offset: 6",
     b'{"a":tru}': "Invalid value. at offset: 8",
     b'{"a":-}': "Invalid value. at offset: 6",
-    b'{"a":01}': "Missing a comma or } after an object member. at offset: 6",
+    b'{"a":01}': "Missing a comma or '}' after an object member. at offset: 6",
     b'{"a":1.}': "Miss fraction part in number. at offset: 7",
     b'{"a":1e+}': "Miss exponent in number. at offset: 8",
     b'{"a":1e999}': "Number too big to be stored in double. at offset: 5",
@@ -237,6 +237,29 @@ def test_both_readers_agree():
             assert rapidjson.read(text.encode()) == document
 
 
+X_ROWS = ["[1, 2.5]", "[1e400]", "[true]", "1", "[]", "[[1], [2]]", '"a"', '{"b64": "YQ=="}', "{}"]
+
+
+def test_lists_are_converted_at_once_as_item_by_item(monkeypatch):
+    pairs = [f"[{one}, {other}]" for one in X_ROWS for other in X_ROWS]
+    forms = ['{"inputs": %s}', '{"instances": %s}', '{"instances": [{"x": %s}, {"x": [1, 2.5]}]}']
+    dtypes = [{"x": dtype} for dtype in (tf.float32, tf.int32, tf.bool, tf.string)]
+    cases = [(json.loads(form % pair), d) for form in forms for pair in pairs for d in dtypes]
+
+    def outcome(document, dtypes):
+        try:
+            arrays, row_form = rest_json.predict_inputs(document, dtypes)
+        except RequestError as error:
+            return str(error)
+        return row_form, *((k, v.dtype, v.shape, v.tolist()) for k, v in arrays.items())
+
+    at_once = [outcome(*case) for case in cases]
+    monkeypatch.setattr(rest_json, "_leaves", lambda *_: None)
+    monkeypatch.setattr(rest_json, "_rows_at_once", lambda *_: None)
+    assert at_once == [outcome(*case) for case in cases]
+    assert sum(isinstance(found, tuple) for found in at_once) > 20
+
+
 def test_deep_nesting_is_refused(server):
     status, answer = predict(server, '{"instances": ' + "[" * 100_000)
     assert (status, "nested too deeply" in answer["error"]) == (400, True)
@@ -264,6 +287,16 @@ FLOAT_TOKENS = [
 def test_float_tokens():
     numbers, tokens = zip(*FLOAT_TOKENS, strict=True)
     assert rapidjson.decimals(np.array(numbers, np.float32)) == list(tokens)
+    rng = np.random.default_rng(0)
+    short = np.array([f"{number:.6g}" for number in rng.standard_normal(3000)], np.float32)
+    some = [short, short[:500] * np.float32(1e30), rng.standard_normal(3000).astype(np.float32)]
+    some.append(rng.integers(0, 2**32, 20_000, dtype=np.uint32).view(np.float32))  # any bits
+    for number, token in zip(found := np.concatenate(some), rapidjson.decimals(found), strict=True):
+        if np.isfinite(number):
+            six, nine = f"{number:.6g}", f"{number:.9g}"
+            with np.errstate(over="ignore"):
+                expected = six if np.float32(six) == number else nine
+            assert token in (expected, f"{expected}.0") and float(token) == float(expected)
     doubles = rapidjson.decimals(np.array([1 / 3, 0.1, 1e300]))
     assert doubles == ["0.33333333333333331", "0.1", "1e+300"]
 
@@ -274,7 +307,7 @@ ELEMENT = "Failed to process element: 0 of 'instances' list. Error: INVALID_ARGU
 # body: error
 REFUSED_BODIES = {
     "[1]": "JSON Value: [1] Is not object",
-    '{"instances": 1}': "JSON Value: {\n    \"instances\": 1\n} Excepting 'instances' to be an "
+    '{"instances": 1}': "JSON Value: {\n    \"instances\": 1\n} Expecting 'instances' to be an "
     "list/array",
     '{"signature_name": "two", "inputs": [1]}': "inputs is a plain value/list, but expecting an "
     "object as multiple input tensors required as per tensorinfo_map",
@@ -378,10 +411,6 @@ ROUTES = {
         400,
         "Unrecognized servable version label: zz",
     ),
-    ("GET", "/v1/models/probe/versions/99999999999999999999"): (
-        400,
-        "Failed to convert version: 99999999999999999999 to numeric.",
-    ),
 }
 
 
@@ -391,6 +420,25 @@ def test_routes(server, route):
     expected_status, error = ROUTES[route]
     assert (status, content_type) == (expected_status, "application/json")
     assert json.loads(body) == {"error": error.format(path=route[1])}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_version_beyond_int64_is_answered_without_a_body(server, method):
+    path = f"/v1/models/probe/versions/{2**63}" + (":predict" if method == "POST" else "")
+    assert ask(server, method, path, b"{}") == (400, "application/json", b"")
+
+
+@pytest.mark.parametrize("method", ["classify", "regress"])
+def test_signatures_are_none_over_examples(server, method):
+    def error(signature):
+        body = f'{{"signature_name": "{signature}", "examples": [{{"x": 1}}]}}'
+        status, answer = predict(server, body, f"/v1/models/probe:{method}")
+        assert status == 400
+        return answer["error"]
+
+    assert error("two") == "Expected one input Tensor."
+    kind = {"classify": "classification", "regress": "regression"}[method]
+    assert error("text").startswith(f"No {kind} inputs found in SignatureDef: ")
 
 
 def test_routes_outside_v1_are_not_found(server):
@@ -414,7 +462,7 @@ def test_gzip_body(server):
     for broken in (plain, gzip.compress(plain)[:-9]):
         status, answer = predict(server, broken, headers=headers)
         assert status == 400
-        assert answer["error"].startswith("Failed to decompress the gzip body")
+        assert answer["error"].startswith("JSON Parse error: The document is empty. Failed to dec")
 
 
 def test_a_body_over_the_limit_is_refused(small_server):
@@ -812,10 +860,14 @@ def test_a_new_version_is_taken_up_without_a_failed_request(tmp_path, monkeypatc
             assert time.monotonic() < deadline, states
         old = predict(server, body, "/v1/models/align/versions/1:predict")
         assert old == (404, {"error": "Servable not found for request: Specific(align, 1)"})
-        shutil.rmtree(folder / "2")  # nothing to take its place: it stays
         shutil.rmtree(folder / "1")
-        wait_for_two_polls()
-        assert predict(server, body, path) == (200, {"predictions": two})
+        (folder / "2").rename(folder / "two")  # nothing takes its place
+        while predict(server, body, path)[0] != 404:
+            assert time.monotonic() < deadline
+        (folder / "two").rename(folder / "2")
+        while (answer := predict(server, body, path))[0] == 404:
+            assert time.monotonic() < deadline
+        assert answer == (200, {"predictions": two})
 
 
 @pytest.mark.slow

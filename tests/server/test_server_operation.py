@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -26,8 +27,10 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from align_tf.cli.main import main
 from align_tf.server import Limits, ModelServer, grpc_services, servables
 from align_tf.server.batching import BatchingParameters
+from align_tf.server.limits import Memory
 from align_tf.server.model_server import _bind, serve
 from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
+from align_tf.server.status_codes import Overloaded, RequestError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
 PROBE = GOLDENS / "probe"
@@ -332,7 +335,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(hasty, trickled):
 
 
 def test_bodies_that_are_kept_are_limited_together():
-    with ModelServer(PROBE, limits=Limits(1000)) as server:
+    with ModelServer(PROBE, limits=Limits(1000, max_memory_bytes=8000)) as server:
         with contextlib.ExitStack() as stack:
             connections = [stack.enter_context(connected(server)) for _ in range(9)]
             for connection in connections:
@@ -344,6 +347,83 @@ def test_bodies_that_are_kept_are_limited_together():
         deadline = time.monotonic() + 60  # the others are gone, and their bodies with them
         while ask(server.rest_port, body=b" " * 990)[0] == 503:
             assert time.monotonic() < deadline
+
+
+BOMB = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        (
+            b'{"instances": [%s]}' % b",".join([b"[]"] * 20_000),
+            429,
+            r"takes about \d{7} bytes of me",
+        ),
+        (
+            b'{"instances": [[%s 1]]}' % (b"1," * 20_000),
+            429,
+            r"bytes of memory, of 1500000 for all",
+        ),
+        (gzip.compress(BOMB), 429, r"The request takes about \d{7} bytes of memory"),
+        (
+            b'{"instances": [%s]}' % b",".join([b"[1, 2, 3, 4]"] * 51),
+            400,
+            "x: 51 rows, expected max",
+        ),
+        (b'{"instances": [%s]}' % b",".join([b"[1, 2, 3, 4]"] * 50), 200, None),
+        (ROW + b" " * 400_000, 200, None),
+    ],
+)
+def test_memory_is_bounded_by_what_a_request_becomes(bounded, body, status, error):
+    connection = http.client.HTTPConnection("127.0.0.1", bounded.rest_port, timeout=60)
+    headers = {"content-encoding": "gzip"} if body.startswith(b"\x1f\x8b") else {}
+    with contextlib.closing(connection):
+        connection.request("POST", PREDICT, body, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    assert response.status == status
+    assert error is None or re.search(error, answer["error"])
+    assert bounded._gate.memory.taken == 0
+
+
+@pytest.fixture(scope="module")
+def bounded():
+    limits = Limits(10_000_000, max_rows=50, max_memory_bytes=1_500_000)
+    with ModelServer(PROBE, limits=limits) as running:
+        yield running
+
+
+def test_a_message_is_bounded_by_what_it_declares(bounded):
+    declared = grpc_request(np.float32([[1, 2, 3, 4]]))
+    values = declared.inputs["x"]
+    values.ClearField("tensor_content")
+    values.float_val.extend([1, 2, 3])
+    many = grpc_request(np.ones((51, 4), np.float32))
+    large = grpc_request(np.ones((30, 5000), np.float32))
+    with stub(bounded) as predictions:
+        for request, code, message in (
+            (declared, "INVALID_ARGUMENT", "tensor parsing error: x: 4 elements declared, 3 held"),
+            (many, "INVALID_ARGUMENT", "x: 51 rows, expected max_rows=50 at most"),
+            (large, "RESOURCE_EXHAUSTED", "of memory, of 1500000 for all"),
+        ):
+            with pytest.raises(grpc.RpcError) as error:
+                predictions.Predict(request, timeout=60)
+            assert error.value.code().name == code
+            assert message in error.value.details()
+
+
+def test_requests_share_their_memory():
+    memory = Memory(100)
+    with memory.request() as take, memory.request() as other:
+        take(60)
+        with pytest.raises(RequestError, match="about 101 bytes of memory, of 100 for all"):
+            take(41)
+        with pytest.raises(Overloaded, match="Too many large requests at once"):
+            other(41)
+        take(-30)
+        other(70)
+    assert memory.taken == 0
 
 
 def test_a_body_that_turns_out_too_large_is_not_kept(small):
@@ -444,11 +524,15 @@ def test_metrics_are_those_of_tensorflow_serving():
         for body in (ROW, ROW, b"{"):
             ask(server.rest_port, body=body)
         ask(server.rest_port, path="/v1/models/made-up:predict")
+        for path in ("/v1/models/align", "/v1/models/align/metadata"):
+            ask(server.rest_port, "GET", path)
         predictions.Predict(grpc_request(np.float32([[1, 2, 3, 4]])))
         page = ask(server.rest_port, "GET", DEFAULT_PATH)[1].decode()
     count = ":tensorflow:serving:request_count"
+    probes = 'model_name="align",API="",entrypoint="REST"'
+    assert f":tensorflow:serving:request_latency_count{{{probes}}} 2\n" in page
     assert f"# TYPE {count} counter" in page
-    assert f'{count}{{model_name="align",status="OK"}} 3\n' in page
+    assert f'{count}{{model_name="align",status="OK"}} 5\n' in page
     assert f'{count}{{model_name="align",status="INVALID_ARGUMENT"}} 1\n' in page
     assert f'{count}{{model_name="",status="NOT_FOUND"}} 1\n' in page
     latency = ":tensorflow:serving:request_latency"
@@ -628,15 +712,20 @@ def test_a_request_on_its_way_is_answered_when_the_server_stops():
 
 
 @pytest.mark.parametrize("given", [None, "0"])
-def test_weights_are_frozen_for_what_is_served_alone(monkeypatch, given):
+def test_weights_are_frozen_for_what_is_served_alone(tmp_path, monkeypatch, given):
     name = "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"
     monkeypatch.delenv(name, raising=False)
     if given is not None:
         monkeypatch.setenv(name, given)
     seen = []
-    monkeypatch.setattr(ModelServer, "wait", lambda *_: seen.append(os.environ[name]))
+    monkeypatch.setattr(ModelServer, "wait", lambda *_: seen.append(os.environ.get(name)))
+    folder = shutil.copytree(PROBE / "2", tmp_path / "2")
+    (folder / "assets.extra").mkdir()
+    for metadata in ('{"dtype": "bfloat16"}', '{"dtype": "float32"}', "[]", "{"):
+        (folder / "assets.extra" / "align_tf.json").write_text(metadata)
+        serve(ModelServer(tmp_path))
     serve(ModelServer(PROBE))
-    assert seen == [given or "1"]
+    assert seen == [given or "1", given, given, given, given]
     assert os.environ.get(name) == given
     weights = tf.Variable(tf.ones((64, 64)))
 
