@@ -1,5 +1,5 @@
 -- Refuses what must not share a batch: inputs of another rank or type than the signature's, or with
--- no labels or columns. The server ends at the first where batching is on, and fails a whole batch
+-- no rows, labels or columns. The server ends at the first where batching is on, and fails a whole batch
 -- at the second (README.md, Batching). Rows of different lengths in one request it sees itself.
 
 local MODEL = "align"
@@ -31,12 +31,12 @@ local function signature_of(name)
   return found
 end
 
--- Checks one input; dims may be those of a row. No rows are let through, no columns are not.
-local function check_input(name, expected, rank, dims, first)
+-- Checks one input; the rank and the dimensions may be those of a row.
+local function check_input(name, expected, rank, dims)
   if rank ~= expected then
     refuse(name .. ": rank " .. rank .. ", expected " .. expected)
   end
-  for number = first, #dims do
+  for number = 1, #dims do
     if dims[number] < 1 then refuse(name .. ": expected one or more in each dimension") end
   end
 end
@@ -143,7 +143,7 @@ local function check_inputs(text, at, inputs, rows, count)
   for name, expected in pairs(inputs) do
     if not places[name] then refuse(name .. ": missing") end
     local rank, dims = shape_at(text, places[name])
-    check_input(name, expected[2] - rows, rank, dims, 2 - rows)
+    check_input(name, expected[2] - rows, rank, dims)
   end
 end
 
@@ -245,7 +245,7 @@ function check_message(text)
     if tensor.dtype ~= expected[1] then
       refuse(name .. ": dtype " .. tensor.dtype .. ", expected " .. expected[1])
     end
-    check_input(name, expected[2], #tensor.dims, tensor.dims, 2)
+    check_input(name, expected[2], #tensor.dims, tensor.dims)
   end
 end
 
