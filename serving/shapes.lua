@@ -1,6 +1,6 @@
 -- Refuses what must not share a batch: inputs of another rank or type than the signature's, or with
--- no labels or columns. The server ends at the first where batching is on, and fails a whole batch
--- at the second (README.md, Batching). Rows of different lengths in one request it sees itself.
+-- no rows, labels or columns. The server ends at the first where batching is on, and fails a whole
+-- batch at the second (README.md, Batching). Rows of different lengths in one request it sees itself.
 
 local MODEL = "align"
 local DT_FLOAT, DT_INT32, DT_STRING = 1, 3, 7
@@ -31,12 +31,12 @@ local function signature_of(name)
   return found
 end
 
--- Checks one input; dims may be those of a row. No rows are let through, no columns are not.
-local function check_input(name, expected, rank, dims, first)
+-- Checks one input; the rank and the dimensions may be those of a row.
+local function check_input(name, expected, rank, dims)
   if rank ~= expected then
     refuse(name .. ": rank " .. rank .. ", expected " .. expected)
   end
-  for number = first, #dims do
+  for number = 1, #dims do
     if dims[number] < 1 then refuse(name .. ": expected one or more in each dimension") end
   end
 end
@@ -90,7 +90,8 @@ local function skip(text, at, count)
   end
 end
 
--- Returns where each member's value of the object at `at` begins, by name; the first of a name counts.
+-- Returns where each member's value of the object at `at` begins, by name, the first of a name, and
+-- how many there are.
 local function members(text, at, count)
   local found, number = {}, 0
   at = skip_space(text, at + 1)
@@ -143,7 +144,7 @@ local function check_inputs(text, at, inputs, rows, count)
   for name, expected in pairs(inputs) do
     if not places[name] then refuse(name .. ": missing") end
     local rank, dims = shape_at(text, places[name])
-    check_input(name, expected[2] - rows, rank, dims, 2 - rows)
+    check_input(name, expected[2] - rows, rank, dims)
   end
 end
 
@@ -182,7 +183,7 @@ local function varint(text, at, stop)
   refuse("message: not one of protobuf's")
 end
 
--- Calls `visit(number, value, place, end)` for each field of the message from `at` to before `stop`.
+-- Calls `visit(number, value, place, end)` for each field of the message from `at` to `stop`.
 local function fields(text, at, stop, visit)
   while at < stop do
     local tag, value
@@ -245,7 +246,7 @@ function check_message(text)
     if tensor.dtype ~= expected[1] then
       refuse(name .. ": dtype " .. tensor.dtype .. ", expected " .. expected[1])
     end
-    check_input(name, expected[2], #tensor.dims, tensor.dims, 2)
+    check_input(name, expected[2], #tensor.dims, tensor.dims)
   end
 end
 
@@ -266,7 +267,7 @@ function envoy_on_request(handle)
   local headers = handle:headers()
   local path = headers:get(":path")
   local grpc = path == PREDICT
-  -- Status and metadata pass, and what the routes refuse; the server takes predictions by POST alone.
+  -- Status and metadata pass, and what the routes refuse: predictions come by POST alone.
   if not grpc and (headers:get(":method") ~= "POST" or path:find("^/tensorflow")) then return end
   local compressed = headers:get("content-encoding") ~= nil  -- they are gone once the body is there
   local fine, problem = pcall(check, handle, grpc, compressed)

@@ -616,7 +616,7 @@ TOKENS += '"token_type_ids": [0, 0]}]}'
         (' {"inputs": {"texts": ["a"]}, "signature_name" : "embed_text"}', None),
         ('{"signature_name": "embed_text", "instances": ["a", {"b64": "YQ=="}]}', None),
         ('{"signature_name": "embed_text", "instances": [{"texts": "a"}]}', None),
-        (TEXTS + "[]}", None),
+        (TEXTS + "[]}", "texts: expected one or more in each dimension"),
         (
             TOKENS % '"input_ids": [2, 3], ',
             "JSON object: does not have named input: x",

@@ -70,7 +70,7 @@ def check_pixels(pixel_values: Any, channels: int, least_side: int) -> None:
     if shape[-1] not in (channels, None):
         first = ", channels first" if shape[1] == channels else ""
         raise ValueError(f"pixel_values of shape {shape}{first}: expected {expected}")
-    if any(side is not None and side < least_side for side in shape[1:3]):
+    if any(isinstance(side, int) and side < least_side for side in shape[1:3]):
         raise ValueError(
             f"pixel_values of shape {shape}: expected images of {least_side} x {least_side} pixels "
             "or more"

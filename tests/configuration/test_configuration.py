@@ -124,6 +124,7 @@ SEVEN = "7 values, one for each stage"
         (AlignTextConfig, {"pruned_heads": {0: [12]}}, "pruned_heads[0]=[12]: expected a layer"),
         (AlignTextConfig, {"pruned_heads": {0: range(12)}}, "pruned_heads[0]=[0, 1, 2, 3, 4, 5, "),
         (AlignVisionConfig, {"num_channels": 0}, "num_channels=0: expected a positive integer"),
+        (AlignVisionConfig, {"image_size": 31}, "image_size=31: expected 32 or more, of which a p"),
         (AlignVisionConfig, {"depth_divisor": 0}, "depth_divisor=0: expected a positive integer"),
         (AlignVisionConfig, {"hidden_dim": 0}, "hidden_dim=0: expected a positive integer"),
         (
