@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from align_tf.terminal import literal_lines, say
@@ -17,6 +18,10 @@ from align_tf.terminal import literal_lines, say
 # Nothing heavy is imported here: `align-tf --help` answers at once.
 
 EXIT_USER_ERROR = 2
+
+# What TensorFlow and Keras import wherever it is installed, for functions that no command calls: a
+# third of the time that their import takes. Who needs one of them imports it afterwards.
+OPTIONAL = {"jax", "matplotlib", "scipy", "sklearn"}
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +45,33 @@ def import_tensorflow() -> None:
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        with _late_interrupt():
+        with _late_interrupt(), _unseen(OPTIONAL if _on_tensorflow() else ()):
             import tensorflow  # noqa: F401
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+@contextlib.contextmanager
+def _unseen(packages: Iterable[str]) -> Iterator[None]:
+    """Has packages be none that are installed until the end of the block."""
+    unseen = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unseen))
+    try:
+        yield
+    finally:
+        for name in unseen:
+            del sys.modules[name]
+
+
+def _on_tensorflow() -> bool:
+    """Says whether Keras will run on TensorFlow, as it finds that out itself."""
+    named = os.environ.get("KERAS_BACKEND")
+    if named is None:
+        home = pathlib.Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            named = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
+    return named in (None, "tensorflow")
 
 
 @contextlib.contextmanager

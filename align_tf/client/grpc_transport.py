@@ -112,6 +112,10 @@ class _GrpcMessages:
         # The code of a server that cannot be reached, too; this is TensorFlow Serving's own word.
         if code == "UNAVAILABLE" and re.search(r"\bfull\b", details):
             return AlignServerError(details, HTTP_STATUS[code])
+        if code == "UNAVAILABLE" and "http1.x server" in details:
+            return ConnectionError(
+                f"{self.address}: speaks HTTP: expected the port of gRPC, or protocol='rest'"
+            )
         # Nobody cancels a call here, so that it is a server that stops who did.
         if code in ("UNAVAILABLE", "CANCELLED"):
             return ServerUnavailable(f"{self.address}: cannot reach the server: {details}")

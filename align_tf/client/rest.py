@@ -81,6 +81,10 @@ class Rest:
         except TimeoutError:
             raise TimeoutError(f"{self.address}: no answer in time") from None
         except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, http.client.BadStatusLine) and error.line.startswith("\0"):
+                raise ConnectionError(  # an HTTP/2 frame
+                    f"{self.address}: speaks gRPC: expected the port of REST, or protocol='grpc'"
+                ) from None
             # A name that is not found or a certificate that is not trusted stays so.
             final = isinstance(error, (socket.gaierror, ssl.SSLError))
             kind = ConnectionError if final else ServerUnavailable

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from align_tf.evaluation.identity import RowIds, image_contents, text_contents
+from align_tf.graph_errors import plain_errors
 from align_tf.models.align import AlignModel
 from align_tf.models.fit_watch import is_endless
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
@@ -78,7 +79,8 @@ class Embedder:
         check_ends(dataset)
         row_ids = {name: RowIds(name) for name in ("image_ids", "text_ids")}
         batches = track(_batches(dataset), "Embedding", show=progress)
-        parts = [self._pair_batch(batch, row_ids) for batch in batches]
+        with plain_errors():
+            parts = [self._pair_batch(batch, row_ids) for batch in batches]
         if not any(len(part["image_ids"]) for part in parts):
             raise ValueError("the data set holds no pair to embed")
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -25,6 +25,7 @@ from align_tf.evaluation import (
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
 from align_tf.files import read_lines
+from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import track
@@ -227,7 +228,7 @@ def captioned_images(streams: dict[str | None, tf.data.Dataset]) -> Iterator[Rec
             ]
             yield records[0]["key"].decode(errors="replace"), records[0]["image_bytes"], texts
     except tf.errors.OpError as error:
-        raise ValueError(f"the data cannot be read: {error.message}") from error
+        raise ValueError(f"the data cannot be read: {plain(error.message)}") from error
 
 
 def class_folders(source: str) -> dict[str, list[pathlib.Path]]:

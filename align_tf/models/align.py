@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
-    A `.keras` file of it loads with `keras.saving.load_model` once
-    `from align_tf import AlignModel` has told Keras of the class.
+    A `.keras` file of it loads with `keras.saving.load_model` once `import align_tf` has told Keras
+    of the class.
 
     Args:
         config: its configuration.

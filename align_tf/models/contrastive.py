@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from align_tf.graph_errors import plain_errors
 from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
 from align_tf.models.fit_watch import CONTRASTED, FitWatch, check_contrast, check_ends, watched
 from align_tf.models.loss import (
@@ -129,22 +130,23 @@ class ContrastiveTraining:
         if validation_data is not None:  # of (x, None, weight) Keras drops the weight
             validation_data = keras.utils.unpack_x_y_sample_weight(validation_data)
             validation_data, _ = self._with_weight(*validation_data)
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            epochs,
-            verbose,
-            watched(callbacks, FitWatch(), self),
-            validation_split=validation_split,
-            validation_data=validation_data,
-            shuffle=shuffle,
-            initial_epoch=initial_epoch,
-            steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
-            validation_batch_size=validation_batch_size,
-            validation_freq=validation_freq,
-        )
+        with plain_errors():
+            return super().fit(
+                x,
+                y,
+                batch_size,
+                epochs,
+                verbose,
+                watched(callbacks, FitWatch(), self),
+                validation_split=validation_split,
+                validation_data=validation_data,
+                shuffle=shuffle,
+                initial_epoch=initial_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+            )
 
     def evaluate(
         self,
@@ -159,7 +161,8 @@ class ContrastiveTraining:
         """As Keras's `evaluate`; see `fit`."""
         check_ends(x, steps, "steps")
         x, y = self._with_weight(x, y, sample_weight)
-        logs = super().evaluate(x, y, batch_size, verbose, steps=steps, **kw)
+        with plain_errors():
+            logs = super().evaluate(x, y, batch_size, verbose, steps=steps, **kw)
         check_contrast(self, "the data")
         return logs
 
@@ -173,16 +176,17 @@ class ContrastiveTraining:
     ) -> dict[str, Any]:
         """As Keras's `predict`; see `predict_step`."""
         check_ends(x, steps, "steps")
-        return super().predict(
-            self._with_weight(x, None, None)[0], batch_size, verbose, steps, callbacks
-        )
+        x, _ = self._with_weight(x, None, None)
+        with plain_errors():
+            return super().predict(x, batch_size, verbose, steps, callbacks)
 
     def _with_weight(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
         """Moves the sample weight of arrays into the batch."""
         _check_no_targets(y)
         x = dict(x) if isinstance(x, Mapping) else x
         if isinstance(x, dict) or hasattr(x, "shape"):
-            self._check_names(x)  # here, since on JAX a step that fails takes the weights with it
+            self._check_inputs(x)  # here, since on JAX a step that fails takes the weights with it
+            _check_rows(x)
         if isinstance(x, types.GeneratorType):  # of which Keras takes tuples alone
             x = ((batch,) if isinstance(batch, Mapping) else batch for batch in x)
         if not isinstance(x, dict):
@@ -372,6 +376,20 @@ def _check_no_targets(y: Any) -> None:
         raise ValueError(
             "targets beside the batch: expected none; AlignModel learns from pairs alone, and "
             "what makes positives are the batch's image_ids and text_ids"
+        )
+
+
+def _check_rows(batch: Mapping[str, Any]) -> None:
+    rows = {
+        name: value.shape[0]
+        for name, value in batch.items()
+        if name != "sample_weight" and getattr(value, "shape", ())  # that has a check of its own
+    }
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name} of {count}" for name, count in rows.items())
+        raise ValueError(
+            f"rows of pairs, {counts}: expected as many of each, an image and its text a row; "
+            "for all images by all texts call model(inputs)"
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
 LARGEST_PIXEL = 32.0  # more than any processor gives; the levels of an image reach 255
+LOOKED_AT = 64  # images: an array may be larger than memory, and all of it is of one kind
 
 
 class TakesNames:
@@ -73,9 +74,26 @@ def check_pixels(pixel_values: Any, channels: int) -> None:
         raise ValueError(f"pixel_values of {dtype}: expected {expected}")
     if _has_values(pixel_values) and 0 not in shape:
         # By NumPy: within a function that is being traced, an operation gives no number.
-        largest = float(np.max(np.asarray(pixel_values)))
+        largest = float(np.max(np.asarray(pixel_values[:LOOKED_AT])))
         if largest > LARGEST_PIXEL:
             raise ValueError(f"pixel_values that reach {largest:.6g}: expected {expected}")
+
+
+def check_ids(name: str, ids: Any, size: int) -> None:
+    """Checks the rows of an embedding that are asked for, as far as they can be seen.
+
+    A graph fails on others on a CPU; other devices, and JAX, take rows that are not those.
+
+    Raises:
+        ValueError: one is below 0, or size or more.
+    """
+    if ids is None or not _has_values(ids) or 0 in ids.shape:
+        return
+    values = np.asarray(ids)
+    least, largest = values.min(), values.max()
+    if least < 0 or largest >= size:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"{name} that hold {wrong}: expected 0 to {size - 1}")
 
 
 def _has_values(tensor: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from align_tf import files, hub
+from align_tf.graph_errors import plain_errors
 from align_tf.preprocessing import image_input
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.decoding import reading
@@ -250,9 +251,9 @@ class AlignImageProcessor:
                 max_image_pixels.
         """
         pixels, problem, size = self._read(image_bytes)
-        with tf.control_dependencies(
-            [tf.debugging.Assert(problem == FINE, [self._reason(problem, size)])]
-        ):
+        with plain_errors():  # of a call without a graph
+            fine = tf.debugging.Assert(problem == FINE, [self._reason(problem, size)])
+        with tf.control_dependencies([fine]):
             return tf.identity(pixels)
 
     @_graph
@@ -306,7 +307,9 @@ class AlignImageProcessor:
         row = tf.argmax(tf.cast(problem != FINE, tf.int32), output_type=tf.int32)
         reason = self._reason(problem[row], size[row])
         message = tf.strings.join(["image_bytes[", tf.strings.as_string(row), "]: ", reason])
-        with tf.control_dependencies([tf.debugging.Assert(fine, [message])]):
+        with plain_errors():
+            fine = tf.debugging.Assert(fine, [message])
+        with tf.control_dependencies([fine]):
             return tf.identity(pixels)
 
     @_graph

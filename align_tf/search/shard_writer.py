@@ -11,6 +11,7 @@ import tensorflow as tf
 from align_tf.data import left_out
 from align_tf.data.sources import Source
 from align_tf.evaluation.embedder import Embedder
+from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.search.collection import COLUMNS, SKIPPED_NAMED, Settings, Shard, write_shard
@@ -85,7 +86,9 @@ class ShardWriter:
         try:
             yield from batches.prefetch(BATCHES_AHEAD)
         except tf.errors.OpError as error:
-            raise ValueError(f"{self.opened.name}: cannot be read: {error.message}") from error
+            raise ValueError(
+                f"{self.opened.name}: cannot be read: {plain(error.message)}"
+            ) from error
         raise ValueError(f"{self.opened.name}: fewer records than were counted; it has changed")
 
     def _embed(self, batch: dict[str, Any], first: int) -> dict[str, Any]:

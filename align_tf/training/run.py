@@ -1,12 +1,10 @@
 """Training by a recipe: the model, its data, the steps, and going on where it was stopped."""
 
-import codecs
 import contextlib
 import ctypes
 import dataclasses
 import math
 import pathlib
-import re
 import signal
 import sys
 import threading
@@ -286,12 +284,7 @@ def _data_errors() -> Iterator[None]:
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        found = re.search(r"assertion failed: \[(.*?)\](?:\n| \[\[|$)", error.message, re.DOTALL)
-        if found is None:
-            raise
-        # TensorFlow escapes what it tells as C does.
-        told, _ = codecs.escape_decode(found[1].encode())
-        raise ValueError(told.decode(errors="replace")) from error
+        raise ValueError(error.message) from error
 
 
 @contextlib.contextmanager

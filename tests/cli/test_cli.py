@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import align_tf
+from align_tf.cli import common
 from align_tf.cli.main import main
 from align_tf.hub import BUNDLED
 
@@ -48,6 +49,30 @@ def test_help_loads_nothing_heavy():
     assert shown.returncode == 0, shown.stderr
     for command in ("quickstart", "classify", "train", "evaluate", "search", "export", "serve"):
         assert command in shown.stdout
+
+
+@pytest.mark.slow  # the import of another process
+def test_tensorflow_comes_without_what_no_command_needs():
+    script = (
+        "import sys\n"
+        "from align_tf.cli.common import OPTIONAL, import_tensorflow\n"
+        "import_tensorflow()\n"
+        "import keras\n"
+        "assert not OPTIONAL & set(sys.modules), OPTIONAL & set(sys.modules)\n"
+        "import scipy.sparse, sklearn.linear_model"  # which evaluate does
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_the_backend_of_keras_is_found_as_keras_finds_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    assert common._on_tensorflow()
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    assert not common._on_tensorflow()
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    assert common._on_tensorflow()
 
 
 def test_no_command_shows_help_and_fails(capsys):

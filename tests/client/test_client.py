@@ -231,6 +231,21 @@ def test_an_unreachable_address_is_named(protocol, keep_port):
         AlignClient(f"127.0.0.1:{port}", protocol=protocol, retries=1).status()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "port", "message"),
+    [
+        ("rest", "grpc_port", "speaks gRPC: expected the port of REST, or protocol='grpc'"),
+        ("grpc", "rest_port", "speaks HTTP: expected the port of gRPC, or protocol='rest'"),
+    ],
+)
+def test_the_port_of_the_other_protocol_is_told_at_once(server, protocol, port, message):
+    address = f"127.0.0.1:{getattr(server, port)}"
+    client = AlignClient(address, protocol=protocol)
+    with client, pytest.raises(ConnectionError, match=f"{address}: {message}") as error:
+        client.embed_texts(["a"])
+    assert type(error.value) is ConnectionError  # not to be tried again
+
+
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
 def test_a_silent_server_times_out(protocol):
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -94,3 +94,46 @@ def test_a_generator_of_batches(trained, pairs):
 def test_weights_of_classes_are_refused(trained, pairs):
     message = refused(trained.fit, pairs, class_weight={0: 2.0}, verbose=0)
     assert message == "class_weight: expected None; pairs have no class, but sample_weight"
+
+
+@pytest.mark.parametrize("call", ["fit", "evaluate", "predict"])
+def test_images_and_texts_of_other_numbers_are_no_pairs(call, trained, pairs):
+    given = {**pairs, "pixel_values": pairs["pixel_values"][:1]}
+    assert refused(getattr(trained, call), given, verbose=0) == (
+        "rows of pairs, pixel_values of 1, input_ids of 4, attention_mask of 4: expected as many "
+        "of each, an image and its text a row; for all images by all texts call model(inputs)"
+    )
+
+
+@pytest.mark.parametrize("call", ["fit", "predict", "__call__", "get_text_features"])
+@pytest.mark.parametrize(
+    ("name", "id_", "last"),
+    [
+        ("input_ids", 40, 39),
+        ("input_ids", -1, 39),
+        ("token_type_ids", 2, 1),
+        ("position_ids", 16, 15),
+    ],
+)
+def test_ids_of_no_row_are_refused(call, name, id_, last, trained, pairs):
+    ids = np.zeros((4, 6), "int32")
+    ids[2, 3] = id_
+    options = {"verbose": 0} if call in ("fit", "predict") else {}
+    message = refused(getattr(trained, call), {**pairs, name: ids}, **options)
+    assert message == f"{name} that hold {id_}: expected 0 to {last}"
+
+
+def test_an_error_of_the_data_is_a_line(trained, pairs):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("a data set of TensorFlow, which JAX's tests go without")
+    import tensorflow as tf
+
+    def broken(batch):
+        with tf.control_dependencies([tf.debugging.Assert(False, ["pairs: 07: no image"])]):
+            return {name: tf.identity(value) for name, value in batch.items()}
+
+    dataset = tf.data.Dataset.from_tensors(pairs).map(broken)
+    for call in (trained.fit, trained.evaluate, trained.predict):
+        with pytest.raises(tf.errors.InvalidArgumentError) as error:
+            call(dataset, verbose=0)
+        assert str(error.value) == "pairs: 07: no image"

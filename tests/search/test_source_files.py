@@ -28,10 +28,14 @@ def picture(path: pathlib.Path, seed: int) -> pathlib.Path:
     return path
 
 
-@pytest.fixture
-def folder(tmp_path) -> pathlib.Path:
-    """Six pictures, of 2020; a.png and b.png with captions."""
-    folder = tmp_path / "pictures"
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, checkpoint, one_model) -> pathlib.Path:
+    """A place with `pictures` and what was embedded of them, and both once more in `kept`.
+
+    Six pictures, of 2020; a.png and b.png with captions.
+    """
+    place = tmp_path_factory.mktemp("begun")
+    folder = place / "pictures"
     folder.mkdir()
     for seed, name in enumerate(NAMES):
         picture(folder / f"{name}.png", seed)
@@ -39,14 +43,26 @@ def folder(tmp_path) -> pathlib.Path:
         (folder / f"{name}.txt").write_text("a picture")
     for path in folder.iterdir():
         os.utime(path, (1577836800, 1577836800))
-    return folder
+    embed(folder, place / "embeds", model=str(checkpoint), **SIZES)
+    for name in ("pictures", "embeds"):
+        shutil.copytree(place / name, place / "kept" / name)
+    return place
+
+
+def fresh(begun: pathlib.Path, name: str) -> pathlib.Path:
+    """Puts back what a test may have changed: embedding it anew takes seconds."""
+    shutil.rmtree(begun / name, ignore_errors=True)
+    return pathlib.Path(shutil.copytree(begun / "kept" / name, begun / name))
 
 
 @pytest.fixture
-def embedded(folder, tmp_path, checkpoint) -> pathlib.Path:
-    output = tmp_path / "embeds"
-    embed(folder, output, model=str(checkpoint), **SIZES)
-    return output
+def folder(begun) -> pathlib.Path:
+    return fresh(begun, "pictures")
+
+
+@pytest.fixture
+def embedded(begun, folder) -> pathlib.Path:
+    return fresh(begun, "embeds")
 
 
 def replace(folder: pathlib.Path) -> str:
@@ -159,7 +175,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(folder, tmp_path, checkpoint):
 
 
 def test_a_table_counts_with_the_pictures_it_names(folder, tmp_path, checkpoint):
-    table, output = tmp_path / "table.csv", tmp_path / "out"
+    table, output = folder.parent / "table.csv", tmp_path / "out"
     table.write_text("path,caption\npictures/a.png,a\npictures/gone.png,b\npictures/a.png,c\n")
 
     def go_on():
