@@ -96,6 +96,19 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
+@contextlib.contextmanager
+def values_of(name: str) -> Iterator[None]:
+    """Has a value of the wrong kind, met in the block, be an error that names its file.
+
+    Raises:
+        ValueError: there is one.
+    """
+    try:
+        yield
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{name}: a value of the wrong kind: {error}") from error
+
+
 def read_lines(file: Any) -> list[str]:
     """Reads the lines of a text file that are not blank.
 

@@ -56,14 +56,15 @@ class ConfigFile:
             ValueError: a value is out of range, or the dict is of another model.
         """
         values = copy.deepcopy(values)
-        if cls.joint_key is not None and cls.joint_key in values:
-            values = values[cls.joint_key] or {}
-        found = values.pop("model_type", None) or cls.model_type
-        require(found == cls.model_type, "model_type", found, repr(cls.model_type))
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        fields = {key: value for key, value in values.items() if key in known}
-        extra = {k: v for k, v in values.items() if k not in known and k not in cls.derived_keys}
-        return cls(**fields, extra=extra)
+        with files.values_of(CONFIG_NAME):
+            if cls.joint_key is not None and cls.joint_key in values:
+                values = values[cls.joint_key] or {}
+            found = values.pop("model_type", None) or cls.model_type
+            require(found == cls.model_type, "model_type", found, repr(cls.model_type))
+            known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+            fields = {key: value for key, value in values.items() if key in known}
+            kept = values.keys() - known - set(cls.derived_keys)
+            return cls(**fields, extra={key: values[key] for key in values if key in kept})
 
     @classmethod
     @hub.names_options

@@ -205,7 +205,8 @@ class AlignImageProcessor:
         """Builds the processor from the keys of a preprocessor_config.json."""
         defaults = {**FILE_DEFAULTS, **OWN_DEFAULTS}
         given = {k: v for k, v in values.items() if k in defaults and v is not None}
-        processor = cls(**{**defaults, **given})
+        with files.values_of(PREPROCESSOR_NAME):
+            processor = cls(**{**defaults, **given})
         processor._extra = {k: v for k, v in values.items() if k not in defaults}
         return processor
 

@@ -347,6 +347,23 @@ def test_wrong_settings(settings, message):
         AlignImageProcessor(**settings)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        '{"size": [346]}',
+        '{"crop_size": {"height": 1e999, "width": 8}}',
+        '{"image_mean": {"a": 1}}',
+        '{"max_image_pixels": "x"}',
+        '{"do_resize": true, "resample": [3], "size": null}',
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path, values):
+    (tmp_path / "preprocessor_config.json").write_text(values)
+    with pytest.raises(ValueError) as error:
+        AlignImageProcessor.from_pretrained(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_the_first_files_read_without_a_graph_have_the_pixels_of_the_others():
     names = sorted(FILES)[::9][:7]
     processor = AlignImageProcessor(size=40, crop_size=32)
