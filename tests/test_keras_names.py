@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import keras
+import pytest
 
 from align_tf import keras_names
 
@@ -18,6 +19,7 @@ def test_all_registered_classes_are_announced():
         assert known[f"{keras_names.PACKAGE}>{name}"].__module__ == module
 
 
+@pytest.mark.slow  # the import of another process
 def test_keras_loads_a_compiled_model_by_name(model, tmp_path):
     from align_tf.training import make_optimizer
 

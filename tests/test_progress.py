@@ -7,6 +7,7 @@ import pytest
 
 from align_tf import progress
 from align_tf.progress import Bar, Rate, counted
+from align_tf.terminal import say
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_bar_is_for_a_terminal_and_goes(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     with Bar("Training", 10, "steps", 3) as bar:
         bar.advance(1, "loss 2.5")
-        progress.say("step 4/10")
+        say("step 4/10")
     assert "Training" in terminal.getvalue() and "loss 2.5" in terminal.getvalue()
     assert " 4/10" in terminal.getvalue() and "step 4/10\n" in terminal.getvalue()
     assert terminal.getvalue().endswith("\x1b[2K")  # the line is gone

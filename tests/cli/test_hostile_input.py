@@ -22,7 +22,7 @@ from align_tf.cli.main import main
 if keras.backend.backend() != "tensorflow":
     pytest.skip("embed runs on the TensorFlow backend", allow_module_level=True)
 
-TRIES = int(os.environ.get("ALIGN_TF_FUZZ", "40"))
+TRIES = int(os.environ.get("ALIGN_TF_FUZZ", "15"))
 SEED = int(os.environ.get("ALIGN_TF_FUZZ_SEED", "0"))
 LONGEST_ERROR = 2000  # characters: a line, not a dump of what was read
 

@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-COUNT = int(os.environ.get("ALIGN_TF_FUZZ", "75"))
+COUNT = int(os.environ.get("ALIGN_TF_FUZZ", "25"))
 # What says that a dtype is another one is TensorFlow's own, which knows no names.
 OF_A_DTYPE = r"Expects arg\[\d\] to be "
 INPUTS = sorted({name for inputs in hostile.GOOD.values() for name in inputs})
