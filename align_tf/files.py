@@ -38,6 +38,23 @@ def check_local(path: str | os.PathLike) -> None:
         )
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Checks that there is a place for a file or a folder, before the work that it is to hold.
+
+    Raises:
+        OSError: what is there already, or the nearest folder above, takes no files.
+    """
+    place = pathlib.Path(path).absolute()
+    place = place if place.is_dir() else place.parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 # --- text ----------------------------------------------------------------------------------
 
 

@@ -104,6 +104,8 @@ def _read_labels(given: list[str]) -> list[str]:
     for place, label in enumerate(labels, start=1):
         if not label.strip():
             raise ValueError(f"--labels: label {place} of {len(labels)} is blank, expected a text")
+        if label.encode("utf-8", "replace").decode() != label:
+            raise ValueError(f"--labels: {label!r} is not UTF-8")
         if not listed and pathlib.Path(label).suffix and pathlib.Path(label).is_file():
             raise ValueError(
                 f"--labels: {label!r} is a file; expected labels, or one file of them alone; "

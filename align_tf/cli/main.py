@@ -24,7 +24,7 @@ from align_tf.cli import (
 )
 from align_tf.cli.common import EXIT_USER_ERROR
 from align_tf.cli.parser import Parser, check_spelling
-from align_tf.files import check_local
+from align_tf.files import check_local, check_writable
 from align_tf.terminal import say
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
@@ -34,8 +34,11 @@ EXIT_INTERRUPTED = 130
 # The arguments that are paths on this machine, or several.
 PATHS = (
     *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
-    *("html", "montage", "log", "directory", "model_config_file", "config"),
+    *("html", "montage", "plot", "log", "directory", "model_config_file", "config"),
 )
+
+# Those that are written, and of these the ones that are a file each.
+WRITTEN, FILES = ("output", "html", "montage", "plot"), ("html", "montage", "plot")
 
 # command: (its file, with add_arguments and run; what it does)
 COMMANDS = {
@@ -64,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     _write_any_text()
     parser = _parser()
     check_spelling(parser, argv)
@@ -99,9 +103,25 @@ def _write_any_text() -> None:
 
 def _check_paths(arguments: Any) -> None:
     for name in PATHS:
-        given = getattr(arguments, name, None) or []
-        for path in [given] if isinstance(given, str) else given:
+        given = getattr(arguments, name, None)
+        for path in [given] if isinstance(given, str) else given or []:
+            if not path:
+                raise ValueError(f"{name}: an empty name; expected a path")
             check_local(path)
+            if name in WRITTEN:
+                check_writable(path)
+            if name in FILES and os.path.isdir(path):
+                raise IsADirectoryError(f"{path}: a folder; expected a file")
+
+
+def _open_standard_streams() -> None:
+    """Has the streams that a shell closed (`2>&-`) lead nowhere: files would take their numbers."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _parser() -> Parser:

@@ -299,6 +299,8 @@ def read_templates(name: str | None) -> list[str]:
 def _folder(source: str) -> pathlib.Path:
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(f"{source}: a file; expected a folder")
         raise FileNotFoundError(f"{source}: no such folder")
     return folder
 

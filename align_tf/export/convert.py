@@ -81,12 +81,12 @@ def convert(
         prepared = _read_processor(found["folder"], processor, image_mode, model, notes)
     if prepared is None and to == "savedmodel":
         raise ValueError(
-            f"{source}: no tokenizer with it; a SavedModel takes raw strings: name a processor"
+            f"{source}: no tokenizer with it; a SavedModel takes raw strings: name a --processor"
         )
     if prepared is None and to == "hf":
         notes.append(
             f"{source}: no tokenizer with it, so the folder gets the weights and "
-            "config.json alone; name a processor for the rest"
+            "config.json alone; name a --processor for the rest"
         )
     weights = effective_weights(model)
     if dtype is not None:
@@ -220,13 +220,13 @@ def _check_output(output: pathlib.Path, to: str, overwrite: bool) -> None:
         if output.suffix != ".keras":
             raise ValueError(f"{output}: expected the name of a file that ends in .keras")
         if output.is_dir() or (output.exists() and not overwrite):
-            raise FileExistsError(f"{output}: it is there already; overwrite replaces a file")
+            raise FileExistsError(f"{output}: it is there already; --overwrite replaces a file")
         return
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: a file; expected a folder, or a name that is free")
     if to == "hf" and output.is_dir() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"{output}: the folder is not empty; overwrite replaces the checkpoint in it"
+            f"{output}: the folder is not empty; --overwrite replaces the checkpoint in it"
         )
 
 

@@ -50,7 +50,7 @@ def require_cls(cls_token_id: int, input_ids: tf.Tensor, attention_mask: tf.Tens
     is. A row on its own was merged with no other.
     """
     rows, length = tf.unstack(tf.shape(input_ids))
-    attended = attention_mask[:, :1] * attention_mask[:, -1:] != 0
+    attended = (attention_mask[:, :1] != 0) & (attention_mask[:, -1:] != 0)
     alike = (input_ids[:, :1] == input_ids[:, -1:]) & (input_ids[:, :1] != cls_token_id)
     unclear = tf.reduce_any(alike & attended, axis=1) & (rows > 1) & (length > 1)
     reason = f": begins and ends with one token that is not [CLS]: expected {cls_token_id} first"

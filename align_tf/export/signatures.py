@@ -115,9 +115,12 @@ def _embed(model: AlignModel, processor: AlignProcessor) -> _Embed:
     def images(image_bytes):
         return embeds_in_chunks(image, [image_bytes], IMAGES_AT_ONCE)
 
+    # As a rule no text is so long that fewer than TEXTS_AT_ONCE go at once: one loop, not two.
+    short = max_length**2 * TEXTS_AT_ONCE <= SCORES_AT_ONCE
+
     def some_texts(_, texts):
         encoded = tokenizer.encode(texts, padding="longest", max_length=max_length)
-        return tokens(*(encoded[name] for name in TOKEN_INPUTS))
+        return (text_tower if short else tokens)(*(encoded[name] for name in TOKEN_INPUTS))
 
     @_traced_once
     def text(texts):

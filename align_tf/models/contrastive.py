@@ -3,7 +3,7 @@
 import contextlib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -297,7 +297,19 @@ class ContrastiveTraining:
             strategy = getattr(self, "_distribute_strategy", None)  # TensorFlow's alone
             with contextlib.nullcontext() if strategy is None else strategy.scope():
                 self.optimizer.build(self.trainable_variables)
-        return super().make_train_function(force)
+        made = super().make_train_function(force)
+        self.train_function = _keeping_weights(self, self.train_function)
+        return made
+
+    def make_test_function(self, force: bool = False) -> Any:
+        made = super().make_test_function(force)
+        self.test_function = _keeping_weights(self, self.test_function)
+        return made
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        made = super().make_predict_function(force)
+        self.predict_function = _keeping_weights(self, self.predict_function)
+        return made
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         """Does nothing: the model is built as it is made.
@@ -405,6 +417,34 @@ def product(*weights: Any) -> Any:
     """Multiplies those of the sample weights that are given, (n,) or (n, 1); None for none."""
     given = [ops.reshape(ops.cast(w, "float32"), (-1,)) for w in weights if w is not None]
     return math.prod(given[1:], start=given[0]) if given else None
+
+
+def _keeping_weights(model: keras.Model, function: Callable) -> Callable:
+    """Has a model of the JAX backend keep its weights where an epoch ends in an error.
+
+    Meanwhile they are in the state that goes from step to step alone.
+    """
+    if keras.backend.backend() != "jax" or hasattr(function, "keeps_weights"):
+        return function
+
+    def kept(state: tuple, iterator: Any) -> Any:
+        try:
+            return function(state, iterator)
+        except StopIteration:  # the end of an epoch, after which Keras puts them back
+            raise
+        except BaseException:
+            variables = [model.trainable_variables, model.non_trainable_variables]
+            variables += [model.optimizer.variables] if len(state) == 4 else []
+            variables += [model.metrics_variables] if len(state) > 2 else []
+            for owners, values in zip(variables, state, strict=True):
+                for variable, value in zip(owners, values, strict=True):
+                    if not value.is_deleted():  # by a step that had begun
+                        variable._value = value
+            model._jax_state_synced = True
+            raise
+
+    kept.keeps_weights = True
+    return kept
 
 
 def _over_workers(logs: Any) -> Any:

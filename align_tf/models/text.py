@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -145,6 +145,16 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             raise ValueError(
                 f"a text of {shape[1]} tokens: expected at most max_position_embeddings={limit}"
             )
+        if isinstance(shape[1], int) and shape[1] < 1:
+            raise ValueError("a text of 0 tokens: expected 1 or more")
+        for name in TEXT_INPUTS[1:-1]:
+            other = tuple(getattr(inputs.get(name), "shape", ()) or ())
+            broadcast = name == "position_ids" and other[:1] == (1,)
+            if other and not _alike(other, (1, shape[1]) if broadcast else shape[:2]):
+                first = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+                raise ValueError(
+                    f"{name} of shape {other}: expected that of {first}, {tuple(shape[:2])}"
+                )
         sizes = (self.config.vocab_size, self.config.type_vocab_size, limit)
         for name, size in zip(ID_INPUTS, sizes, strict=True):
             check_ids(name, inputs.get(name), size)
@@ -209,3 +219,10 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         old = getattr(parent, attribute)
         new = dense(self.config, kernel.shape[1], name=old.name, dtype=old.dtype_policy)
         replace_layer(parent, attribute, new, [kernel, bias])
+
+
+def _alike(shape: Sequence[int | None], other: Sequence[int | None]) -> bool:
+    """Says whether two shapes are the same as far as they are known."""
+    sides = zip(shape, other, strict=False)
+    known = ((a, b) for a, b in sides if isinstance(a, int) and isinstance(b, int))
+    return len(shape) == len(other) and all(a == b for a, b in known)

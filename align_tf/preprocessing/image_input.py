@@ -87,10 +87,9 @@ def _to_array(image: Any, name: str, upright: bool) -> np.ndarray:
         return _array_of_pil(image, name, upright)
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        shares = array.dtype.kind == "f" and np.max(array, initial=0) <= 1
         raise ValueError(
-            f"{name}: an array of {array.dtype}: expected levels of 0 to 255 as uint8, such as "
-            f"{'(image * 255)' if shares else 'image'}.astype('uint8')"
+            f"{name}: an array of {array.dtype}: expected levels of 0 to 255 as uint8"
+            + _conversion(array)
         )
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or not array.size:
@@ -101,12 +100,30 @@ def _to_array(image: Any, name: str, upright: bool) -> np.ndarray:
     return np.broadcast_to(array[..., :3], (*array.shape[:2], 3))  # without transparency
 
 
+def _conversion(array: np.ndarray, image: str = "image") -> str:
+    """Says what makes 8 bits of levels, where their range tells what they are."""
+    if array.dtype.kind not in "biuf" or not array.size:
+        return ""
+    least, largest = float(np.min(array)), float(np.max(array))
+    if array.dtype.kind in "bf" and least >= 0 and largest <= 1:
+        way = f"({image} * 255)"
+    elif least >= 0 and largest <= 255:
+        way = image
+    elif array.dtype.kind in "iu" and least >= 0 and largest < 2**16:
+        way = f"({image} // 257)"
+    else:
+        return ""
+    return f", such as {way}.astype('uint8')"
+
+
 def _array_of_pil(image: PIL.Image.Image, name: str, upright: bool) -> np.ndarray:
     if image.mode in WIDE_MODES:  # Pillow would cut their levels off at 255
         raise ValueError(
-            f"{name}: a PIL image of mode {image.mode}: expected one of 8 bits, such as "
-            'Image.fromarray((np.asarray(image) / 257).astype("uint8")) makes of 16'
+            f"{name}: a PIL image of mode {image.mode}: expected levels of 0 to 255, in 8 bits"
+            + _conversion(np.asarray(image), "np.asarray(image)")
         )
+    if not all(image.size):
+        raise ValueError(f"{name}: a PIL image of {image.width} x {image.height} pixels")
     image = PIL.ImageOps.exif_transpose(image) if upright else image
     try:
         return np.asarray(image.convert("RGB"))

@@ -259,7 +259,13 @@ class AlignTokenizer:
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns the token of each id."""
-        return [self._tokens[i] for i in np.asarray(ids).tolist()]
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError("ids: expected whole numbers (n,), those of one text")
+        wrong = [int(i) for i in ids if i not in self._tokens]
+        if wrong:
+            raise ValueError(f"ids: {wrong[0]} is not in the vocabulary of {len(self)}")
+        return [self._tokens[i] for i in ids.tolist()]
 
     def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
         """Returns the id of each token, [UNK]'s for one that is not in the vocabulary."""
@@ -310,6 +316,10 @@ class AlignTokenizer:
         if isinstance(texts, str):
             ids = self(texts, padding=padding, max_length=max_length, return_tensors="np")
             return ids.input_ids[0].tolist()
+        if not tf.is_tensor(texts):
+            if np.ndim(texts) != 1:
+                raise ValueError("texts: expected strings (n,), or one as a str")
+            texts = tf.constant([_utf8(text) for text in texts], tf.string)
         if padding == "longest":
             return self._encode(texts, max_length, 0)
         output = self._encode(texts, max_length, max_length)

@@ -134,8 +134,8 @@ def embed(
         left.unlink(missing_ok=True)
     if listing is not None:
         source_files.check_unchanged(settings, listing, list_files(source, image_key))
-    if opened.paths:
-        own_pictures.sign(output, opened.paths)
+    if paths := [path for path in opened.paths or () if path]:  # None where it is not UTF-8
+        own_pictures.sign(output, paths)
     return _summary(output, settings, shards, opened)
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -208,18 +208,28 @@ def _require_model_spec(request: Any) -> None:
 
 
 def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
-    declared = math.prod(dim.size for dim in tensor.tensor_shape.dim)
+    sizes = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.tensor_shape.unknown_rank or any(size < 0 for size in sizes):
+        raise invalid_argument(f"tensor parsing error: {name}: not a whole shape")
     if not tensor.tensor_content:  # which has to be as long as the shape says
-        lists = (value for field, value in tensor.ListFields() if field.name.endswith("_val"))
-        held = sum(map(len, lists))
-        if declared > held:  # it would be filled up with the last one
+        # Of all fields but those of its dtype a tensor is read without them.
+        fields = {name: len(value) for name, value in _values(tensor)}
+        held = max(fields.values(), default=0) if len(fields) == 1 else 0
+        if math.prod(sizes) > held:  # it would be filled up with the last one
             raise invalid_argument(
-                f"tensor parsing error: {name}: {declared} elements declared, {held} held"
+                f"tensor parsing error: {name}: {math.prod(sizes)} elements declared, {held} held"
             )
     try:
         return tf.make_ndarray(tensor)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, KeyError):  # of a dtype without values
         raise invalid_argument(f"tensor parsing error: {name}") from None
+
+
+def _values(tensor: tensor_pb2.TensorProto) -> Iterator[tuple[str, Any]]:
+    """Yields the fields that hold values, in one of which are all of a tensor."""
+    return (
+        (field.name, value) for field, value in tensor.ListFields() if field.name.endswith("_val")
+    )
 
 
 def _to_proto(array: np.ndarray) -> tensor_pb2.TensorProto:

@@ -86,6 +86,8 @@ class ModelServer:
         if model_config_file is not None:
             configs = read_model_config_file(model_config_file)
         elif not os.path.isdir(model_dir):
+            if os.path.exists(model_dir):
+                raise NotADirectoryError(f"{os.fspath(model_dir)}: a file; expected a folder")
             raise FileNotFoundError(f"{os.fspath(model_dir)}: no such folder")
         else:
             configs = [ModelConfig(model_name, pathlib.Path(model_dir).absolute())]

@@ -22,6 +22,8 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 # --- reading -------------------------------------------------------------------------------
 
 EMPTY = "JSON Parse error: The document is empty"
+# Of a larger body a mistake is told in Python's words: rapidjson's take seconds a megabyte.
+EXACT_UP_TO = 1 << 20
 BYTES_A_VALUE = 80  # that a value in a list or an object takes at most, beside its characters
 
 # What Python's reader takes and rapidjson may refuse: unpaired surrogates, numbers out of range.
@@ -73,9 +75,14 @@ def _may_hold_huge(body: bytes) -> bool:
 def _read_fast(body: bytes) -> Any:
     if not _SURROGATE.search(body) and not _may_hold_huge(body):
         text = body.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
+        text = text.lstrip(" \t\n\r")
         try:
-            return _DECODER.raw_decode(text.lstrip(" \t\n\r"))[0]
-        except ValueError:
+            return _DECODER.raw_decode(text)[0]
+        except json.JSONDecodeError as error:
+            if len(body) > EXACT_UP_TO:
+                at = len(body) - len(text[error.pos :].encode("utf-8", "surrogateescape"))
+                raise invalid_argument(f"JSON Parse error: {error.msg}. at offset: {at}") from None
+        except ValueError:  # of a number of thousands of digits
             pass
     return _ExactReader(body).document()
 

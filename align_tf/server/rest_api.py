@@ -256,7 +256,7 @@ def _gunzip(body: bytes, limit: int, take: Callable[[int], None]) -> bytes:
 def _model_spec(match: re.Match) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"]))
     if match["version"]:
-        if int(match["version"]) >= 2**63:
+        if len(match["version"].lstrip("0")) > 19 or int(match["version"]) >= 2**63:
             raise _NoVersion("INVALID_ARGUMENT", f"version {match['version']}")
         spec.version.value = int(match["version"])
     if match["label"]:

@@ -75,6 +75,33 @@ def test_the_backend_of_keras_is_found_as_keras_finds_it(monkeypatch, tmp_path):
     assert common._on_tensorflow()
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(closed):
+    program = f"'{sys.executable}' -m align_tf classify - --labels a {closed}; echo $?"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, input="")
+    assert done.stdout == "2\n" and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["search", "index", "a", option] for option in ("--html", "--montage")),
+        *(["evaluate", "--data", "x", option] for option in ("--output", "--plot")),
+        ["embed", "x", "--output"],
+        ["plot", "curves", "x", "--output"],
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(capsys, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, *arguments, tmp_path / "file" / "new.png")
+    said = f"align-tf: error: {tmp_path}/file/new.png: cannot be written: Not a directory\n"
+    assert (code, err) == (2, said)
+    assert run(capsys, *arguments, "")[2].endswith(": an empty name; expected a path\n")
+    if arguments[-1] in ("--html", "--montage", "--plot"):
+        folder = f"align-tf: error: {tmp_path}: a folder; expected a file\n"
+        assert run(capsys, *arguments, tmp_path)[2] == folder
+
+
 def test_no_command_shows_help_and_fails(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")

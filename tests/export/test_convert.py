@@ -309,7 +309,7 @@ def test_an_output_is_replaced_only_on_demand(file, folder, tmp_path):
     convert(file, "hf", output)
     (output / "README.md").write_text("mine")
     (output / "model.safetensors").write_bytes(b"old")
-    with pytest.raises(FileExistsError, match="hf: the folder is not empty; overwrite replaces"):
+    with pytest.raises(FileExistsError, match="hf: the folder is not empty; --overwrite replaces"):
         convert(file, "hf", output)
     assert (output / "model.safetensors").read_bytes() == b"old"
     convert(file, "hf", output, overwrite=True)

@@ -116,6 +116,20 @@ def expected(restart, pairs, kept) -> tuple[dict, list]:
 # --- losses --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("call", ["fit", "evaluate", "predict"])
+def test_a_model_outlives_data_that_break_off(call, model, pairs):
+    """On JAX a model's weights are on their way from step to step meanwhile."""
+
+    def batches():
+        yield (pairs,)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        getattr(model, call)(batches(), verbose=0)
+    assert np.isfinite(model.predict(pairs, verbose=0)["text_embeds"]).all()
+    model.fit(pairs, verbose=0)
+
+
 def test_logs_of_fit_and_evaluate(model, pairs):
     start = float(model(pairs, return_loss=True).loss)
     history, _ = train(model, pairs, epochs=2)

@@ -160,7 +160,7 @@ def test_too_many_pixels(processor, tmp_path):
         *(
             (
                 {"images": PIL.Image.new(mode, (3, 3))},
-                f"a PIL image of mode {mode}: expected one of 8",
+                f"a PIL image of mode {mode}: expected levels of 0 to 255, in 8 bits",
             )
             for mode in ("I", "F", "I;16")
         ),
@@ -191,3 +191,46 @@ def test_files(processor, array, tmp_path):
 def test_decode(processor):
     assert processor.decode([2, 5, 6, 3], skip_special_tokens=True) == "a cat"
     assert processor.batch_decode([[5], [6]]) == ["a", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("image", "way"),
+    [
+        (np.full((3, 3), 1.0), "(image * 255).astype('uint8')"),
+        (np.full((3, 3), True), "(image * 255).astype('uint8')"),
+        (np.full((3, 3), 200.0), "image.astype('uint8')"),
+        (np.full((3, 3), 200, "int64"), "image.astype('uint8')"),
+        (np.full((3, 3), 60000, "uint16"), "(image // 257).astype('uint8')"),
+        (np.full((3, 3), -1.0), None),
+        (np.array(["a.png", "b.png"]), None),
+        (np.array([None]), None),
+        (PIL.Image.fromarray(np.full((3, 3), 200, "float32")), "np.asarray(image).astype('uint8')"),
+    ],
+)
+def test_what_makes_8_bits_of_an_image_is_said_where_it_is_right(processor, image, way):
+    with pytest.raises(ValueError, match="expected levels of 0 to 255") as error:
+        processor(images=[image])
+    assert str(error.value).partition(", such as ")[2] == (way or "")
+    if way:
+        levels = eval(way, {"np": np, "image": image})
+        assert levels.max() in (255, 200, 233)
+
+
+@pytest.mark.parametrize("texts", [None, 5, [5], [["a"]], b"x"])
+def test_what_is_no_text_is_told_in_a_line(processor, texts):
+    with pytest.raises(ValueError, match="^texts?: expected strings"):
+        processor.tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("x", "whole numbers"),
+        ([1.5], "whole numbers"),
+        ([[1]], "whole numbers"),
+        ([10**6], "1000000"),
+    ],
+)
+def test_what_are_no_ids_is_told_in_a_line(processor, ids, message):
+    with pytest.raises(ValueError, match=f"^ids: .*{message}"):
+        processor.tokenizer.decode(ids)

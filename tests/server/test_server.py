@@ -260,6 +260,16 @@ def test_lists_are_converted_at_once_as_item_by_item(monkeypatch):
     assert sum(isinstance(found, tuple) for found in at_once) > 20
 
 
+def test_a_mistake_in_a_large_body_is_told_without_reading_it_anew(monkeypatch):
+    monkeypatch.setattr(rapidjson, "_ExactReader", None)  # not to be come to
+    body = '{"ö": [' + "1," * rapidjson.EXACT_UP_TO + "]}"
+    with pytest.raises(RequestError) as error:
+        rapidjson.read(body.encode())
+    at = len(body.encode()) - 2
+    told = f"INVALID_ARGUMENT: JSON Parse error: Expecting value. at offset: {at}"
+    assert str(error.value) == told
+
+
 def test_deep_nesting_is_refused(server):
     status, answer = predict(server, '{"instances": ' + "[" * 100_000)
     assert (status, "nested too deeply" in answer["error"]) == (400, True)
@@ -424,8 +434,9 @@ def test_routes(server, route):
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_a_version_beyond_int64_is_answered_without_a_body(server, method):
-    path = f"/v1/models/probe/versions/{2**63}" + (":predict" if method == "POST" else "")
-    assert ask(server, method, path, b"{}") == (400, "application/json", b"")
+    for version in (str(2**63), "9" * 5000):
+        path = f"/v1/models/probe/versions/{version}" + (":predict" if method == "POST" else "")
+        assert ask(server, method, path, b"{}") == (400, "application/json", b"")
 
 
 @pytest.mark.parametrize("method", ["classify", "regress"])

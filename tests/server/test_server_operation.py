@@ -399,11 +399,22 @@ def test_a_message_is_bounded_by_what_it_declares(bounded):
     values = declared.inputs["x"]
     values.ClearField("tensor_content")
     values.float_val.extend([1, 2, 3])
+    filler = grpc_request(np.float32([[1, 2, 3, 4]]))  # of another dtype, to be counted for values
+    filler.inputs["x"].CopyFrom(values)
+    filler.inputs["x"].bool_val.extend([True] * 4)
+    shapeless, negative, resource = (grpc_request(np.ones((2, 4), np.float32)) for _ in range(3))
+    shapeless.inputs["x"].tensor_shape.unknown_rank = True
+    negative.inputs["x"].tensor_shape.dim[0].size = -1
+    resource.inputs["x"].dtype = 20
     many = grpc_request(np.ones((51, 4), np.float32))
     large = grpc_request(np.ones((30, 5000), np.float32))
     with stub(bounded) as predictions:
         for request, code, message in (
             (declared, "INVALID_ARGUMENT", "tensor parsing error: x: 4 elements declared, 3 held"),
+            (filler, "INVALID_ARGUMENT", "tensor parsing error: x: 4 elements declared, 0 held"),
+            (shapeless, "INVALID_ARGUMENT", "tensor parsing error: x: not a whole shape"),
+            (negative, "INVALID_ARGUMENT", "tensor parsing error: x: not a whole shape"),
+            (resource, "INVALID_ARGUMENT", "tensor parsing error: x"),
             (many, "INVALID_ARGUMENT", "x: 51 rows, expected max_rows=50 at most"),
             (large, "RESOURCE_EXHAUSTED", "of memory, of 1500000 for all"),
         ):
