@@ -123,6 +123,30 @@ def test_ids_of_no_row_are_refused(call, name, id_, last, trained, pairs):
     assert message == f"{name} that hold {id_}: expected 0 to {last}"
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("attention_mask", (4, 5)),
+        ("attention_mask", (1, 6)),
+        ("token_type_ids", (4, 6, 1)),
+        ("position_ids", (2, 6)),
+    ],
+)
+def test_inputs_of_another_shape_than_the_texts_are_refused(name, shape, trained, pairs):
+    given = {**pairs, name: np.ones(shape, "int32")}
+    for call in (trained, trained.get_text_features):
+        told = refused(call, given)
+        assert told == f"{name} of shape {shape}: expected that of input_ids, (4, 6)"
+
+
+def test_position_ids_of_one_row_are_those_of_all(trained, pairs):
+    given = {**pairs, "position_ids": np.arange(6, dtype="int32")[None]}
+    found, expected = (trained.get_text_features(x) for x in (given, pairs))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="a text of 0 tokens: expected 1 or more"):
+        trained.get_text_features(np.zeros((1, 0), "int32"))
+
+
 def test_an_error_of_the_data_is_a_line(trained, pairs):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("a data set of TensorFlow, which JAX's tests go without")

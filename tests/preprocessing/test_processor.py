@@ -218,7 +218,7 @@ def test_what_makes_8_bits_of_an_image_is_said_where_it_is_right(processor, imag
 
 @pytest.mark.parametrize("texts", [None, 5, [5], [["a"]], b"x"])
 def test_what_is_no_text_is_told_in_a_line(processor, texts):
-    with pytest.raises(ValueError, match="^texts?: expected strings"):
+    with pytest.raises(ValueError, match=r"^texts?: expected strings"):
         processor.tokenizer.encode(texts)
 
 

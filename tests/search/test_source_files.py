@@ -12,7 +12,7 @@ from PIL import Image
 
 from align_tf import AlignImageProcessor, AlignProcessor
 from align_tf.cli.main import main
-from align_tf.search import build_index, embed, embedding, ray_engine
+from align_tf.search import build_index, embed, embedding, own_pictures, ray_engine
 from align_tf.search.collection import Collection
 
 pa = pytest.importorskip("pyarrow")
@@ -191,6 +191,15 @@ def test_a_table_counts_with_the_pictures_it_names(folder, tmp_path, checkpoint)
     table.write_text("path,caption\npictures/a.png,x\npictures/gone.png,b\npictures/a.png,c\n")
     with pytest.raises(ValueError, match=r"begun: .*table\.csv replaced; expected"):
         go_on()
+
+
+def test_a_name_that_is_not_utf_8_leaves_the_others_their_pictures(tmp_path, checkpoint):
+    folder, output = tmp_path / "pictures", tmp_path / "out"
+    folder.mkdir()
+    picture(folder / "a.png", 1).rename(os.fsdecode(os.path.join(os.fsencode(folder), b"\xff.png")))
+    picture(folder / "b.png", 2)
+    assert embed(folder, output, model=str(checkpoint), **SIZES)["images"] == 2
+    assert own_pictures.own_folder(own_pictures.signed(output)) == str(folder)
 
 
 def test_paths_that_are_relative_to_another_folder(tmp_path, checkpoint):
