@@ -7,6 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # nodes in their errors than those that were recorded.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+import collections
 import contextlib
 import gc
 import pathlib
@@ -23,6 +24,28 @@ from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcesso
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "model"
 SERVING = pathlib.Path(__file__).parents[1] / "serving"
+
+
+# Few tests that take long: pytest-xdist, which deals files out by their numbers of tests, would
+# come to these at the end, one worker having work left and the other none.
+LONGEST_FIRST = (
+    *("training/test_run.py", "test_readme.py", "server/test_fuzz.py", "cli/test_cli.py"),
+    *("test_serving_configs.py", "search/test_collection.py", "data/test_left_out.py"),
+    *("training/test_callbacks.py", "evaluation/test_identity.py", "models/test_accumulation.py"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files: those that take longest, then the others by their numbers of tests."""
+    tests = pathlib.Path(__file__).parent
+    counts = collections.Counter(item.path for item in items)
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -counts[item.path], item.path))
 
 
 @pytest.fixture(autouse=True, scope="module")
