@@ -132,11 +132,11 @@ from align_tf.search import embed
 
 write, written = pyarrow.parquet.write_table, []
 
-def write_or_die(table, path):
+def write_or_die(table, path, **options):
     if len(written) == 2:
         pathlib.Path(path).write_bytes(b"half a shard")
         os.kill(os.getpid(), signal.SIGKILL)
-    write(table, path)
+    write(table, path, **options)
     written.append(path)
 
 pyarrow.parquet.write_table = write_or_die
