@@ -82,8 +82,10 @@ def read(folder: pathlib.Path) -> tuple[list[str], dict[str, Any], dict[str, Any
             f"{folder}: the added tokens are not in the form of an id and "
             '{"content": ..., "normalized": ..., "special": ...}'
         ) from error
+    kinds = {**SETTINGS, "added_tokens_decoder": dict}
     for name, value in settings.items():
-        if not isinstance(value, {**SETTINGS, "added_tokens_decoder": dict}.get(name, str)):
+        # A tokenizer.json states strip_accents as null where do_lower_case decides.
+        if value is not None and not isinstance(value, kinds.get(name, str)):
             raise ValueError(f"{folder}: {name}={value!r}, expected another kind of value")
     used = (*SETTINGS, *ROLES, *EXTRA_TOKENS, "added_tokens_decoder")
     return vocab, settings, {k: v for k, v in config.items() if k not in used}

@@ -194,6 +194,15 @@ def test_absent_and_absurd_files(tmp_path):
     assert AlignTokenizer.from_pretrained(tmp_path).model_max_length == 64
 
 
+def test_a_setting_that_is_null_is_none_that_is_set(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "é", "e"]
+    model = {"type": "WordPiece", "vocab": {word: i for i, word in enumerate(words)}}
+    normalizer = {"type": "BertNormalizer", "lowercase": True, "strip_accents": None}
+    written = json.dumps({"model": model, "normalizer": normalizer})
+    (tmp_path / "tokenizer.json").write_text(written)
+    assert AlignTokenizer.from_pretrained(tmp_path).encode("É") == [2, 6, 3]
+
+
 @pytest.mark.parametrize(
     ("vocab", "message"),
     [
