@@ -17,7 +17,7 @@ from align_tf.cli.common import (
     say,
 )
 from align_tf.cli.pictures import find_pictures, looks_like_a_photograph
-from align_tf.files import read_lines
+from align_tf.files import read_lines, readable
 from align_tf.terminal import literal
 
 IMAGES_AT_ONCE = 32  # images classified at a time
@@ -104,7 +104,7 @@ def _read_labels(given: list[str]) -> list[str]:
     for place, label in enumerate(labels, start=1):
         if not label.strip():
             raise ValueError(f"--labels: label {place} of {len(labels)} is blank, expected a text")
-        if label.encode("utf-8", "replace").decode() != label:
+        if readable(label) is not label:
             raise ValueError(f"--labels: {label!r} is not UTF-8")
         if not listed and pathlib.Path(label).suffix and pathlib.Path(label).is_file():
             raise ValueError(

@@ -28,6 +28,9 @@ class Embedder:
         text_features = AlignModel.get_text_features
         if keras.backend.backend() == "tensorflow":
             from align_tf.models.packing import text_features
+        # Here, since within what is compiled there are no values to look at.
+        self._check_images = model.vision_model._check_inputs
+        self._check_texts = model.text_model._check_inputs
         self._images = _compiled(
             model, lambda x: ops.normalize(model.get_image_features(x), axis=-1)
         )
@@ -42,7 +45,9 @@ class Embedder:
         Returns:
             (n, d), of unit length.
         """
-        return ops.convert_to_numpy(self._images(_native(pixel_values)))
+        pixel_values = _native(pixel_values)
+        self._check_images({"pixel_values": pixel_values})
+        return ops.convert_to_numpy(self._images(pixel_values))
 
     def texts(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Embeds texts.
@@ -54,6 +59,7 @@ class Embedder:
             (m, d), of unit length.
         """
         inputs = {name: _native(inputs[name]) for name in TOKEN_INPUTS if name in inputs}
+        self._check_texts(inputs)
         return ops.convert_to_numpy(self._texts(inputs))
 
     def pairs(

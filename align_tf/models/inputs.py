@@ -80,9 +80,10 @@ def check_pixels(pixel_values: Any, channels: int, least_side: int) -> None:
         raise ValueError(f"pixel_values of {dtype}: expected {expected}")
     if _has_values(pixel_values) and 0 not in shape:
         # By NumPy: within a function that is being traced, an operation gives no number.
-        largest = float(np.max(np.asarray(pixel_values[:LOOKED_AT])))
-        if largest > LARGEST_PIXEL:
-            raise ValueError(f"pixel_values that reach {largest:.6g}: expected {expected}")
+        looked_at = np.asarray(pixel_values[:LOOKED_AT])
+        extreme = max(float(np.min(looked_at)), float(np.max(looked_at)), key=abs)
+        if not abs(extreme) <= LARGEST_PIXEL:  # nor NaN, which both are where one value is
+            raise ValueError(f"pixel_values that reach {extreme:.6g}: expected {expected}")
 
 
 def check_ids(name: str, ids: Any, size: int) -> None:

@@ -3,7 +3,7 @@
 import functools
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -212,9 +212,8 @@ def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
     if tensor.tensor_shape.unknown_rank or any(size < 0 for size in sizes):
         raise invalid_argument(f"tensor parsing error: {name}: not a whole shape")
     if not tensor.tensor_content:  # which has to be as long as the shape says
-        # Of all fields but those of its dtype a tensor is read without them.
-        fields = {name: len(value) for name, value in _values(tensor)}
-        held = max(fields.values(), default=0) if len(fields) == 1 else 0
+        lists = [value for field, value in tensor.ListFields() if field.name.endswith("_val")]
+        held = len(lists[0]) if len(lists) == 1 else 0  # a tensor has all its values in one field
         if math.prod(sizes) > held:  # it would be filled up with the last one
             raise invalid_argument(
                 f"tensor parsing error: {name}: {math.prod(sizes)} elements declared, {held} held"
@@ -223,13 +222,6 @@ def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
         return tf.make_ndarray(tensor)
     except (TypeError, ValueError, OverflowError, KeyError):  # of a dtype without values
         raise invalid_argument(f"tensor parsing error: {name}") from None
-
-
-def _values(tensor: tensor_pb2.TensorProto) -> Iterator[tuple[str, Any]]:
-    """Yields the fields that hold values, in one of which are all of a tensor."""
-    return (
-        (field.name, value) for field, value in tensor.ListFields() if field.name.endswith("_val")
-    )
 
 
 def _to_proto(array: np.ndarray) -> tensor_pb2.TensorProto:

@@ -256,9 +256,10 @@ def _gunzip(body: bytes, limit: int, take: Callable[[int], None]) -> bytes:
 def _model_spec(match: re.Match) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=urllib.parse.unquote(match["name"]))
     if match["version"]:
-        if len(match["version"].lstrip("0")) > 19 or int(match["version"]) >= 2**63:
+        digits = match["version"].lstrip("0") or "0"  # of thousands of digits Python makes no int
+        if len(digits) > 19 or int(digits) >= 2**63:
             raise _NoVersion("INVALID_ARGUMENT", f"version {match['version']}")
-        spec.version.value = int(match["version"])
+        spec.version.value = int(digits)
     if match["label"]:
         spec.version_label = urllib.parse.unquote(match["label"])
     return spec

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from align_tf import AlignModel
+from align_tf.evaluation import Embedder
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,25 @@ def test_position_ids_of_one_row_are_those_of_all(trained, pairs):
     np.testing.assert_allclose(found, expected, atol=1e-6)
     with pytest.raises(ValueError, match="a text of 0 tokens: expected 1 or more"):
         trained.get_text_features(np.zeros((1, 0), "int32"))
+
+
+@pytest.mark.parametrize("level", [np.nan, np.inf, -np.inf, 40, -40])
+def test_pixels_that_no_processor_gives_are_refused(level, trained, pairs):
+    pixels = pairs["pixel_values"].copy()
+    pixels[2, 3, 4, 1] = level
+    for call in (
+        trained,
+        lambda x: trained.fit(x, verbose=0),
+        lambda x: Embedder(trained).pairs(x),
+    ):
+        told = refused(call, {**pairs, "pixel_values": pixels})
+        assert told.startswith(f"pixel_values that reach {level:g}: expected float (n, height")
+
+
+@pytest.mark.parametrize("id_", [40, -1])
+def test_an_embedder_refuses_what_the_model_does(id_, trained, pairs):
+    with pytest.raises(ValueError, match=f"^input_ids that hold {id_}: expected 0 to 39$"):
+        Embedder(trained).texts({"input_ids": np.array([[2, id_, 3]])})
 
 
 def test_an_error_of_the_data_is_a_line(trained, pairs):
