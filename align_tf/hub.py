@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 from align_tf.files import CheckpointError, read_json
@@ -22,6 +22,13 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TORCH_WEIGHTS_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+
+WHOLE = (WEIGHTS_NAME, INDEX_NAME, TORCH_WEIGHTS_NAME, TORCH_INDEX_NAME)  # of these, one
+
+# Of an adapter, as Hugging Face's PEFT names them.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_TORCH_NAME = "adapter_model.bin"
 
 _DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
 _PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"
@@ -87,6 +94,7 @@ def resolve_folder(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     weights: bool = False,
+    adapter: bool = False,
 ) -> pathlib.Path:
     """Turns the name of a checkpoint into a local folder.
 
@@ -98,6 +106,7 @@ def resolve_folder(
         cache_dir: the hub's cache folder.
         local_files_only: never ask the hub, use its cache.
         weights: fetch the weights too, not only the configuration and vocabulary files.
+        adapter: fetch an adapter's.
 
     Returns:
         A folder that exists.
@@ -133,9 +142,9 @@ def resolve_folder(
         "local_files_only": local_files_only,
     }
     try:
-        folder = huggingface_hub.snapshot_download(
-            allow_patterns=["*.json", "*.txt", "*.index"], **options
-        )
+        patterns = ["*.json", "*.txt", "*.index"]
+        patterns += [ADAPTER_WEIGHTS_NAME, ADAPTER_TORCH_NAME] if adapter else []
+        folder = huggingface_hub.snapshot_download(allow_patterns=patterns, **options)
         if weights:
             _download_weights(pathlib.Path(folder), options)
     except CheckpointError:
@@ -189,14 +198,43 @@ def _download_weights(folder: pathlib.Path, options: dict[str, Any]) -> None:
             for name in shard_names(folder / index):
                 huggingface_hub.hf_hub_download(filename=name, **options)
             return
-    for name in (WEIGHTS_NAME, TORCH_WEIGHTS_NAME):
+    names = [WEIGHTS_NAME, TORCH_WEIGHTS_NAME]
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        names += [ADAPTER_WEIGHTS_NAME, ADAPTER_TORCH_NAME]
+    for name in names:
         try:
             huggingface_hub.hf_hub_download(filename=name, **options)
             return
         except huggingface_hub.errors.EntryNotFoundError:
-            if name == TORCH_WEIGHTS_NAME and not any(folder.glob("*.index")):
+            if name == names[-1] and not any(folder.glob("*.index")):
                 raise
     huggingface_hub.snapshot_download(allow_patterns=["*.data-*"], **options)
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Says whether a folder holds an adapter, and no weights of a whole model."""
+    whole = any((folder / name).is_file() for name in WHOLE)
+    return (folder / ADAPTER_CONFIG_NAME).is_file() and not whole
+
+
+def resolve_settings(
+    name_or_path: str | os.PathLike, names: Iterable[str], **options: Any
+) -> pathlib.Path:
+    """As `resolve_folder`; of an adapter that has no such file, the folder of the model it adapts.
+
+    Args:
+        name_or_path: as `resolve_folder` takes it.
+        names: files one of which is to be read.
+        **options: those of `resolve_folder`.
+    """
+    folder = resolve_folder(name_or_path, **options)
+    if not (folder / ADAPTER_CONFIG_NAME).is_file() or any((folder / n).is_file() for n in names):
+        return folder
+    values = read_json(folder / ADAPTER_CONFIG_NAME)
+    base = values.get("base_model_name_or_path")
+    if not base:
+        return folder
+    return resolve_folder(base, **{**options, "revision": values.get("revision")})
 
 
 def original_index(path: str | os.PathLike) -> pathlib.Path | None:

@@ -95,8 +95,9 @@ class ConfigFile:
             TypeError: an option is not known; the message says what to use in its place.
             ValueError: config.json is not valid.
         """
-        folder = hub.resolve_folder(
+        folder = hub.resolve_settings(
             name_or_path,
+            (CONFIG_NAME,),
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -137,11 +137,12 @@ def _read(source: str | os.PathLike, config: Any) -> tuple[AlignModel, dict[str,
         return _read_keras(path), found
     index = hub.original_index(path)
     path = index or hub.resolve_folder(source, weights=True)
-    files = tensors.weight_files(path)
+    # Of an adapter, those of the model that it is of.
+    files = tensors.weight_files(hub.resolve_settings(path, hub.WHOLE, weights=True))
     model = AlignModel.from_pretrained(path, config=config)
     return model, {
         "format": "original" if tensors.is_original(files[0]) else "hf",
-        "folder": files[0].parent,
+        "folder": path if hub.is_adapter(path) else files[0].parent,
         "unused": import_plan.unused_tensors(files),
     }
 

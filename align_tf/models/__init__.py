@@ -5,6 +5,7 @@ contrastive     its training: loss, metrics and steps inside Keras's `fit`, whic
 text, vision    the towers, over the blocks in bert and efficientnet
 pretrained      reading and writing checkpoints
 exports         shapes of the outputs, and Keras's own export
+adapters        LoRA on AlignModel, in PEFT's files; on one layer: lora
 freezing        by tower and block, and under Keras's own `trainable`
 loss            the losses of all pairs, over all replicas
 effective_weights, plain_copy       without LoRA and quantization: what is saved and exported

@@ -16,6 +16,7 @@ from align_tf.configuration.align import AlignConfig
 from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
+from align_tf.models.adapters import Adapters
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
 from align_tf.models.exports import Exports
 from align_tf.models.fit_watch import CONTRASTED
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Model):
+class AlignModel(TakesNames, Exports, Adapters, ContrastiveTraining, Pretrained, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
     A `.keras` file of it loads with `keras.saving.load_model` once `import align_tf` has told Keras
@@ -280,6 +281,7 @@ class AlignModel(TakesNames, Exports, ContrastiveTraining, Pretrained, keras.Mod
             self._trainable = True  # of the model, and of no tower
             for part in [*self._scale(), *(layer for layer in self.layers if layer not in towers)]:
                 part.trainable = True
+            self._keep_frozen()
         for model in self._towers(tower):
             model.unfreeze(blocks)
 

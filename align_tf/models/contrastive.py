@@ -77,6 +77,7 @@ class ContrastiveTraining:
             raise ValueError(f"accumulation={accumulation!r}: expected a positive integer")
         if optimizer is None:
             optimizer = keras.optimizers.AdamW(LEARNING_RATE)
+        self._keep_frozen()  # whatever was set of a layer alone
         super().compile(
             optimizer=optimizer,
             run_eagerly=run_eagerly,

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from keras import layers
 
+from align_tf.models.lora import freeze_base
+
 
 class KeepsFrozen:
     """A layer some parts of which do not train even where it does.
@@ -13,10 +15,11 @@ class KeepsFrozen:
     """
 
     kept_frozen: tuple[str, ...] = ()  # the attributes that hold those parts
+    base_frozen = False  # whether LoRA alone trains
 
     @property
     def trainable(self) -> bool:
-        """Whether the layer trains; setting it sets that of all parts but `kept_frozen`."""
+        """Whether the layer trains; setting it sets that of all parts that are not kept frozen."""
         return layers.Layer.trainable.fget(self)
 
     @trainable.setter
@@ -27,6 +30,8 @@ class KeepsFrozen:
     def _keep_frozen(self) -> None:
         for name in self.kept_frozen:
             getattr(self, name).trainable = False
+        if self.base_frozen:
+            freeze_base(self)
 
 
 class Tower(KeepsFrozen):

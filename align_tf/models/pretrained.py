@@ -34,6 +34,8 @@ class Pretrained:
     table: tuple  # this model's rows of the name table
     prefix = ""  # what a larger checkpoint puts before this model's names
     unused: tuple[str, ...] = ()  # what a larger checkpoint holds beside this model
+    name_or_path: str | None = None  # what it was loaded from
+    revision: str | None = None
 
     @classmethod
     @hub.names_options
@@ -60,6 +62,7 @@ class Pretrained:
                 from the shapes of the weights, and what these cannot say from EfficientNet's
                 stages and strides, BERT's heads of width 64, images of 289 pixels and the
                 defaults of the configurations (activations, epsilons, dropout, padding).
+                An adapter's folder or id gives the model that it names, with the adapter on it.
             config: a configuration of this model, or some keys of `config.json`, nested as
                 there, that go before those of the checkpoint. A size that is not that of the
                 weights is an error.
@@ -87,12 +90,20 @@ class Pretrained:
             weights=True,
         )
         source = hub.original_index(name_or_path) or folder
+        if hub.is_adapter(source):
+            options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+            return cls._from_adapter(source, config=config, dtype=dtype, **options)
         config = cls._read_config(source, config)
         with no_init_weights():
             model = cls(config, dtype=dtype)
         model._load(source, prefix=cls.prefix, unused=cls.unused)
         model._start_fine_tuning()
+        model.name_or_path, model.revision = os.fspath(name_or_path), revision
         return model
+
+    @classmethod
+    def _from_adapter(cls: type[Model], folder: pathlib.Path, **options: Any) -> Model:
+        raise ValueError(f"{folder}: an adapter: expected AlignModel, of which a tower is a part")
 
     @classmethod
     def _read_config(cls, source: pathlib.Path, given: Any) -> Any:

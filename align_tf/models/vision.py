@@ -172,7 +172,15 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         Args:
             synchronized: under `tf.distribute`, normalise by the statistics of all replicas
                 instead of each by its own. Under JAX they are of the whole batch anyway.
+
+        Raises:
+            ValueError: LoRA is on, of which BatchNorm is no part.
         """
+        if self.base_frozen:
+            raise ValueError(
+                "BatchNorm is no part of an adapter: expected unfreeze_batch_norm() after "
+                "merge_adapter(), or no LoRA"
+            )
         self.config.freeze_batch_norm = False
         self._set_batch_norm(frozen=False, synchronized=synchronized)
 

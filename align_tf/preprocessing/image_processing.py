@@ -185,8 +185,9 @@ class AlignImageProcessor:
             FileNotFoundError: the folder has neither file.
             ValueError: the file cannot be read, or a setting is not supported.
         """
-        folder = hub.resolve_folder(
+        folder = hub.resolve_settings(
             name_or_path,
+            (PREPROCESSOR_NAME, PROCESSOR_NAME),
             revision=revision,
             token=token,
             cache_dir=cache_dir,

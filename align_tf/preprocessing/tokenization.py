@@ -143,8 +143,9 @@ class AlignTokenizer:
             FileNotFoundError: the folder holds no vocabulary.
             ValueError: a file cannot be read, or its vocabulary lacks a special token.
         """
-        folder = hub.resolve_folder(
+        folder = hub.resolve_settings(
             name_or_path,
+            (tokenizer_files.VOCAB_NAME, tokenizer_files.TOKENIZER_NAME),
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -399,3 +399,21 @@ def test_a_mistake_ends_in_one_line(capsys, folder, tmp_path):
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("align-tf: error:") and "not empty" in err
     assert names(tmp_path / "hf") == ["kept"]
+
+
+def test_an_adapter_is_converted_with_the_model_that_it_names(capsys, folder, pairs, tmp_path):
+    model = AlignModel.from_pretrained(folder)
+    model.enable_lora(2)
+    for weight in model.trainable_weights:
+        weight.assign(np.random.default_rng(0).normal(0, 0.3, weight.shape))
+    model.save_adapter(tmp_path / "adapter")
+    code, _, err = run(
+        capsys, "--from", tmp_path / "adapter", "--to", "hf", "--output", tmp_path / "whole"
+    )
+    assert (code, "error" in err) == (0, False)
+    assert names(tmp_path / "whole") == [
+        *("config.json", "model.safetensors", "preprocessor_config.json"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+    ]
+    again = AlignModel.from_pretrained(tmp_path / "whole")
+    np.testing.assert_allclose(logits(again, pairs), logits(model, pairs), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,325 @@
+"""LoRA on a model: what trains, adapters by name, their files, and what becomes of the weights."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from keras import ops
+
+from align_tf import AlignConfig, AlignModel, AlignProcessor, AlignTextModel
+from align_tf.files import CheckpointError
+from align_tf.models import fused_training
+from align_tf.models.plain_copy import plain_copy
+
+EMBEDS = ("image_embeds", "text_embeds")
+
+
+def embeds(model, pairs):
+    output = model(pairs)
+    return [ops.convert_to_numpy(output[name]) for name in EMBEDS]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def moved(found, expected):
+    """Which of the two embeddings differ."""
+    both = zip(EMBEDS, found, expected, strict=True)
+    return [name for name, one, other in both if np.abs(one - other).max() > 1e-3]
+
+
+def draw(model, seed=0):
+    rng = np.random.default_rng(seed)
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, 0.2, weight.shape))
+
+
+def values(model):
+    return {weight.path: np.array(ops.convert_to_numpy(weight)) for weight in model.weights}
+
+
+@pytest.fixture
+def adapted(checkpoint):
+    """The model of `checkpoint` with an adapter of rank 2 that computes another thing."""
+    model = AlignModel.from_pretrained(checkpoint)
+    model.enable_lora(2, alpha=3)
+    draw(model)
+    return model
+
+
+def names(model):
+    return [weight.path.removeprefix("align/") for weight in model.trainable_weights]
+
+
+def test_an_adapter_alone_trains(checkpoint, pairs):
+    model = AlignModel.from_pretrained(checkpoint)
+    plain = embeds(model, pairs)
+    model.enable_lora(2)
+    assert_same(embeds(model, pairs), plain)
+    found = names(model)
+    assert [name for name in found if name.startswith("text_model/layer_1/")] == [
+        f"text_model/layer_1/{layer}/lora_kernel_{side}"
+        for layer in (
+            *(f"attention/{part}" for part in ("query", "key", "value", "output")),
+            "intermediate",
+            "output",
+        )
+        for side in "ab"
+    ]
+    assert [name for name in found if name.startswith("vision_model/block_0/")] == [
+        f"vision_model/block_0/{layer}/lora_kernel_{side}"
+        for layer in ("se_reduce", "se_expand", "project_conv")
+        for side in "ab"
+    ]
+    assert found[-2:] == [f"text_projection/lora_kernel_{side}" for side in "ab"]
+    assert len(found) == 2 * (2 * 6 + 3 + 2 * 4 + 1)
+    draw(model)
+    before = values(model)
+    model.compile(keras.optimizers.SGD(1.0))
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0)
+    after = values(model)
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {weight.path for weight in model.trainable_weights}
+
+
+def test_what_is_frozen_and_unfrozen_is_the_adapter(checkpoint):
+    model = AlignModel.from_pretrained(checkpoint)
+    before = names(model)
+    model.enable_lora(1)
+    both = names(model)
+    model.freeze("text")
+    assert names(model) == [n for n in both if n.startswith(("vision_model", "text_projection"))]
+    model.unfreeze()
+    assert names(model) == both
+    model.trainable = False
+    assert names(model) == []
+    model.trainable = True
+    model.text_model.blocks[0].trainable = True  # of Keras, past all of ours
+    model.compile()
+    assert names(model) == both
+    assert not model.vision_model.blocks[0].depthwise_bn.trainable
+    with pytest.raises(ValueError, match="BatchNorm is no part of an adapter: expected"):
+        model.unfreeze_batch_norm()
+    model.merge_adapter()
+    assert names(model) == before
+
+
+@pytest.mark.parametrize(("tower", "expected"), [("text", EMBEDS[1:]), ("vision", EMBEDS[:1])])
+def test_a_tower_is_adapted_alone(tower, expected, checkpoint, pairs):
+    model = AlignModel.from_pretrained(checkpoint)
+    plain = embeds(model, pairs)
+    model.enable_lora(2, towers=(tower,))
+    draw(model)
+    assert moved(embeds(model, pairs), plain) == list(expected)
+
+
+def test_adapters_go_by_name(adapted, checkpoint, pairs, tmp_path):
+    plain = embeds(AlignModel.from_pretrained(checkpoint), pairs)
+    first = embeds(adapted, pairs)
+    adapted.predict(pairs, batch_size=4, verbose=0)  # traced with the first
+    adapted.enable_lora(3, towers="vision", name="images")
+    draw(adapted, 1)
+    second = embeds(adapted, pairs)
+    assert moved(second, plain) == ["image_embeds"]
+    assert (adapted.adapters, adapted.active_adapter) == (["default", "images"], "images")
+    adapted.set_adapter("default")
+    assert_same(embeds(adapted, pairs), first)
+    adapted.save_adapter(tmp_path / "images", name="images")
+    adapted.set_adapter(None)
+    assert_same(embeds(adapted, pairs), plain)
+    adapted.delete_adapter("images")
+    adapted.load_adapter(tmp_path / "images", name="read")
+    assert_same(embeds(adapted, pairs), second)
+    predicted = adapted.predict(pairs, batch_size=4, verbose=0)
+    assert_same([predicted[name] for name in EMBEDS], second)
+    adapted.delete_adapter("read")
+    assert (adapted.adapters, adapted.active_adapter) == (["default"], None)
+    assert_same(embeds(adapted, pairs), plain)
+
+
+def test_an_adapter_of_the_same_layers_is_exchanged_for_another(adapted, pairs, tmp_path):
+    first = embeds(adapted, pairs)
+    adapted.save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": -3}))
+    adapted.compile()
+    adapted.load_adapter(tmp_path, name="against")
+    assert adapted.compiled
+    predicted = adapted.predict(pairs, batch_size=4, verbose=0)
+    second = [predicted[name] for name in EMBEDS]
+    assert moved(second, first) == list(EMBEDS)
+    adapted.set_adapter("default")
+    predicted = adapted.predict(pairs, batch_size=4, verbose=0)
+    assert_same([predicted[name] for name in EMBEDS], first)
+
+
+def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path):
+    expected = embeds(adapted, pairs)
+    adapted.save_pretrained(tmp_path / "saved")
+    assert_same(embeds(AlignModel.from_pretrained(tmp_path / "saved"), pairs), expected)
+    assert_same(embeds(plain_copy(adapted, "float32"), pairs), expected)
+    adapted.merge_adapter()
+    assert_same(embeds(adapted, pairs), expected)
+    assert [w.path for w in adapted.weights] == [
+        w.path for w in AlignModel.from_pretrained(checkpoint).weights
+    ]
+    assert adapted.adapters == []
+    with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
+        adapted.merge_adapter()
+
+
+def test_a_folder_of_an_adapter_is_a_model(adapted, checkpoint, pairs, tmp_path):
+    adapted.save_adapter(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(checkpoint)
+    again = AlignModel.from_pretrained(tmp_path)
+    assert again.active_adapter == "default"
+    assert_same(embeds(again, pairs), embeds(adapted, pairs))
+    assert len(AlignProcessor.from_pretrained(tmp_path).tokenizer) == 10
+    assert AlignConfig.from_pretrained(tmp_path).projection_dim == 8
+    with pytest.raises(ValueError, match="an adapter: expected AlignModel, of which a tower is"):
+        AlignTextModel.from_pretrained(tmp_path)
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"an adapter, of a model not found: .*gone': no s"):
+        AlignModel.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": None})
+    )
+    with pytest.raises(ValueError, match="an adapter that names no model: expected a checkpoint"):
+        AlignModel.from_pretrained(tmp_path)
+
+
+# --- training by other ways ----------------------------------------------------------------
+
+
+def trained(checkpoint, pairs, **options):
+    keras.utils.set_random_seed(0)
+    model = AlignModel.from_pretrained(checkpoint)
+    model.enable_lora(2)
+    draw(model)
+    for block in model.vision_model.blocks:  # which draw another way in parts
+        if hasattr(block, "drop_connect"):
+            block.drop_connect.rate = 0.0
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    model.compile(keras.optimizers.SGD(0.5), **options)
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0)
+    return [np.array(ops.convert_to_numpy(weight)) for weight in model.trainable_weights]
+
+
+def test_each_way_to_train_takes_the_same_steps(checkpoint, pairs, monkeypatch):
+    fused = trained(checkpoint, pairs)
+    parts = trained(checkpoint, pairs, accumulation=2, remat=True)
+    monkeypatch.setattr(fused_training, "_on_cpu", lambda: False)
+    plain = trained(checkpoint, pairs)
+    for one, two, three in zip(fused, parts, plain, strict=True):
+        np.testing.assert_allclose(one, three, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(two, three, rtol=0, atol=2e-5)
+
+
+def test_an_optimizer_of_other_weights_is_told(checkpoint, pairs):
+    model = AlignModel.from_pretrained(checkpoint)
+    model.compile()
+    model.enable_lora(2)
+    with pytest.raises(ValueError, match="call `compile"):
+        model.fit(pairs, batch_size=4, verbose=0)
+
+
+# --- what cannot be had --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "rank=0: expected a positive integer"),
+        ({"rank": 2.0}, "rank=2.0: expected a positive integer"),
+        ({"rank": 2, "alpha": 0}, "alpha=0: expected a positive number"),
+        ({"rank": 2, "towers": ("image",)}, r"towers=\['image'\]: expected some of text, vision"),
+        ({"rank": 2, "towers": ()}, r"towers=\[\]: expected some of text, vision"),
+        ({"rank": 2, "name": "default"}, "name='default': there is such an adapter; expected ano"),
+    ],
+)
+def test_an_argument_that_is_none_is_told(arguments, message, adapted):
+    with pytest.raises(ValueError, match=message):
+        adapted.enable_lora(**arguments)
+
+
+def test_a_name_that_is_none_is_told(adapted, checkpoint):
+    for call in (adapted.set_adapter, adapted.delete_adapter):
+        with pytest.raises(ValueError, match="name='x': no such adapter; there are: default"):
+            call("x")
+    plain = AlignModel.from_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
+        plain.save_adapter("nowhere")
+    plain.text_projection.enable_lora(2)
+    with pytest.raises(ValueError, match="text_projection has LoRA by its own enable_lora: expec"):
+        plain.enable_lora(2)
+
+
+QUERY = "base_model.model.text_model.encoder.layer.0.attention.self.query"
+CHANGES = {
+    f"{QUERY}.lora_A.weight is (2, 5), expected (2, 16)": {"lora_A.weight": (2, 5)},
+    f"{QUERY}.lora_B.weight is (16, 3), expected (16, 2)": {"lora_B.weight": (16, 3)},
+    f"missing {QUERY}.lora_B.weight": {"lora_B.weight": None},
+    f"{QUERY}.lora_A.bias: the model has no such layer to adapt": {"lora_A.bias": (2,)},
+    f"{QUERY}.lora_magnitude_vector: the model has no such": {"lora_magnitude_vector": (16,)},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), CHANGES.items())
+def test_an_adapter_that_does_not_fit_is_told(message, change, adapted, pairs, tmp_path):
+    expected = embeds(adapted, pairs)
+    adapted.save_adapter(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name, shape in change.items():
+        tensors[f"{QUERY}.{name}"] = shape and np.zeros(shape, "float32")
+    present = {key: value for key, value in tensors.items() if value is not None}
+    safetensors.numpy.save_file(present, path)
+    with pytest.raises(CheckpointError) as error:
+        adapted.load_adapter(tmp_path, name="other")
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert adapted.adapters == ["default"]
+    assert_same(embeds(adapted, pairs), expected)
+
+
+SETTINGS = {
+    "peft_type='LOHA' is not supported: expected 'LORA'": {"peft_type": "LOHA"},
+    "use_dora=True is not supported: expected False": {"use_dora": True},
+    "bias='all' is not supported: expected 'none'": {"bias": "all"},
+    "modules_to_save=['pooler'] is not supported: expected ()": {"modules_to_save": ["pooler"]},
+    "r=0: expected a positive integer": {"r": 0},
+    "query='2': expected a positive integer": {"rank_pattern": {"query": "2"}},
+    "lora_alpha='1': expected a number": {"lora_alpha": "1"},
+    "target_modules=3: expected names, or an expression": {"target_modules": 3},
+    "missing ), unterminated subpattern at position 0": {"target_modules": "("},
+    "rank_pattern=[]: expected numbers by the ends of names": {"rank_pattern": []},
+}
+
+
+@pytest.mark.parametrize(("message", "settings"), SETTINGS.items())
+def test_settings_that_are_not_supported_are_told(message, settings, adapted, tmp_path):
+    adapted.save_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(CheckpointError) as error:
+        adapted.load_adapter(tmp_path, name="other")
+    assert str(error.value) == f"{path}: {message}"
+
+
+def test_a_quantized_layer_is_merged_where_it_is_written(changeable, pairs, tmp_path):
+    changeable.text_projection.quantize("int8")
+    changeable.enable_lora(2, towers="text")
+    draw(changeable)
+    with pytest.raises(ValueError, match="text_projection is quantized to int8: expected float"):
+        changeable.merge_adapter()
+    changeable.save_pretrained(tmp_path)
+    again = AlignModel.from_pretrained(tmp_path)
+    for one, other in zip(embeds(again, pairs), embeds(changeable, pairs), strict=True):
+        assert np.sum(one * other, axis=-1).min() > 0.99
