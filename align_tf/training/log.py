@@ -36,11 +36,12 @@ def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_cou
     share = f"{device_count} of " if device_count < devices.count_devices() else ""
     say(f"Devices: {share}{devices.describe_devices()}, {recipe.dtype}")
     trained = sum(math.prod(weight.shape) for weight in model.trainable_weights)
+    adapted = "" if recipe.lora_rank is None else f", LoRA of rank {recipe.lora_rank}"
     frozen = [_said_frozen(tower, blocks) for tower, blocks in recipe.frozen().items()]
     if recipe.batch_norm == "frozen" or (recipe.batch_norm is None and recipe.model is not None):
         frozen.append("BatchNorm")
     end = f"; frozen: {', '.join(frozen)}" if frozen else ""
-    say(f"Training: {trained:,} of {model.count_params():,} weights{end}")
+    say(f"Training: {trained:,} of {model.count_params():,} weights{adapted}{end}")
     say(
         f"Optimizer: {recipe.optimizer}, learning_rate {recipe.learning_rate:g}, warmup_steps "
         f"{recipe.warmup_steps:,}, schedule {recipe.schedule}"

@@ -39,7 +39,7 @@ GROUPS = ("model and data", "batch", "optimizer", "what trains", "output")
 MODEL, BATCH, OPTIMIZER, TRAINS, OUTPUT = GROUPS
 
 # Where the recipe is silent: a model is fine-tuned, a preset trained as in the paper.
-FINE_TUNING_RATE, RATE = 1e-5, 1e-3
+FINE_TUNING_RATE, LORA_RATE, RATE = 1e-5, 1e-4, 1e-3
 WARMUP_SHARE = 0.1  # of the steps of a fine-tuning
 LINES, CHECKPOINTS = 100, 10  # of a training
 MOST_LOG_EVERY, MOST_SAVE_EVERY = 100, 1000  # steps, however long it is
@@ -110,7 +110,8 @@ class Recipe:
     learning_rate: float | None = _setting(
         OPTIMIZER,
         None,
-        "the rate after the warmup (1e-5 for adamw with model, otherwise 1e-3)",
+        "the rate after the warmup (for adamw with model 1e-5, or 1e-4 with lora_rank; otherwise "
+        "1e-3)",
         POSITIVE,
     )
     weight_decay: float = _setting(
@@ -144,6 +145,12 @@ class Recipe:
 
     freeze: Any = _setting(  # noqa: RUF009
         TRAINS, None, "text or vision; or blocks of each, as in {text: [0, 1], vision: [0]}", object
+    )
+    lora_rank: int | None = _setting(
+        TRAINS, None, "learn an adapter of this rank (LoRA), and leave the model as it is", COUNT
+    )
+    lora_alpha: float | None = _setting(
+        TRAINS, None, "the adapter counts lora_alpha / lora_rank times (lora_rank)", POSITIVE
     )
     batch_norm: str | None = _setting(
         TRAINS,
@@ -201,7 +208,8 @@ class Recipe:
             self.optimizer = "adamw" if fine_tuning else "lamb"
         if self.learning_rate is None:
             gentle = fine_tuning and self.optimizer == "adamw"
-            self.learning_rate = FINE_TUNING_RATE if gentle else RATE
+            of_model = FINE_TUNING_RATE if self.lora_rank is None else LORA_RATE
+            self.learning_rate = of_model if gentle else RATE
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
@@ -212,11 +220,33 @@ class Recipe:
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
+        self._check_lora()
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation}: expected a divisor of "
                 f"batch_size={self.batch_size}"
             )
+
+    def _check_lora(self) -> None:
+        if self.lora_rank is None:
+            if self.lora_alpha is not None:
+                raise ValueError(f"lora_alpha={self.lora_alpha!r}: expected lora_rank beside it")
+            return
+        # What no adapter holds.
+        for key, value in (("batch_norm", "trained"), ("loss", "sigmoid")):
+            if getattr(self, key) == value:
+                raise ValueError(
+                    f"{key}={value!r}: not with lora_rank, which trains an adapter alone"
+                )
+        if self.model is None:
+            raise ValueError(f"lora_rank={self.lora_rank!r}: expected model, which it adapts")
+        if not self.adapted():
+            raise ValueError(f"freeze={self.freeze!r}: expected a tower for lora_rank to adapt")
+
+    def adapted(self) -> list[str]:
+        """Returns the towers that LoRA adapts: those that are not frozen as a whole."""
+        frozen = self.frozen()
+        return [tower for tower in ("text", "vision") if frozen.get(tower, []) is not None]
 
     def counted(self, steps: int) -> "Recipe":
         """Returns the recipe with its steps stated, and with what follows from their number.

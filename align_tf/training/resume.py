@@ -26,7 +26,8 @@ FOLDER = "checkpoint-{}"  # as Hugging Face's Trainer names them
 def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int) -> pathlib.Path:
     """Writes `checkpoint-<step>`: model and processor for `from_pretrained`, and the state.
 
-    The folder appears under its name when all of it is written.
+    The folder appears under its name when all of it is written. Of a model that LoRA adapts it
+    holds the adapter alone.
 
     Args:
         output: the folder of the training.
@@ -47,10 +48,11 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
     with files.replacing(temporary / STATE_NAME) as path:  # for its file mode
         safetensors.numpy.save_file(state, path)
     del state
-    summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME)}
+    summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME), **_base(model)}
     (temporary / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
     with averaged(model):
-        model.save_pretrained(temporary)
+        write = model.save_pretrained if model.active_adapter is None else model.save_adapter
+        write(temporary)
     processor.save_pretrained(temporary)
     if folder.exists():  # broken, so that an older one was resumed
         _remove(folder)
@@ -94,6 +96,10 @@ def restore(folder: pathlib.Path, model: Any) -> int:
             raise files.CheckpointError(f"{path}: not as it was written")
     except OSError as error:
         raise files.CheckpointError(str(error)) from error
+    if not _base(model).items() <= summary.items():
+        raise files.CheckpointError(
+            f"{folder}: an adapter of other weights than {model.name_or_path} holds"
+        )
     variables = _variables(model)
     with safetensors.safe_open(path, framework="numpy") as file:
         names = file.keys()
@@ -141,19 +147,31 @@ def restore_last(output: pathlib.Path, model: Any) -> int:
 def _variables(model: Any) -> dict[str, keras.Variable]:
     """All that a step depends on and changes, under names that every process gives alike.
 
-    These are the weights, with BatchNorm's averages; the states of dropout, which Keras's own
-    `save_weights` leaves out; and those of the optimizer.
+    These are the weights, with BatchNorm's averages, or where LoRA is on its matrices; the states
+    of dropout, which Keras's own `save_weights` leaves out; and those of the optimizer.
     """
+    weights = model.weights if model.active_adapter is None else model._adapter_weights()
     # Keras counts the names of seeds and optimizers up within a process.
     seeds = [variable for variable in model.variables if variable.name == "seed_generator_state"]
     return {
-        **{f"model/{weight.path}": weight for weight in model.weights},
+        **{f"model/{weight.path}": weight for weight in weights},
         **{f"seed/{index}": seed for index, seed in enumerate(seeds)},
         **{
             f"optimizer/{index}/{variable.name}": variable
             for index, variable in enumerate(model.optimizer.variables)
         },
     }
+
+
+def _base(model: Any) -> dict[str, str]:
+    """What tells the weights that an adapter is of from others; nothing without an adapter."""
+    if model.active_adapter is None:
+        return {}
+    sides, digest = {id(weight) for weight in model._adapter_weights()}, hashlib.sha256()
+    for weight in model.weights:
+        if id(weight) not in sides:
+            digest.update(np.ascontiguousarray(ops.convert_to_numpy(weight)).data)
+    return {"base_sha256": digest.hexdigest()}
 
 
 class MeasuresAverages(keras.callbacks.Callback):

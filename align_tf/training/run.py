@@ -30,6 +30,7 @@ from align_tf.training.optimization import make_optimizer
 from align_tf.training.recipe import RECIPE_NAME, Recipe, check_extras, read_recipe
 
 LISTING_NAME = "data_listing.npz"
+ADAPTER_FOLDER = "adapter"  # beside the model that it is merged into
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
 # Settings that may change when a training goes on: no weight depends on them.
@@ -48,6 +49,8 @@ def train(recipe: Recipe) -> pathlib.Path:
     checkpoint holds the optimizer and the states of dropout, and the data follow from seed and
     step. On one CPU they are equal bit for bit; on a GPU as far as its kernels are deterministic,
     see `tf.config.experimental.enable_op_determinism`. SIGINT and SIGTERM write a checkpoint first.
+    With `lora_rank` the checkpoints hold the adapter alone; the trained model has it merged, and
+    beside it in `adapter`.
 
     Args:
         recipe: the settings.
@@ -82,6 +85,8 @@ def train(recipe: Recipe) -> pathlib.Path:
             say(f"All of its {recipe.steps:,} steps are done.")
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
         model.save_pretrained(output)
+        if recipe.lora_rank is not None:
+            model.save_adapter(output / ADAPTER_FOLDER)
     processor.save_pretrained(output)
     return output
 
@@ -182,6 +187,8 @@ def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) ->
         model.freeze_batch_norm()
     elif recipe.batch_norm == "trained" or recipe.model is None:
         model.unfreeze_batch_norm(synchronized=device_count > 1)
+    if recipe.lora_rank is not None:
+        model.enable_lora(recipe.lora_rank, alpha=recipe.lora_alpha, towers=recipe.adapted())
     for tower, blocks in recipe.frozen().items():
         model.freeze(tower, blocks)
     optimizer = make_optimizer(

@@ -73,6 +73,13 @@ def test_yaml_and_flags_make_a_recipe(tmp_path):
     assert Recipe(**LEAST, freeze="vision").frozen() == {"vision": None}
 
 
+def test_an_adapter_learns_faster_and_leaves_out_what_is_frozen():
+    recipe = Recipe(**LEAST, lora_rank=8, freeze="vision")
+    assert (recipe.learning_rate, recipe.adapted()) == (1e-4, ["text"])
+    recipe = Recipe(**LEAST, lora_rank=8, freeze={"vision": [0]}, optimizer="lamb")
+    assert (recipe.learning_rate, recipe.adapted()) == (1e-3, ["text", "vision"])
+
+
 def test_a_saved_recipe_reads_back_alike(tmp_path):
     recipe = Recipe(**LEAST, freeze={"vision": [0]}, ema_momentum=0.9, learning_rate=2e-5)
     recipe.save(tmp_path / "recipe.yaml")
@@ -112,6 +119,18 @@ def test_example_recipes_are_read():
         ({"accumulation": 5}, "accumulation=5: expected a divisor of batch_size=64"),
         ({"tensorboard": "maybe"}, "tensorboard='maybe': expected true or false"),
         ({"schedule": None}, "schedule=None: expected one of linear"),
+        ({"lora_rank": 0}, "lora_rank=0: expected a whole number of 1 or more"),
+        ({"lora_alpha": 8}, "lora_alpha=8: expected lora_rank beside it"),
+        ({"lora_rank": 2, "batch_norm": "trained"}, "batch_norm='trained': not with lora_rank, wh"),
+        ({"lora_rank": 2, "loss": "sigmoid"}, "loss='sigmoid': not with lora_rank, which trains"),
+        (
+            {"lora_rank": 2, "freeze": {"text": None, "vision": None}},
+            "expected a tower for lora_rank to adapt",
+        ),
+        (
+            {"lora_rank": 2, "model": None, "preset": "align-mini", "processor": "align-tiny"},
+            "lora_rank=2: expected model, which it adapts",
+        ),
     ],
 )
 def test_mistakes_are_named(change, message):

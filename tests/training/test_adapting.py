@@ -1,0 +1,175 @@
+"""`align-tf train --lora-rank`: the adapter alone is kept on the way, and the training resumes."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf.cli.main import main
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue"]
+# Is killed, as by kill -9, after the step behind the first checkpoint.
+KILLED = """
+import os, signal, sys
+from align_tf.cli.main import main
+from align_tf.training import log
+
+say = log.say
+
+def say_and_die(message):
+    say(message)
+    if message.startswith("step 4/"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+log.say = say_and_die
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, small_config):
+    """A folder with the checkpoint `tiny` and 24 pairs in `pairs`."""
+    folder = tmp_path_factory.mktemp("adapting")
+    values = small_config.to_dict()
+    values["text_config"] |= {"vocab_size": len(WORDS)}
+    keras.utils.set_random_seed(3)
+    AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
+    processor = AlignProcessor(AlignImageProcessor(size=20, crop_size=16), AlignTokenizer(WORDS))
+    processor.save_pretrained(folder / "tiny")
+    (folder / "pairs").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        pixels = rng.integers(0, 100, (20, 24, 3), np.uint8)
+        pixels[..., index % 3] += 100
+        Image.fromarray(pixels).save(folder / "pairs" / f"{index:02}.png")
+        caption = f"a {('red', 'green', 'blue')[index % 3]}"
+        (folder / "pairs" / f"{index:02}.txt").write_text(caption)
+    return folder
+
+
+def command(place, output):
+    settings = {
+        "model": place / "tiny",
+        "data": place / "pairs",
+        "output": output,
+        "batch-size": 8,
+        "steps": 6,
+        "save-every": 3,
+        "log-every": 1,
+        "lora-rank": 2,
+        "lora-alpha": 4,
+        "learning-rate": 0.01,
+        "ema-momentum": 0.5,
+    }
+    parts = [(f"--{key}", str(value)) for key, value in settings.items()]
+    return ["train", *(part for pair in parts for part in pair)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    """The folder of a training that ran through."""
+    assert main(command(place, place / "unbroken")) == 0
+    return place / "unbroken"
+
+
+def copied(output, to):
+    shutil.copytree(output, to)
+    recipe = (to / "recipe.yaml").read_text()
+    (to / "recipe.yaml").write_text(recipe.replace(str(output), str(to)))
+    return to
+
+
+def tensors(path):
+    return safetensors.numpy.load_file(path)
+
+
+def assert_same(output, unbroken):
+    for name in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "checkpoint-6/training_state.safetensors",
+        "checkpoint-6/adapter_model.safetensors",
+    ):
+        found, expected = tensors(output / name), tensors(unbroken / name)
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            np.testing.assert_array_equal(value, expected[key], err_msg=f"{name}: {key}")
+
+
+def test_a_checkpoint_holds_the_adapter_alone(unbroken, place):
+    folder = unbroken / "checkpoint-3"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
+        *("training_state.json", "training_state.safetensors", "vocab.txt"),
+    ]
+    weights = [key for key in tensors(folder / "training_state.safetensors") if "model/" in key]
+    assert {key.rpartition("/")[2] for key in weights} == {"lora_kernel_a", "lora_kernel_b"}
+    assert len(weights) == len(tensors(folder / "adapter_model.safetensors")) == 2 * (6 + 2 * 3 + 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    assert config["base_model_name_or_path"] == str(place / "tiny")
+
+
+def test_the_trained_model_has_its_adapter_merged_and_beside_it(unbroken, place):
+    whole = AlignModel.from_pretrained(unbroken)
+    assert whole.adapters == []
+    assert sorted(path.name for path in (unbroken / "adapter").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors"),
+    ]
+    adapted = AlignModel.from_pretrained(place / "tiny")
+    before = adapted.text_projection.get_weights()[0]
+    adapted.load_adapter(unbroken / "adapter")
+    adapted.merge_adapter()
+    merged = whole.text_projection.get_weights()[0]
+    assert np.abs(merged - before).max() > 1e-3
+    for one, other in zip(adapted.weights, whole.weights, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_training_goes_on_to_the_same_adapter(unbroken, place, capsys):
+    """As after a kill between the checkpoints of the steps 3 and 6."""
+    output = copied(unbroken, place / "again")
+    for name in ("checkpoint-6", "adapter"):
+        shutil.rmtree(output / name)
+    (output / "model.safetensors").unlink()
+    assert main(command(place, output)) == 0
+    said = capsys.readouterr().err
+    assert "weights, LoRA of rank 2; frozen: BatchNorm" in said
+    assert "Going on from step 3, " in said
+    assert_same(output, unbroken)
+
+
+def test_a_model_that_has_changed_is_told(unbroken, place, capsys, tmp_path):
+    copied(unbroken, tmp_path / "out")
+    path = place / "tiny" / "model.safetensors"
+    content = path.read_bytes()
+    changed = tensors(path)
+    changed["text_projection.bias"] += 1
+    try:
+        safetensors.numpy.save_file(changed, path)
+        assert main(command(place, tmp_path / "out")) == 2
+    finally:
+        path.write_bytes(content)
+    said = capsys.readouterr().err
+    assert f"checkpoint-6: an adapter of other weights than {place / 'tiny'} holds" in said
+    assert "none of its checkpoints is whole; another output starts anew" in said
+
+
+@pytest.mark.slow  # the import and the first step of another process
+def test_a_training_that_is_killed_reaches_the_same_adapter(unbroken, place, capsys):
+    output = place / "killed"
+    process = subprocess.run([sys.executable, "-c", KILLED, *command(place, output)])
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-3"]
+    assert main(command(place, output)) == 0
+    assert "Going on from step 3, " in capsys.readouterr().err
+    assert_same(output, unbroken)
