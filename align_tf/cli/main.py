@@ -20,6 +20,7 @@ from align_tf.cli import (
     quickstart,
     search,
     serve,
+    tpu_check,
     train,
 )
 from align_tf.cli.common import EXIT_USER_ERROR
@@ -34,11 +35,12 @@ EXIT_INTERRUPTED = 130
 # The arguments that are paths on this machine, or several.
 PATHS = (
     *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
-    *("html", "montage", "plot", "log", "directory", "model_config_file", "config"),
+    *("html", "montage", "plot", "log", "program", "directory", "model_config_file", "config"),
 )
 
 # Those that are written, and of these the ones that are a file each.
-WRITTEN, FILES = ("output", "html", "montage", "plot"), ("html", "montage", "plot")
+FILES = ("html", "montage", "plot", "program")
+WRITTEN = ("output", *FILES)
 
 # command: (its file, with add_arguments and run; what it does)
 COMMANDS = {
@@ -48,6 +50,7 @@ COMMANDS = {
     "export": (export, "write a SavedModel for TensorFlow Serving, or for a phone"),
     "convert": (convert, "convert a checkpoint into another format"),
     "train": (train, "train by a recipe, or go on with a training"),
+    "tpu-check": (tpu_check, "what a training takes on TPUs, by their compiler, without one"),
     "embed": (embed, "embed a collection of images into Parquet shards"),
     "index": (index, "build a FAISS index over embedded images"),
     "search": (search, "find images by a text, an image, or both"),

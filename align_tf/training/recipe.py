@@ -296,7 +296,9 @@ def check_extras(recipe: Recipe) -> None:
 
 
 def read_recipe(
-    path: str | os.PathLike | None = None, flags: dict[str, Any] | None = None
+    path: str | os.PathLike | None = None,
+    flags: dict[str, Any] | None = None,
+    silent: dict[str, Any] | None = None,
 ) -> Recipe:
     """Reads a recipe.
 
@@ -304,6 +306,7 @@ def read_recipe(
         path: a YAML file of `Recipe`'s keys; relative paths in it are relative to the working
             directory. None reads the flags alone.
         flags: settings that override those of the file; a string is read as YAML reads it.
+        silent: settings for where neither states them, nor their alternative.
 
     Returns:
         The recipe.
@@ -318,6 +321,10 @@ def read_recipe(
         if one in flags and other not in flags:
             values.pop(other, None)
     values.update({key: _parsed(key, value) for key, value in flags.items()})
+    stated = {
+        other for pair in ALTERNATIVES if not values.keys().isdisjoint(pair) for other in pair
+    }
+    values = {key: v for key, v in (silent or {}).items() if key not in stated} | values
     known = [field.name for field in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:

@@ -73,10 +73,10 @@ def train(recipe: Recipe) -> pathlib.Path:
     count = devices.count_devices() if recipe.devices is None else recipe.devices
     if recipe.batch_size % count:
         raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
-    processor = _make_processor(recipe)
+    processor = make_processor(recipe)
     recipe, pairs = _counted(recipe)
     with devices.data_parallel(count).scope() if count > 1 else contextlib.nullcontext():
-        model = _make_model(recipe, processor, count)
+        model = make_model(recipe, processor, count)
         say_header(recipe, model, pairs, count)
         step = resume.restore_last(output, model)
         if step < recipe.steps:
@@ -136,7 +136,8 @@ def _check_data(recipe: Recipe, output: pathlib.Path) -> None:
         )
 
 
-def _make_processor(recipe: Recipe) -> AlignProcessor:
+def make_processor(recipe: Recipe) -> AlignProcessor:
+    """Makes the processor of a recipe, for its images' size."""
     processor = AlignProcessor.from_pretrained(recipe.processor or recipe.model)
     if recipe.image_size is not None:
         before = processor.image_processor
@@ -167,7 +168,8 @@ def _counted(recipe: Recipe) -> tuple[Recipe, int | None]:
     return recipe.counted(recipe.epochs * (pairs // recipe.batch_size)), pairs
 
 
-def _make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
+def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
+    """Makes the model of a recipe whose steps are counted, ready for `fit`."""
     if recipe.model is not None:
         model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype)
     else:

@@ -1,0 +1,225 @@
+"""The training step of a recipe, compiled for TPUs that are not here: memory, FLOPs, collectives.
+
+Google's compiler, which libtpu brings, needs a description of the chips alone
+(`jax.experimental.topologies`). What is compiled is the step that `fit` runs under
+`keras.distribution.DataParallel`: `AlignModel.train_step`, its state donated and replicated, the
+batch spread over the chips.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from align_tf.extras import extra
+from align_tf.training.recipe import Recipe
+from align_tf.training.tpu_program import Collective, collectives_of, foreign_parts
+
+GIB = 2**30
+
+# generation: memory of a chip in GiB (cloud.google.com/tpu/docs/system-architecture-tpu-vm)
+MEMORY = {"v5e": 16, "v5p": 95, "v6e": 32}
+
+# What a process has to know before JAX starts: no TPU is looked for, nor what would describe it.
+ENVIRONMENT = {
+    "KERAS_BACKEND": "jax",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+# Of the compiler's error: what it would take, as in `Used 27.94G of 15.75G hbm`.
+OUT_OF_MEMORY = re.compile(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler made of a step.
+
+    Args:
+        topology: such as `v5e:2x4`.
+        chips: how many the topology has.
+        tokens: the length of the texts.
+        state_bytes: on each chip, weights, optimizer and batch.
+        temporary_bytes: on each chip, beside them while the step runs.
+        chip_bytes: what a chip has.
+        flops_per_pair: floating-point operations of the step, a pair.
+        collectives: what goes between the chips.
+        seconds: that the compilation took.
+        foreign: what has no place on a TPU, such as float64; empty.
+    """
+
+    topology: str
+    chips: int
+    tokens: int
+    state_bytes: int
+    temporary_bytes: int
+    chip_bytes: int
+    flops_per_pair: float
+    collectives: list[Collective]
+    seconds: float
+    foreign: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip holds it."""
+        return self.state_bytes + self.temporary_bytes <= self.chip_bytes
+
+
+def check_topology(topology: str) -> None:
+    """Checks the name of a topology, before anything is loaded.
+
+    Raises:
+        ValueError: it is none; the message says what is.
+        ModuleNotFoundError: libtpu or JAX is not installed; the message names the pip command.
+    """
+    generation, _, shape = topology.partition(":")
+    if generation not in MEMORY or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise ValueError(
+            f"topology {topology!r}: expected a generation of {', '.join(MEMORY)} and a shape, "
+            "such as v5e:1x1 or v6e:2x4"
+        )
+    with extra("tpu", "compiling for a TPU needs libtpu and JAX"):
+        import importlib.util
+
+        for name in ("jax", "libtpu"):
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def compile_step(
+    recipe: Recipe, topology: str, tokens: int, program_path: str | None = None
+) -> Program:
+    """Compiles a recipe's training step.
+
+    Args:
+        recipe: the settings; its data and output are not touched.
+        topology: see `check_topology`.
+        tokens: the length of the texts in a batch.
+        program_path: a file for the compiled program's text.
+
+    Returns:
+        What it takes.
+
+    Raises:
+        ValueError: the batch cannot be spread over the chips, the topology is not known to the
+            compiler, or the program takes more memory than a chip has; the message says how much.
+    """
+    check_topology(topology)
+    import jax
+
+    from align_tf.training.run import make_model, make_processor
+
+    devices = _devices(topology)
+    if recipe.batch_size % len(devices):
+        raise ValueError(
+            f"batch_size={recipe.batch_size}: expected a multiple of {topology}'s "
+            f"{len(devices)} chips"
+        )
+    recipe = recipe.counted(recipe.steps or (recipe.warmup_steps or 0) + 1)
+    processor = make_processor(recipe)
+    model = make_model(recipe, processor, len(devices))
+    height, width, channels = processor.image_processor.output_shape
+    if height is None:
+        raise ValueError(
+            f"{recipe.processor or recipe.model}: leaves images of any size, and a TPU runs "
+            "programs of fixed shapes; expected one that crops, or image_size"
+        )
+    state, batch, shardings = _arguments(
+        model, devices, recipe.batch_size, tokens, (height, width, channels)
+    )
+    step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
+    start = time.monotonic()
+    with _plain_errors(topology):
+        compiled = step.lower(state, batch).compile()
+    seconds = time.monotonic() - start
+    text = compiled.as_text()
+    if program_path is not None:
+        from align_tf import files
+
+        files.write_text(pathlib.Path(program_path), text)
+    memory = compiled.memory_analysis()
+    return Program(
+        topology=topology,
+        chips=len(devices),
+        tokens=tokens,
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        chip_bytes=MEMORY[topology.partition(":")[0]] * GIB,
+        flops_per_pair=compiled.cost_analysis()["flops"] * len(devices) / recipe.batch_size,
+        collectives=collectives_of(text),
+        seconds=seconds,
+        foreign=foreign_parts(text),
+    )
+
+
+def _devices(topology: str) -> list:
+    import libtpu
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of several kinds, from the compiler's own code
+        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from error
+
+
+def _arguments(
+    model: Any, devices: list, batch_size: int, tokens: int, image_shape: tuple
+) -> tuple[tuple, dict, tuple]:
+    """The shapes of a step's state and batch, and where the state lies."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(devices), ("batch",))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    variables = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = tuple(
+        [jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole) for v in group]
+        for group in variables
+    )
+    # As `make_dataset` gives them. name: (dtype, shape of a row)
+    batch = {
+        "pixel_values": ("float32", image_shape),
+        "input_ids": ("int32", (tokens,)),
+        "attention_mask": ("int32", (tokens,)),
+        "token_type_ids": ("int32", (tokens,)),
+        "image_ids": ("int32", ()),
+        "text_ids": ("int32", ()),
+        "sample_weight": ("float32", ()),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        for name, (dtype, shape) in batch.items()
+    }
+    return state, batch, jax.tree.map(lambda array: array.sharding, state)
+
+
+@contextlib.contextmanager
+def _plain_errors(topology: str) -> Iterator[None]:
+    """Has a program that does not fit a chip be one line."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = OUT_OF_MEMORY.search(str(error))
+        if found is None:
+            raise
+        raise ValueError(
+            f"{topology}: the step takes {found[1]} of a chip's {found[2]}; a smaller batch_size, "
+            "accumulation or remat takes less"
+        ) from error

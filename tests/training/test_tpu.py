@@ -1,0 +1,116 @@
+"""The training step compiled for TPUs: the text of its program, and the step of align-tiny."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from align_tf.cli.main import main
+from align_tf.training.tpu_program import Collective, collectives_of, foreign_parts
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# As libtpu writes them, shortened: a gather in two pieces, a start with its done, two reductions.
+TEXT = """
+  %fusion.1 = bf16[2,192]{1,0} fusion(%p.1), kind=kLoop, calls=%f.1
+  %all-gather.1 = bf16[8,1,192]{2,1,0:T(2,128)} all-gather(%fusion.1), channel_id=88, dimensions={0}
+  %all-gather.2 = bf16[8,2,192]{2,1,0:T(2,128)} all-gather(%fusion.1), channel_id=88, dimensions={0}
+  %all-reduce.3 = (f32[64]{0}, f32[64]{0:T(128)}) all-reduce(%a, %b), channel_id=6, to_apply=%add
+  %all-reduce-start.4 = f32[512,640]{1,0} all-reduce-start(%c), channel_id=7, to_apply=%add
+  %all-reduce-done.4 = f32[512,640]{1,0} all-reduce-done(%all-reduce-start.4)
+  %all-reduce.5 = (bf16[10]{0}, f32[]{:T(128)}) all-reduce(%d, %e), channel_id=8, to_apply=%add
+"""
+
+
+def test_collectives_count_once_by_channel():
+    assert collectives_of(TEXT) == [
+        Collective("all-reduce", "f32", 3, 512 * 640 * 4 + 2 * 64 * 4 + 4, (512, 640)),
+        Collective("all-gather", "bf16", 1, 8 * 2 * 192 * 2, (8, 2, 192)),
+        Collective("all-reduce", "bf16", 1, 20, (10,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("%a = f64[8]{0} add(%b, %c)", ["float64"]),
+        ('%a = f32[8]{0} custom-call(%b), target="xla_ffi_python_cpu"', ["a callback to the host"]),
+        ("%a = token[] outfeed(%b, %c)", ["a transfer to the host"]),
+        ("%a = (f32[8]{0}, token[]) infeed(%b)", ["a transfer to the host"]),
+        (TEXT, []),
+    ],
+)
+def test_what_has_no_place_on_a_tpu_is_named(line, found):
+    assert foreign_parts(line) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v5e"], "topology 'v5e': expected a generation of v5e, v5p, v6e and a"),
+        (["--topology", "v9:2x2"], "topology 'v9:2x2': expected a generation"),
+        (["--tokens", "0"], "--tokens 0: expected 1 or more"),
+        (["--batch-size", "1"], "batch_size"),
+        (["--preset", "align-base"], "expected model, a checkpoint to fine-tune, or preset"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(flags, message, capsys):
+    assert main(["tpu-check", "--model", "align-tiny", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def check():
+    """Runs `align-tf tpu-check` for align-tiny; returns what it prints and its stderr."""
+    pytest.importorskip("libtpu", reason="the compiler of TPUs is not installed")
+    pytest.importorskip("jax")
+
+    def run(*flags):
+        command = [sys.executable, "-m", "align_tf", "tpu-check", "--model", "align-tiny", "--json"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command += ["--dtype", "mixed_bfloat16", "--optimizer", "lamb", "--batch-norm", "trained"]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+def test_step_compiles_for_one_chip(check):
+    code, out, err = check("--topology", "v5e:1x1", "--batch-size", "16", "--tokens", "8")
+    assert code == 0, err
+    [program] = json.loads(out)
+    assert program["collectives"] == []
+    assert program["foreign"] == []
+    assert program["fits"]
+    # Weights and LAMB's two moments in float32, 3.3 million of each, and the batch.
+    assert 30e6 < program["state_bytes"] < 60e6
+    assert program["flops_per_pair"] > 1e8
+
+
+@pytest.mark.slow
+def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path):
+    text = tmp_path / "program.txt"
+    flags = ("--topology", "v6e:2x4", "--batch-size", "32", "--tokens", "8", "--program", str(text))
+    code, out, err = check(*flags)
+    assert code == 0, err
+    [program] = json.loads(out)
+    assert program["chips"] == 8
+    assert program["foreign"] == []
+    assert "f64[" not in text.read_text()
+    kinds = {row["kind"] for row in program["collectives"]}
+    assert kinds == {"all-gather", "all-reduce"}
+    [gathered] = [row for row in program["collectives"] if row["kind"] == "all-gather"]
+    # The embeddings of both towers, 32 of 192 in bfloat16, and nothing wider.
+    assert gathered["dtype"] == "bf16"
+    assert gathered["num_bytes"] == gathered["count"] * 32 * 192 * 2
+
+
+@pytest.mark.slow
+def test_a_step_that_no_chip_holds_is_one_line(check):
+    code, _, err = check("--topology", "v5e:1x1", "--batch-size", "262144", "--tokens", "8")
+    assert code == 2
+    assert "v5e:1x1: the step takes" in err.splitlines()[-1]
