@@ -56,7 +56,13 @@ def make_config(dropout: float) -> AlignConfig:
     )
 
 
-def make_model(*, sigmoid: bool = False, batch_norm: str = "frozen", dropout: float = 0.0):
+def make_model(
+    *,
+    sigmoid: bool = False,
+    batch_norm: str = "frozen",
+    dropout: float = 0.0,
+    lora_rank: int | None = None,
+):
     keras.utils.set_random_seed(0)
     model = AlignModel(make_config(dropout))
     if sigmoid:
@@ -65,6 +71,10 @@ def make_model(*, sigmoid: bool = False, batch_norm: str = "frozen", dropout: fl
         model.freeze_batch_norm()
     else:
         model.unfreeze_batch_norm(synchronized=batch_norm == "synchronized")
+    if lora_rank is not None:
+        model.enable_lora(lora_rank)
+        for index, weight in enumerate(model.trainable_weights):
+            weight.assign(np.random.default_rng(index).normal(0, 0.5, weight.shape))
     return model
 
 
@@ -181,6 +191,8 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     weights, found = train_on(count, batch_norm="synchronized", **options)
     show("synchronized", apart(alone, weights))
     show("synchronized_logs", logs_apart(found, logs))
+    options = {"lora_rank": 2}
+    show("lora", apart(train_on(1, **options)[0], train_on(count, **options)[0]))
     with within(count):
         dropout_and_statistics(show, each)
     if mode == "tensorflow":

@@ -57,7 +57,8 @@ def test_devices_of_one_process_take_the_steps_of_one():
     # Of 8 rows, those with the mask of the row 8 further on. Under TensorFlow these are another
     # replica's, and Keras gives each replica the same seeds.
     assert found.pop("equal") == (8 if TENSORFLOW else 0)
-    names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "own", "again")
+    names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "lora")
+    names += ("own", "again")
     check(found, *names, *(("short", "short_logs", "refused") if TENSORFLOW else ()))
 
 
