@@ -300,6 +300,29 @@ def _draw_curves(axes: Any, title: str, keys: dict[str, str], lines: Sequence[di
         axes.legend(frameon=False, fontsize=8)
 
 
+def sweep(shares: Sequence[float], series: dict[str, Sequence[float]], best: float) -> Any:
+    """Draws what models between two others are worth.
+
+    Args:
+        shares: of the second of them, ascending.
+        series: of each data set, a figure from 0 to 1 for each share.
+        best: the share that is chosen, marked.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    figure = _figure(5.0, 3.4)
+    axes = figure.add_subplot()
+    for (name, figures), color in zip(series.items(), COLORS, strict=False):
+        axes.plot(shares, figures, color=color, label=_short(name), marker="o", markersize=4)
+    axes.axvline(best, color=GRID, linewidth=2.5, zorder=0)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set_xlabel("alpha")
+    _clear(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return _written(figure)
+
+
 def read_metrics(run: str | os.PathLike) -> list[dict[str, float]]:
     """Reads the log of a training.
 

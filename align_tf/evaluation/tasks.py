@@ -78,7 +78,11 @@ def read(options: Any) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Any, processor: AlignProcessor, options: Any, opened: dict[str, Any] | None = None
+    model: Any,
+    processor: AlignProcessor,
+    options: Any,
+    opened: dict[str, Any] | None = None,
+    embedder: Embedder | None = None,
 ) -> dict[str, Any]:
     """Runs one task.
 
@@ -88,6 +92,7 @@ def evaluate(
         options: what the command line holds: task, data, image_key, caption_key, train_data,
             labels, templates.
         opened: what `read` returned; None has it read here.
+        embedder: of the model, where several tasks share one; None compiles it here.
 
     Returns:
         `images`, the number measured on, what else was counted, `skipped`, key -> why, and
@@ -98,7 +103,7 @@ def evaluate(
         ValueError: the data does not suit the task.
         FileNotFoundError: there is no such folder or file.
     """
-    embedder = Embedder(model)
+    embedder = Embedder(model) if embedder is None else embedder
     opened = read(options) if opened is None else opened
     if options.task == "retrieval":
         return _retrieval(embedder, processor, opened)

@@ -1,6 +1,7 @@
 """A model made ready to be used elsewhere.
 
 convert         a checkpoint from one format to another
+interpolation   between a model and those fine-tuned from it
 saved_model     for TensorFlow Serving: raw bytes and strings in
 litert          for phones: a file a tower
 matching, temporary   what all of them do first: check, and make a folder to write in
