@@ -21,7 +21,7 @@ def track(items: Iterable, description: str, total: int | None = None, show: boo
     Returns:
         An iterable of the items.
     """
-    if not show:
+    if not show or Bar.open:  # whose lines they would be
         return items
     import rich.console
     import rich.progress
@@ -113,11 +113,14 @@ class Bar:
         done: how many were done before.
     """
 
+    open = False  # whether there is one
+
     def __init__(self, description: str, total: int, unit: str, done: int = 0):
         self.description, self.total, self.unit, self.done = description, total, unit, done
         self.progress: Any = None
 
     def __enter__(self) -> "Bar":
+        Bar.open = True
         if not sys.stderr.isatty():
             return self
         import rich.console
@@ -142,6 +145,7 @@ class Bar:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        Bar.open = False
         if self.progress is not None:
             self.progress.stop()
 

@@ -4,6 +4,7 @@ run             the run: model, data, steps, and going on where it was stopped
 log             what it says: its header, its lines, `metrics.jsonl`
 recipe          the settings, from YAML and flags
 callbacks       evaluation, checkpoints and compilations counted, within `fit`
+validation      what it is validated on; the best kept, an early end
 resume          the state of a training, saved and restored
 optimization    LAMB and AdamW with a rate a tower and depth, and the schedule
 devices         the devices there are, and a batch spread over them

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from align_tf.evaluation import tasks
 from align_tf.evaluation.embedder import Embedder, check_ends, in_batches
 from align_tf.evaluation.identity import text_contents
 from align_tf.evaluation.retrieval import distinct_pairs, retrieval_metrics
@@ -27,8 +28,9 @@ class _Evaluation(keras.callbacks.Callback):
     Where the optimizer keeps moving averages of the weights, these are measured.
     """
 
-    def __init__(self, every_steps: int | None):
+    def __init__(self, every_steps: int | None, name: str = ""):
         super().__init__()
+        self.prefix = f"val_{name}_" if name else "val_"
         if every_steps is not None and every_steps < 1:
             raise ValueError(f"every_steps={every_steps}: expected 1 or more, or None")
         self.every_steps = every_steps
@@ -62,7 +64,9 @@ class _Evaluation(keras.callbacks.Callback):
 
     def _measure(self, logs: dict[str, float] | None) -> None:
         with resume.averaged(self.model):  # on JAX, reading it brings the weights up to date
-            self._figures = {f"val_{name}": value for name, value in self.evaluate().items()}
+            self._figures = {
+                f"{self.prefix}{name}": value for name, value in self.evaluate().items()
+            }
         if logs is not None:
             logs.update(self._figures)
 
@@ -80,6 +84,7 @@ class RetrievalEvaluation(_Evaluation):
             `Embedder.pairs` takes it.
         every_steps: measure whenever so many batches are done, and repeat the last figures at the
             end of an epoch; None measures at the end of each epoch.
+        name: of the data set, where there are several: `val_<name>_r1_i2t`.
 
     Raises:
         ValueError: the data set is endless, or an iterator that is gone after one pass.
@@ -90,8 +95,9 @@ class RetrievalEvaluation(_Evaluation):
         dataset: Mapping[str, Any] | Iterable[Mapping[str, Any]],
         *,
         every_steps: int | None = None,
+        name: str = "",
     ):
-        super().__init__(every_steps)
+        super().__init__(every_steps, name)
         check_ends(dataset)
         if isinstance(dataset, Iterator):
             raise ValueError(
@@ -152,6 +158,25 @@ class ZeroShotEvaluation(_Evaluation):
             for part in in_batches(texts)
         ]
         return np.concatenate(batches)
+
+
+class ZeroShotFolders(_Evaluation):
+    """As ZeroShotEvaluation, of a folder with a sub-folder of images for each class.
+
+    Args:
+        processor: of the model.
+        options: as `evaluation.tasks.evaluate` takes them.
+        opened: what `evaluation.tasks.read` made of them.
+        name: of the data set, where there are several.
+    """
+
+    def __init__(self, processor: AlignProcessor, options: Any, opened: dict, *, name: str = ""):
+        super().__init__(None, name)
+        self.processor, self.options, self.opened = processor, options, opened
+
+    def evaluate(self) -> dict[str, float]:
+        arguments = (self.processor, self.options, self.opened, self.embedder)
+        return tasks.evaluate(self._model, *arguments)["metrics"]
 
 
 class ResumableCheckpoint(resume.MeasuresAverages):

@@ -18,8 +18,8 @@ from align_tf.training.recipe import Recipe
 
 METRICS_NAME = "metrics.jsonl"
 
-# Of what a validation finds, these are shown; `metrics.jsonl` has all.
-VALIDATION_SHOWN = ("val_loss", "val_r1_i2t", "val_r1_t2i", "val_r5_i2t", "val_r5_t2i")
+# Of what a validation finds, what ends so is shown; `metrics.jsonl` has all.
+VALIDATION_SHOWN = ("val_loss", "r1_i2t", "r1_t2i", "r5_i2t", "r5_t2i", "top1")
 
 
 def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_count: int) -> None:
@@ -125,7 +125,8 @@ class Log(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         values = {key: value for key, value in logs.items() if key.startswith("val_")}
         if values:
-            shown = "  ".join(f"{key} {values[key]:.4f}" for key in VALIDATION_SHOWN)
+            shown = [key for end in VALIDATION_SHOWN for key in values if key.endswith(end)]
+            shown = "  ".join(f"{key} {values[key]:.4f}" for key in shown)
             say(f"{self._place()}  {shown}")
             self._write(values)
 

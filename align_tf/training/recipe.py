@@ -34,6 +34,17 @@ CHECKS = {
 }
 
 
+# What a set of validation_data is measured by: its task -> the figures.
+FIGURES = {
+    "retrieval": [
+        f"{name}_{way}"
+        for name in ("r1", "r5", "r10", "median_rank", "mean_rank")
+        for way in ("i2t", "t2i")
+    ],
+    "zero-shot": ["top1", "top5", "mean_per_class"],
+}
+VALIDATED = tuple(FIGURES)
+
 # The groups of settings, in the order of `--help`.
 GROUPS = ("model and data", "batch", "optimizer", "what trains", "output")
 MODEL, BATCH, OPTIMIZER, TRAINS, OUTPUT = GROUPS
@@ -76,7 +87,13 @@ class Recipe:
         MODEL, None, "the checkpoint whose tokenizer and image settings are used (that of model)"
     )
     data: str | None = _setting(MODEL, None, "pairs to train on: a file, a folder or a glob")
-    validation_data: str | None = _setting(MODEL, None, "pairs whose loss is watched")
+    validation_data: Any = _setting(  # noqa: RUF009
+        MODEL,
+        None,
+        "pairs whose loss is watched; or several sets, as in {a: pairs, b: {data: classes, task: "
+        "zero-shot}}",
+        object,
+    )
     max_errors: int | str = _setting(
         MODEL,
         100,
@@ -177,6 +194,17 @@ class Recipe:
         COUNT,
     )
     keep: int = _setting(OUTPUT, 2, "checkpoints that stay", COUNT)
+    keep_best: str | None = _setting(
+        OUTPUT,
+        None,
+        "the figure, such as val_r1_t2i, by whose best validation the trained model is chosen",
+    )
+    early_stop: int | None = _setting(
+        OUTPUT,
+        None,
+        "validations without a better figure after which it ends (of keep_best, or val_loss)",
+        COUNT,
+    )
     log_every: int | None = _setting(
         OUTPUT, None, "steps between two lines of progress (a hundredth of all, at most 100)", COUNT
     )
@@ -221,6 +249,7 @@ class Recipe:
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
         self._check_lora()
+        self._check_validation()
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation={self.accumulation}: expected a divisor of "
@@ -247,6 +276,58 @@ class Recipe:
         """Returns the towers that LoRA adapts: those that are not frozen as a whole."""
         frozen = self.frozen()
         return [tower for tower in ("text", "vision") if frozen.get(tower, []) is not None]
+
+    def validations(self) -> dict[str, dict[str, Any]]:
+        """Returns the sets of `validation_data` by name, an only one by "".
+
+        Each has its `data` and its `task`, and of zero-shot its `labels` and `templates`.
+        """
+        given = self.validation_data
+        sets = given if isinstance(given, dict) else {} if given is None else {"": given}
+        return {
+            name: {"task": VALIDATED[0], **(of if isinstance(of, dict) else {"data": of})}
+            for name, of in sets.items()
+        }
+
+    def _check_validation(self) -> None:
+        for name, options in self.validations().items():
+            known = {"task": tuple(FIGURES), "data": None}
+            known |= {"labels": None, "templates": None} if options["task"] == VALIDATED[1] else {}
+            texts = all(isinstance(value, str) for value in options.values())
+            named = isinstance(name, str) and (name.isidentifier() or name == "")
+            right = (
+                "data" in options and options["task"] in FIGURES and options.keys() <= known.keys()
+            )
+            if not (texts and named and right):
+                raise ValueError(
+                    f"validation_data={self.validation_data!r}: expected a source of pairs, or "
+                    "sets of these by name, or {data: ..., task: zero-shot} in their place"
+                )
+        figures = self.figures()
+        if self.keep_best is not None and self.keep_best not in figures:
+            raise ValueError(
+                f"keep_best={self.keep_best!r}: expected a figure of validation_data: "
+                f"{', '.join(figures) or 'there is none'}"
+            )
+        if self.early_stop is not None and self.watched() not in figures:
+            raise ValueError(
+                f"early_stop={self.early_stop!r}: expected keep_best, a figure of validation_data: "
+                f"{', '.join(figures) or 'there is none'}"
+            )
+
+    def figures(self) -> list[str]:
+        """Returns the names of what a validation finds."""
+        sets = {name: options["task"] for name, options in self.validations().items()}
+        loss = ["val_loss"] if VALIDATED[0] in sets.values() else []
+        return loss + [
+            f"val_{name}_{figure}" if name else f"val_{figure}"
+            for name, task in sets.items()
+            for figure in FIGURES[task]
+        ]
+
+    def watched(self) -> str | None:
+        """Returns the figure that `keep_best` and `early_stop` go by; None without them."""
+        return self.keep_best or (None if self.early_stop is None else "val_loss")
 
     def counted(self, steps: int) -> "Recipe":
         """Returns the recipe with its steps stated, and with what follows from their number.
@@ -282,6 +363,11 @@ class Recipe:
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         files.write_text(pathlib.Path(path), text)
+
+
+def lower_is_better(figure: str) -> bool:
+    """Says of a figure whether the lowest is the best: of a loss or a rank."""
+    return "loss" in figure or "rank" in figure
 
 
 def check_extras(recipe: Recipe) -> None:

@@ -23,7 +23,14 @@ SUMMARY_NAME = "training_state.json"
 FOLDER = "checkpoint-{}"  # as Hugging Face's Trainer names them
 
 
-def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int) -> pathlib.Path:
+def save(
+    output: pathlib.Path,
+    step: int,
+    model: Any,
+    processor: Any,
+    keep: int,
+    best: int | None = None,
+) -> pathlib.Path:
     """Writes `checkpoint-<step>`: model and processor for `from_pretrained`, and the state.
 
     The folder appears under its name when all of it is written. Of a model that LoRA adapts it
@@ -37,6 +44,7 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
             holds the average.
         processor: its AlignProcessor.
         keep: how many checkpoints stay; older ones go.
+        best: the step of one that stays in any case.
 
     Returns:
         The folder.
@@ -58,7 +66,8 @@ def save(output: pathlib.Path, step: int, model: Any, processor: Any, keep: int)
         _remove(folder)
     temporary.rename(folder)
     for old in list_checkpoints(output)[:-keep]:
-        _remove(old)
+        if old.name != FOLDER.format(best):
+            _remove(old)
     return folder
 
 

@@ -24,10 +24,10 @@ from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Bar
 from align_tf.terminal import say
 from align_tf.training import devices, resume
-from align_tf.training.callbacks import RetrievalEvaluation
-from align_tf.training.log import Log, say_header
+from align_tf.training.log import METRICS_NAME, Log, say_header
 from align_tf.training.optimization import make_optimizer
 from align_tf.training.recipe import RECIPE_NAME, Recipe, check_extras, read_recipe
+from align_tf.training.validation import Best, make_validation
 
 LISTING_NAME = "data_listing.npz"
 ADAPTER_FOLDER = "adapter"  # beside the model that it is merged into
@@ -36,7 +36,7 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 # Settings that may change when a training goes on: no weight depends on them.
 FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
-    "tensorboard",
+    *("tensorboard", "keep_best", "early_stop"),
 )
 
 
@@ -79,16 +79,26 @@ def train(recipe: Recipe) -> pathlib.Path:
         model = make_model(recipe, processor, count)
         say_header(recipe, model, pairs, count)
         step = resume.restore_last(output, model)
-        if step < recipe.steps:
-            _fit(model, processor, recipe, output, step, pairs)
+        best = Best(recipe, output / METRICS_NAME, step)
+        if step < recipe.steps and not best.over:
+            _fit(model, processor, recipe, output, step, pairs, best)
         else:
-            say(f"All of its {recipe.steps:,} steps are done.")
+            end = f"It ended at step {step:,}." if best.over else "All of its {:,} steps are done."
+            say(end.format(recipe.steps))
+        if recipe.keep_best is not None:
+            _take_best(output, model, best)
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
         model.save_pretrained(output)
         if recipe.lora_rank is not None:
             model.save_adapter(output / ADAPTER_FOLDER)
     processor.save_pretrained(output)
     return output
+
+
+def _take_best(output: pathlib.Path, model: AlignModel, best: Best) -> None:
+    """Puts the checkpoint of the best validation into the model."""
+    step = resume.restore(output / resume.FOLDER.format(best.step), model)
+    say(f"The best {best.key}, {best.values[step]:.4f}, was that of step {step}.")
 
 
 def limit_arenas() -> None:
@@ -219,6 +229,7 @@ def _fit(
     output: pathlib.Path,
     step: int,
     pairs: int | None,
+    best: Best,
 ) -> None:
     dataset = make_dataset(
         recipe.data,
@@ -230,18 +241,15 @@ def _fit(
         augment=recipe.augment,
         max_errors=recipe.max_errors,
     )
-    validation, evaluations = None, []
-    if recipe.validation_data is not None:
-        validation = make_dataset(
-            recipe.validation_data,
-            processor,
-            batch_size=recipe.batch_size,
-            max_errors=recipe.max_errors,
-        )
-        evaluations = [RetrievalEvaluation(validation)]
-    checkpoints = Checkpoints(recipe, processor, output, step)
+    validation, evaluations = make_validation(recipe, processor)
+    checkpoints = Checkpoints(recipe, processor, output, step, best)
     epoch_steps = pairs and pairs // recipe.batch_size
     with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():
+        log = Log(recipe, output, step, epoch_steps, bar)
+        if best.key is not None and step and step not in best.values:
+            _validate(model, validation, [*evaluations, log, best])
+            if best.over:
+                return
         model.fit(
             dataset,
             # An epoch is what lies between two checkpoints; `Checkpoints` ends the last one.
@@ -249,10 +257,22 @@ def _fit(
             steps_per_epoch=recipe.save_every,
             validation_data=validation,
             # The log reads what the evaluations have found.
-            callbacks=[*evaluations, Log(recipe, output, step, epoch_steps, bar), checkpoints],
+            callbacks=[*evaluations, log, best, checkpoints],
             shuffle=False,  # the dataset is
             verbose=0,
         )
+
+
+def _validate(model: AlignModel, validation: Any, callbacks: list) -> None:
+    """Validates a checkpoint that was written, and no more before the training was stopped."""
+    values = {}
+    if validation is not None:
+        with resume.averaged(model):
+            values = model.evaluate(validation, verbose=0, return_dict=True)
+    logs = {f"val_{name}": value for name, value in values.items()}
+    for callback in callbacks:
+        callback.set_model(model)
+        callback.on_epoch_end(0, logs)
 
 
 class Checkpoints(resume.MeasuresAverages):
@@ -263,26 +283,35 @@ class Checkpoints(resume.MeasuresAverages):
         processor: saved with the model.
         output: the folder of the training.
         step: steps taken before.
+        best: knows the step whose checkpoint stays.
     """
 
     def __init__(
-        self, recipe: Recipe, processor: AlignProcessor, output: pathlib.Path, step: int
+        self,
+        recipe: Recipe,
+        processor: AlignProcessor,
+        output: pathlib.Path,
+        step: int,
+        best: Best,
     ) -> None:
         super().__init__()
         self.recipe, self.processor, self.output, self.step = recipe, processor, output, step
+        self.first, self.best = step, best
         self.stopping = False  # set from outside to end after the running step
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.step += 1
         ending = self.stopping or self.step == self.recipe.steps
-        if not ending and self.step % self.recipe.save_every:
+        # Where an epoch ends too, and so where it is validated.
+        if not ending and (self.step - self.first) % self.recipe.save_every:
             return
         if not math.isfinite(logs["loss"]):
             raise ValueError(
                 f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
                 "lower learning_rate, a longer warmup or clip_norm may keep it finite"
             )
-        resume.save(self.output, self.step, self.model, self.processor, self.recipe.keep)
+        kept = self.recipe.keep, self.best.step
+        resume.save(self.output, self.step, self.model, self.processor, *kept)
         if self.stopping:
             say(f"Stopped at step {self.step}; the same command goes on from there.")
             raise KeyboardInterrupt  # past the validation

@@ -80,6 +80,20 @@ def test_an_adapter_learns_faster_and_leaves_out_what_is_frozen():
     assert (recipe.learning_rate, recipe.adapted()) == (1e-3, ["text", "vision"])
 
 
+def test_sets_of_validation_have_names():
+    recipe = Recipe(**LEAST, validation_data="pairs", early_stop=1)
+    assert (recipe.watched(), recipe.figures()[:2]) == ("val_loss", ["val_loss", "val_r1_i2t"])
+    sets = {"a": "pairs", "b": {"data": "classes", "task": "zero-shot"}}
+    recipe = Recipe(**LEAST, validation_data=sets, keep_best="val_b_top1")
+    assert recipe.figures()[:2] == ["val_loss", "val_a_r1_i2t"]
+    assert recipe.validations() == {
+        "a": {"task": "retrieval", "data": "pairs"},
+        "b": {"task": "zero-shot", "data": "classes"},
+    }
+    flag = {"validation_data": "{a: pairs}", "model": "x", "data": "d", "output": "o", "steps": "1"}
+    assert read_recipe(None, flag).validations() == {"a": {"task": "retrieval", "data": "pairs"}}
+
+
 def test_a_saved_recipe_reads_back_alike(tmp_path):
     recipe = Recipe(**LEAST, freeze={"vision": [0]}, ema_momentum=0.9, learning_rate=2e-5)
     recipe.save(tmp_path / "recipe.yaml")
@@ -120,6 +134,22 @@ def test_example_recipes_are_read():
         ({"tensorboard": "maybe"}, "tensorboard='maybe': expected true or false"),
         ({"schedule": None}, "schedule=None: expected one of linear"),
         ({"lora_rank": 0}, "lora_rank=0: expected a whole number of 1 or more"),
+        (
+            {"keep_best": "val_loss"},
+            "keep_best='val_loss': expected a figure of validation_data: t",
+        ),
+        (
+            {"keep_best": "val_r1", "validation_data": "x"},
+            "keep_best='val_r1': expected a figure of validation_data: val_loss, val_r1_i2t, val_",
+        ),
+        ({"early_stop": 2}, "early_stop=2: expected keep_best, a figure of validation_data: there"),
+        ({"validation_data": {"a": {"task": "zero-shot"}}}, "expected a source of pairs, or sets"),
+        ({"validation_data": {"a b": "x"}}, "expected a source of pairs, or sets of these by name"),
+        (
+            {"validation_data": {"a": {"data": "x", "task": "knn"}}},
+            "expected a source of pairs, or",
+        ),
+        ({"validation_data": 3}, "validation_data=3: expected a source of pairs, or sets of these"),
         ({"lora_alpha": 8}, "lora_alpha=8: expected lora_rank beside it"),
         ({"lora_rank": 2, "batch_norm": "trained"}, "batch_norm='trained': not with lora_rank, wh"),
         ({"lora_rank": 2, "loss": "sigmoid"}, "loss='sigmoid': not with lora_rank, which trains"),

@@ -1,0 +1,100 @@
+"""What a training is validated on, and what it does by that: keeps the best, ends early."""
+
+import json
+import math
+import pathlib
+import types
+from typing import Any
+
+import keras
+
+from align_tf.data.dataset import make_dataset
+from align_tf.evaluation import tasks
+from align_tf.preprocessing.processor import AlignProcessor
+from align_tf.terminal import say
+from align_tf.training.callbacks import RetrievalEvaluation, ZeroShotFolders
+from align_tf.training.recipe import Recipe, lower_is_better
+
+
+def make_validation(recipe: Recipe, processor: AlignProcessor) -> tuple[Any, list]:
+    """Opens the sets of a recipe's `validation_data`.
+
+    Args:
+        recipe: the settings.
+        processor: prepares images and texts.
+
+    Returns:
+        The batches whose loss `fit` measures, those of the first set of pairs, or None; and the
+        callbacks that measure the figures of each set.
+
+    Raises:
+        FileNotFoundError, ValueError: a set is not there, or none that its task can measure.
+    """
+    first, callbacks = None, []
+    for name, options in recipe.validations().items():
+        if options["task"] == "zero-shot":
+            absent = dict.fromkeys(("labels", "templates", "image_key", "caption_key"))
+            options = types.SimpleNamespace(**{**absent, **options})
+            opened = tasks.read(options)
+            callbacks.append(ZeroShotFolders(processor, options, opened, name=name))
+            continue
+        dataset = make_dataset(
+            options["data"],
+            processor,
+            batch_size=recipe.batch_size,
+            max_errors=recipe.max_errors,
+        )
+        callbacks.append(RetrievalEvaluation(dataset, name=name))
+        first = dataset if first is None else first
+    return first, callbacks
+
+
+class Best(keras.callbacks.Callback):
+    """Knows the best validation of a training, and ends one that no longer gets better.
+
+    Args:
+        recipe: the settings.
+        metrics: the file of its figures, of which those up to `step` count.
+        step: steps taken before.
+    """
+
+    def __init__(self, recipe: Recipe, metrics: pathlib.Path, step: int) -> None:
+        super().__init__()
+        self.key, self.patience = recipe.watched(), recipe.early_stop
+        self.values: dict[int, float] = {}  # of each step that was validated
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        for line in lines:
+            self._read(line, step)
+
+    def _read(self, line: str, last: int) -> None:
+        try:
+            values = json.loads(line)
+        except ValueError:  # cut by a kill
+            return
+        if self.key in values and values["step"] <= last:
+            self.values[values["step"]] = values[self.key]
+
+    @property
+    def step(self) -> int | None:
+        """The step whose figure is the best, the first of equal ones; None before there is one."""
+        sign = -1 if lower_is_better(self.key or "") else 1
+        finite = {step: value for step, value in self.values.items() if math.isfinite(value)}
+        return max(finite, key=lambda step: sign * finite[step], default=None)
+
+    @property
+    def over(self) -> bool:
+        """Whether as many validations as `early_stop` says have brought nothing better."""
+        if self.patience is None or self.step is None:
+            return False
+        return sum(step > self.step for step in self.values) >= self.patience
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        if self.key is None:
+            return
+        self.values[self.model.trained_batches] = float(logs[self.key])
+        if self.over:
+            say(
+                f"No better {self.key} in {self.patience} validations than "
+                f"{self.values[self.step]:.4f} at step {self.step}: done."
+            )
+            self.model.stop_training = True

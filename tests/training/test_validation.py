@@ -1,0 +1,161 @@
+"""A training that watches itself: sets by name, the best checkpoint kept, an early end."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf.cli.main import main
+from align_tf.training import Recipe, validation
+
+pytestmark = pytest.mark.slow  # a training, and towers traced for each set
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue"]
+COLORS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, small_config):
+    """A folder with the checkpoint `tiny`, 24 pairs in `pairs`, and `classes` of them."""
+    folder = tmp_path_factory.mktemp("validation")
+    values = small_config.to_dict()
+    values["text_config"] |= {"vocab_size": len(WORDS)}
+    keras.utils.set_random_seed(3)
+    AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
+    processor = AlignProcessor(AlignImageProcessor(size=20, crop_size=16), AlignTokenizer(WORDS))
+    processor.save_pretrained(folder / "tiny")
+    (folder / "pairs").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(24):
+        color = COLORS[index % 3]
+        pixels = rng.integers(0, 100, (20, 24, 3), np.uint8)
+        pixels[..., index % 3] += 100
+        Image.fromarray(pixels).save(folder / "pairs" / f"{index:02}.png")
+        (folder / "pairs" / f"{index:02}.txt").write_text(f"a {color}")
+        (folder / "classes" / color).mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "pairs" / f"{index:02}.png", folder / "classes" / color)
+    return folder
+
+
+def recipe(place, output, **changes):
+    settings = {
+        "model": str(place / "tiny"),
+        "data": str(place / "pairs"),
+        "output": str(output),
+        "batch_size": 8,
+        "steps": 12,
+        "save_every": 2,
+        "log_every": 1,
+        "keep": 1,
+        "learning_rate": 0.001,
+        "ema_momentum": 0.5,
+        "validation_data": {
+            "colors": {"data": str(place / "classes"), "task": "zero-shot"},
+            "pairs": str(place / "pairs"),
+        },
+        **changes,
+    }
+    return Recipe(**settings)
+
+
+def run(recipe, path):
+    recipe.save(path)
+    return main(["train", str(path)])
+
+
+def validated(output):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    return {line["step"]: line for line in lines if "val_loss" in line}
+
+
+def scripted(monkeypatch, figures):
+    """Has the figure that is watched be a given one at each step."""
+    on_epoch_end = validation.Best.on_epoch_end
+
+    def at_step(self, epoch, logs=None):
+        logs = {**logs, self.key: figures[self.model.trained_batches]}
+        on_epoch_end(self, epoch, logs)
+
+    monkeypatch.setattr(validation.Best, "on_epoch_end", at_step)
+
+
+def checkpoints(output):
+    return sorted(path.name for path in output.glob("checkpoint-*"))
+
+
+FIGURES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4, 12: 0.5}
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    """The best checkpoint of a training was that of step 4, which ended at step 8."""
+    with pytest.MonkeyPatch.context() as patch:
+        scripted(patch, FIGURES)
+        settings = recipe(place, place / "unbroken", keep_best="val_colors_top1", early_stop=2)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert run(settings, place / "recipe.yaml") == 0
+    (place / "said.txt").write_text(said.getvalue())
+    return place / "unbroken"
+
+
+def test_sets_are_measured_by_name(unbroken, place):
+    found = validated(unbroken)
+    assert list(found) == [2, 4, 6, 8]
+    names = [name for name in found[4] if name.startswith("val_")]
+    assert set(recipe(place, unbroken).figures()) <= set(names)
+    assert "val_colors_top1" in names and "val_pairs_r1_t2i" in names
+    said = (place / "said.txt").read_text().splitlines()
+    line = next(line for line in said if line.startswith("step 4/12  epoch 2/4  val_loss "))
+    assert "  val_pairs_r1_t2i " in line and "  val_colors_top1 " in line
+    end = "No better val_colors_top1 in 2 validations than 0.5000 at step 4: done."
+    assert end in said
+    assert not [line for line in said if line.startswith("Embedding")]  # within the bar's place
+
+
+def test_the_best_is_kept_and_is_the_trained_model(unbroken, place):
+    assert checkpoints(unbroken) == ["checkpoint-4", "checkpoint-8"]
+    read = safetensors.numpy.load_file
+    whole, best, last = (
+        read(unbroken / name / "model.safetensors")
+        for name in (".", "checkpoint-4", "checkpoint-8")
+    )
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, best[name], err_msg=name)
+    assert any(not np.array_equal(value, last[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("lost", ["validation", "nothing"])
+def test_what_was_watched_is_remembered(lost, unbroken, place, tmp_path, monkeypatch, capsys):
+    """After a kill between the last checkpoint and its validation, and after the end."""
+    output = tmp_path / "out"
+    shutil.copytree(unbroken, output)
+    for name in (output / "recipe.yaml", tmp_path / "recipe.yaml"):
+        text = (unbroken / "recipe.yaml").read_text()
+        name.write_text(text.replace(str(unbroken), str(output)))
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines):  # the real figures, in the place of which others stood
+        values = json.loads(line)
+        if "val_loss" in values:
+            values["val_colors_top1"] = FIGURES[values["step"]]
+            lines[number] = json.dumps(values) + "\n"
+    if lost == "validation":
+        lines = [line for line in lines if '"step": 8, "val' not in line]
+    (output / "metrics.jsonl").write_text("".join(lines))
+    scripted(monkeypatch, FIGURES)
+    before = (output / "model.safetensors").read_bytes()
+    (output / "model.safetensors").unlink()
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    err = capsys.readouterr().err
+    assert "The best val_colors_top1, 0.5000, was that of step 4." in err
+    assert ("It ended at step 8." in err) == (lost == "nothing")
+    assert checkpoints(output) == ["checkpoint-4", "checkpoint-8"]
+    assert list(validated(output)) == [2, 4, 6, 8]
+    assert (output / "model.safetensors").read_bytes() == before
