@@ -30,6 +30,13 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_TORCH_NAME = "adapter_model.bin"
 
+RECIPE_NAME = "recipe.yaml"  # of a training, which stays beside the model that it gave
+# Of a training, what is no part of that model.
+OF_TRAINING = (
+    *("checkpoint-*/*", ".*", "metrics.jsonl", "data_listing*", "tensorboard/*"),
+    *(RECIPE_NAME, "training_state.*"),  # a recipe names places of the machine
+)
+
 _DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
 _PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"
 _QUANTIZED = 'model.quantize("int8") after it'
@@ -209,6 +216,57 @@ def _download_weights(folder: pathlib.Path, options: dict[str, Any]) -> None:
             if name == names[-1] and not any(folder.glob("*.index")):
                 raise
     huggingface_hub.snapshot_download(allow_patterns=["*.data-*"], **options)
+
+
+def push(
+    folder: pathlib.Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a folder to the hub, into a repository that is made if it is not there.
+
+    Args:
+        folder: what to upload; of a training, the model alone.
+        repo_id: such as `me/my-align`.
+        private: whether a new repository is seen by its owner alone; None is the owner's default.
+        token: access token of the hub; None takes the one that `hf auth login` has kept.
+        revision: the branch; made if it is not there.
+        commit_message: of the commit.
+        create_pr: propose it instead.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: the repository's name is none.
+        OSError: the hub refuses, or is not reached.
+    """
+    import huggingface_hub
+
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id={repo_id!r}: expected an owner and a name, such as me/my-align")
+    api = huggingface_hub.HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or "Upload by align-tf",
+            create_pr=create_pr,
+            ignore_patterns=list(OF_TRAINING),
+        )
+    except Exception as error:  # the hub, its HTTP client and the system raise kinds of their own
+        reason = " ".join(str(error).split())
+        raise OSError(f"{repo_id}: the Hugging Face hub took nothing: {reason}") from error
+    return commit.pr_url if create_pr else commit.commit_url
 
 
 def is_adapter(folder: pathlib.Path) -> bool:

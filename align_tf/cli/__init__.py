@@ -4,7 +4,7 @@ main            the table of commands, and what every one of them ends in
 parser          argparse with mistakes in one line, and the nearest of what there is
 common          what they share: loading a model, lines to stderr, tables
 pictures        image files of arguments: folders, globs, a list on stdin
-quickstart, classify, evaluate, export, convert, interpolate, train, embed, index, search, serve,
-demo, plot
+quickstart, classify, evaluate, export, convert, interpolate, train, push, embed, index, search,
+serve, demo, plot
                 a file a command: its arguments and its run
 """

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterable
@@ -153,6 +154,45 @@ class Adapters(KeepsFrozen):
         self._park()
         kinds = {hf: kind for hf, (_, kind, _) in self._adaptable().items()}
         adapters.write_adapter(pathlib.Path(folder), held.config, held.sides, kinds)
+
+    def push_adapter_to_hub(
+        self,
+        repo_id: str,
+        *,
+        name: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save_adapter` writes to the Hugging Face hub, with a card.
+
+        Args:
+            repo_id: such as `me/my-adapter`; made if it is not there.
+            name: of the adapter; None means the active one.
+            private: whether a new repository is seen by its owner alone.
+            token: access token of the hub.
+            revision: the branch.
+            commit_message: of the commit.
+            create_pr: propose it instead.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: there is no such adapter, or the repository's name is none.
+            OSError: the hub refuses, or is not reached.
+        """
+        return self._push(
+            functools.partial(self.save_adapter, name=name),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     def set_adapter(self, name: str | None) -> None:
         """Makes another adapter the active one; compile after it, to train.

@@ -5,11 +5,14 @@ import logging
 import math
 import os
 import pathlib
+import tempfile
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from keras import ops
 
 from align_tf import files, hub
+from align_tf.cards import CARD_NAME, make_card
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
 from align_tf.checkpoints.tensors import is_original, read_tensors, weight_files, write_tensors
@@ -221,6 +224,50 @@ class Pretrained:
         folder = pathlib.Path(folder)
         write_tensors(folder, tensors, dtype)
         config.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face hub, with a card.
+
+        Args:
+            repo_id: such as `me/my-align`; made if it is not there.
+            private: whether a new repository is seen by its owner alone.
+            token: access token of the hub.
+            revision: the branch.
+            commit_message: of the commit.
+            create_pr: propose it instead.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: as `save_pretrained`; or the repository's name is none.
+            OSError: the hub refuses, or is not reached.
+        """
+        return self._push(
+            self.save_pretrained,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    def _push(self, write: Callable[[pathlib.Path], None], repo_id: str, **options: Any) -> str:
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            write(folder)
+            files.write_text(folder / CARD_NAME, make_card(folder, repo_id))
+            return hub.push(folder, repo_id, **options)
 
     def save(
         self, filepath: str | os.PathLike, overwrite: bool = True, zipped: bool | None = None

@@ -1,6 +1,8 @@
 """AlignProcessor: images and texts to the model's inputs, behind one call."""
 
 import os
+import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +67,45 @@ class AlignProcessor:
         """Writes both halves to a checkpoint folder."""
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads both halves to the Hugging Face hub, beside the model that is there.
+
+        Args:
+            repo_id: such as `me/my-align`; made if it is not there.
+            private: whether a new repository is seen by its owner alone.
+            token: access token of the hub.
+            revision: the branch.
+            commit_message: of the commit.
+            create_pr: propose it instead.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: the repository's name is none.
+            OSError: the hub refuses, or is not reached.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(
+                pathlib.Path(folder),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     def __call__(
         self,

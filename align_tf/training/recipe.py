@@ -12,8 +12,6 @@ from align_tf.configuration.presets import PRESETS
 from align_tf.data.limit import LIMIT, is_limit
 from align_tf.extras import extra
 
-RECIPE_NAME = "recipe.yaml"
-
 # Of each two, a recipe states one.
 ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))
 

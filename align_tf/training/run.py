@@ -19,6 +19,7 @@ from align_tf.data.dataset import make_dataset
 from align_tf.data.listing import Listing
 from align_tf.data.readers import list_files, open_source
 from align_tf.files import check_local
+from align_tf.hub import RECIPE_NAME
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Bar
@@ -26,7 +27,7 @@ from align_tf.terminal import say
 from align_tf.training import devices, resume
 from align_tf.training.log import METRICS_NAME, Log, say_header
 from align_tf.training.optimization import make_optimizer
-from align_tf.training.recipe import RECIPE_NAME, Recipe, check_extras, read_recipe
+from align_tf.training.recipe import Recipe, check_extras, read_recipe
 from align_tf.training.validation import Best, make_validation
 
 LISTING_NAME = "data_listing.npz"
