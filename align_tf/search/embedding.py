@@ -153,11 +153,10 @@ def _check_arguments(
             f"dtype={dtype!r}, engine={engine!r}: expected {' or '.join(EMBEDDING_DTYPES)}, and "
             f"{' or '.join(ENGINES)}"
         )
-    if batch_size < 1 or shard_size < 1 or workers < 1:
-        raise ValueError(
-            f"batch_size={batch_size}, shard_size={shard_size}, workers={workers}: expected 1 or "
-            "more"
-        )
+    counts = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: expected 1 or more")
     if engine == "ray" and (isinstance(source, tf.data.Dataset) or isinstance(model, AlignModel)):
         raise ValueError("engine='ray': expected paths and the name of a model, to be read anew")
 

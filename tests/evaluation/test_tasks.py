@@ -187,6 +187,9 @@ def test_class_labels(tmp_path):
     file.write_text("cat\ta small cat\n\npolice_car\n")
     named = {"cat": "a small cat", "police_car": "police_car"}
     assert class_labels([str(file)], folders) == named
+    table = tmp_path / "labels.csv"
+    table.write_text("folder,label\ncat,a small cat\npolice_car,police_car\n")
+    assert class_labels([str(table)], folders) == named
     with pytest.raises(ValueError, match="unknown class 'police_car'"):
         class_labels(["cat", "dog"], folders)
     with pytest.raises(ValueError, match="class 'cat' comes twice"):
