@@ -94,7 +94,7 @@ def test_example_recipes_are_read():
         ({"lr_scheduler": 1}, "unknown key 'lr_scheduler'; did you mean 'schedule'?"),
         ({"steps": 0}, "steps=0: expected a whole number of 1 or more"),
         ({"steps": None}, "expected steps or epochs (--steps, --epochs), and one of them; found n"),
-        ({"epochs": 2}, "expected steps or epochs (--steps, --epochs), and one of them; found both"),
+        ({"epochs": 2}, "expected steps or epochs (--steps, --epochs), and one of them; found b"),
         ({"data": None}, "data: missing"),
         ({"batch_size": 1}, "batch_size=1: expected a whole number of 2 or more, since a pair is"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
