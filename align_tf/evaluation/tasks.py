@@ -93,7 +93,8 @@ def evaluate(
     Returns:
         `images`, the number measured on, what else was counted, `skipped`, key -> why, and
         `metrics`, by the names that `align_tf.evaluation` gives them; of several columns of
-        captions `by_caption`, the same of each; of zero-shot `per_class`, see `class_figures`.
+        captions `by_caption`, the same of each; of the other tasks `per_class`, see
+        `class_figures`.
 
     Raises:
         ValueError: the data does not suit the task.
@@ -202,9 +203,14 @@ def _from_examples(
         "skipped": skipped,
     }
     if task == "linear-probe":
-        return {**report, "metrics": linear_probe.linear_probe_metrics(*sets, progress=True)}
-    report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
-    return {**report, "metrics": nearest_neighbors.knn_metrics(*sets, k=k, progress=True)}
+        metrics, predicted = linear_probe.linear_probe_with_predictions(*sets, progress=True)
+    else:
+        report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
+        metrics, predicted = nearest_neighbors.knn_with_predictions(*sets, k=k, progress=True)
+    names = np.unique(train_labels)
+    rows = (np.searchsorted(names, of) for of in (labels, predicted))
+    per_class = confusion.class_figures(*rows, [readable(name) for name in names.tolist()])
+    return {**report, "metrics": metrics, "per_class": per_class}
 
 
 # --- reading -------------------------------------------------------------------------------

@@ -374,7 +374,7 @@ def test_the_package_is_a_program():
         (["--task", "knn"], 'pip install "align-tf[eval]"'),
         (["--task", "zero-shot", "--plot", "a.png"], 'pip install "align-tf[plot]"'),
         (["--task", "zero-shot", "--plot", "a.jpg"], "a.jpg: expected a name that ends in .png"),
-        (["--task", "knn", "--plot", "a.png"], "--plot: of no use to --task knn"),
+        (["--plot", "a.png"], "--plot: of no use to --task retrieval, but to zero-shot and knn"),
         (["--data", "gone.csv"], "gone.csv: no such file"),
     ],
 )
