@@ -79,7 +79,8 @@ def embed(
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as `data.make_dataset`.
-        ValueError: an argument is out of range, the folder holds another collection, the files of
+        NotADirectoryError: the output is a file.
+        ValueError: an argument is out of range, the folder holds another thing, the files of
             the source have changed since it was begun or while they were embedded, no image can be
             decoded, or an embedding is not finite.
     """
@@ -88,6 +89,7 @@ def embed(
     if engine == "ray":
         require_ray()
     check_local(output)
+    source_files.check_own(pathlib.Path(output))
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.

@@ -1,6 +1,7 @@
 """The command line: results, machine-readable output, mistakes that end in one line."""
 
 import csv
+import importlib.abc
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 import align_tf
-from align_tf.cli import common
+from align_tf.cli import common, entry
 from align_tf.cli.main import main
 from align_tf.data.label_files import is_file_of_labels, read_labels
 from align_tf.hub import BUNDLED
@@ -358,6 +359,21 @@ def test_the_help_of_train_groups_the_settings_and_lists_their_choices(capsys):
     assert "(adamw with model, lamb with preset)" in " ".join(optimizer.split())
     assert "{true,false}" in out[places[4] :]
     assert "align-base, align-" in " ".join(out.split())
+
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    """Ctrl-C as the commands are imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name == "align_tf.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_commands_are_imported(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "align_tf.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert entry.main() == 130
+    assert capsys.readouterr() == ("", "align-tf: stopped\n")
 
 
 def test_the_package_is_a_program():
