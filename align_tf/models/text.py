@@ -16,7 +16,7 @@ from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
 from align_tf.models.block_loop import is_chosen, run_blocks
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
-from align_tf.models.inputs import PAIR_INPUTS, TakesNames, check_ids, check_known
+from align_tf.models.inputs import ID_INPUTS, PAIR_INPUTS, TakesNames, check_ids, check_known
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
@@ -25,7 +25,6 @@ from align_tf.models.surgery import check_plain, replace_layer
 HEADED = ("query", "key", "value")  # the layers of an attention whose columns are the heads
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-ID_INPUTS = ("input_ids", "token_type_ids", "position_ids")  # rows of an embedding
 
 
 @keras.saving.register_keras_serializable(package="align_tf")

@@ -178,23 +178,24 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in ("data", "output"):
             if getattr(self, key) is None:
-                raise ValueError(f"{key}: missing; the recipe has to state it")
+                raise ValueError(f"{key}: missing; the recipe has to state it, or --{key}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                "expected steps or epochs, and one of them; "
-                f"found steps={self.steps!r}, epochs={self.epochs!r}"
+                "expected steps or epochs (--steps, --epochs), and one of them; "
+                f"found {'neither' if self.steps is None else 'both'}"
             )
         if (self.model is None) == (self.preset is None):
             raise ValueError(
                 "expected model, a checkpoint to fine-tune, or preset, an architecture to train "
-                f"from scratch, and one of them; found model={self.model!r}, preset={self.preset!r}"
+                "from scratch (--model, --preset), and one of them; "
+                f"found {'neither' if self.model is None else 'both'}"
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
         if self.preset is not None and self.processor is None:
             raise ValueError(
-                f"processor: missing; with preset={self.preset!r} it names the checkpoint whose "
-                "tokenizer and image settings are used"
+                f"processor: missing; beside preset {self.preset!r} it names the checkpoint whose "
+                "tokenizer and image settings are used (--processor)"
             )
         fine_tuning = self.model is not None
         if self.optimizer is None:
@@ -304,7 +305,8 @@ def read_recipe(
     try:
         return Recipe(**values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+        named = path is not None and str(error).partition("=")[0] not in flags
+        raise ValueError(f"{path}: {error}" if named else str(error)) from None
 
 
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
@@ -332,6 +334,7 @@ def _parsed_yaml(name: str, text: str) -> Any:
     import yaml
 
     try:
+        _check_keys(yaml.compose(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark and f", line {error.problem_mark.line + 1}"
@@ -340,6 +343,25 @@ def _parsed_yaml(name: str, text: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{name}: not valid YAML: {said}") from error
+
+
+def _check_keys(node: Any) -> None:
+    """Refuses a key that comes twice, of which YAML takes the last without a word."""
+    nodes, met = [node], set()  # what an alias names is met again
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(getattr(node, "value", None), list) or id(node) in met:
+            continue
+        met.add(id(node))
+        keys = set()
+        for child in node.value:
+            if isinstance(child, tuple):  # of a mapping
+                key, child = child
+                if isinstance(key.value, str) and key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: the key {key.value!r} comes twice")
+                keys.add(key.value if isinstance(key.value, str) else None)
+            nodes.append(child)
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
