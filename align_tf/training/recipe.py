@@ -9,6 +9,7 @@ import reprlib
 from typing import Any
 
 from align_tf.configuration.presets import PRESETS
+from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
 from align_tf.extras import extra
 
@@ -90,6 +91,13 @@ class Recipe:
         MODEL, None, "pixels of an image's side, in training and after (that of processor)", COUNT
     )
 
+    length_buckets: Any = _setting(  # noqa: RUF009
+        MODEL,
+        None,
+        "lengths, in tokens, that texts are padded to, each compiled by itself "
+        f"({list(LENGTH_BUCKETS)}; on a TPU the longest of these alone)",
+        object,
+    )
     augment: bool = _setting(MODEL, True, "crop and flip the training images at random", bool)
 
     batch_size: int = _setting(
@@ -207,6 +215,10 @@ class Recipe:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 setattr(self, field.name, _checked(field, value))
+        if type(self.length_buckets) is int:
+            self.length_buckets = [self.length_buckets]
+        if self.length_buckets is not None and not are_lengths(self.length_buckets):
+            raise ValueError(f"length_buckets={self.length_buckets!r}: expected {LENGTHS}")
         for tower, blocks in self.frozen().items():
             numbers = isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)
             if tower not in ("text", "vision") or not (blocks is None or numbers):
@@ -232,6 +244,16 @@ class Recipe:
         }
         silent = {key: value for key, value in derived.items() if getattr(self, key) is None}
         return dataclasses.replace(self, steps=steps, epochs=None, **silent)
+
+    def lengths(self, on_tpu: bool) -> list[int]:
+        """Returns the lengths that texts are padded to: one on a TPU, where each is compiled anew.
+
+        Args:
+            on_tpu: whether the training is on one.
+        """
+        if self.length_buckets is not None:
+            return sorted(self.length_buckets)
+        return list(LENGTH_BUCKETS[-1:] if on_tpu else LENGTH_BUCKETS)
 
     def frozen(self) -> dict[str, list[int] | None]:
         """Returns the towers that do not train, each with its frozen blocks, or None for all."""

@@ -213,6 +213,7 @@ def _fit(
     step: int,
     pairs: int | None,
 ) -> None:
+    lengths = recipe.lengths(devices.has_tpu())
     dataset = make_dataset(
         recipe.data,
         processor,
@@ -221,6 +222,7 @@ def _fit(
         seed=recipe.seed,
         start_step=step,
         augment=recipe.augment,
+        length_buckets=lengths,
         max_errors=recipe.max_errors,
     )
     validation, evaluations = None, []
@@ -229,6 +231,7 @@ def _fit(
             recipe.validation_data,
             processor,
             batch_size=recipe.batch_size,
+            length_buckets=lengths,
             max_errors=recipe.max_errors,
         )
         evaluations = [RetrievalEvaluation(validation)]

@@ -172,3 +172,22 @@ def test_a_broken_file_is_named(tmp_path):
         read_recipe(written(tmp_path, "model"))
     with pytest.raises(ValueError, match=r"recipe\.yaml: data: missing"):
         read_recipe(written(tmp_path, "model: align-tiny"))
+
+
+def test_texts_have_one_length_on_a_tpu_unless_the_recipe_states_several():
+    recipe = Recipe(**LEAST)
+    assert recipe.lengths(on_tpu=False) == [8, 16, 32, 64]
+    assert recipe.lengths(on_tpu=True) == [64]
+    flags = {**LEAST, "length_buckets": "[32, 16]"}
+    assert read_recipe(flags=flags).lengths(on_tpu=True) == [16, 32]
+    assert read_recipe(flags={**LEAST, "length_buckets": "32"}).lengths(on_tpu=False) == [32]
+    for wrong in ("[]", "[1]", "[8, x]", "0", "true", "x", "{8: 16}"):
+        with pytest.raises(ValueError, match="length_buckets"):
+            read_recipe(flags={**LEAST, "length_buckets": wrong})
+
+
+def test_settings_that_nobody_states_are_taken_where_no_alternative_is():
+    silent = {"data": "none", "output": "none", "steps": 1000}
+    assert read_recipe(flags={"model": "align-tiny"}, silent=silent).steps == 1000
+    recipe = read_recipe(flags={"model": "align-tiny", "epochs": "2", "data": "x"}, silent=silent)
+    assert (recipe.steps, recipe.epochs, recipe.data) == (None, 2, "x")
