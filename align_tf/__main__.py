@@ -2,6 +2,6 @@
 
 import sys
 
-from align_tf.cli.main import main
+from align_tf.cli.entry import main
 
 sys.exit(main())

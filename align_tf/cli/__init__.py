@@ -1,5 +1,6 @@
 """The command `align-tf`.
 
+entry           where the program begins
 main            the table of commands, and what every one of them ends in
 parser          argparse with mistakes in one line, and the nearest of what there is
 common          what they share: loading a model, lines to stderr, tables

@@ -11,18 +11,18 @@ from typing import Any
 from align_tf.cli.common import (
     EXIT_USER_ERROR,
     add_model_argument,
+    count,
     load,
     print_table,
     probabilities,
     say,
 )
 from align_tf.cli.pictures import find_pictures, looks_like_a_photograph
-from align_tf.files import read_lines, readable
+from align_tf.data.label_files import is_file_of_labels, read_labels
 from align_tf.terminal import literal
 
 IMAGES_AT_ONCE = 32  # images classified at a time
 SHOWN = 5  # labels of an image in the table, without --top
-LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".lst")  # of what is meant for a file, not for a label
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="LABEL",
-        help="what to choose from; one that is given twice counts once; or a file, one a line. "
-        "Images come before it, or after it behind a --",
+        help="what to choose from; one that is given twice counts once; or a file "
+        "of them, one a line, or a .csv with a column label. Images come before it, or after it "
+        "behind a --",
     )
     parser.when_missing = (
         "; where images come after --labels, a -- has to stand between: "
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--top",
-        type=int,
+        type=count,
         metavar="N",
         help=f"how many labels of each image are given, the likeliest ({SHOWN} in the table, else "
         "all)",
@@ -72,8 +73,6 @@ def run(arguments: Any) -> int:
     labels = _read_labels(arguments.labels)
     if "{}" not in arguments.template:
         raise ValueError(f"--template {arguments.template!r}: expected a {{}} for the label")
-    if arguments.top is not None and arguments.top < 1:
-        raise ValueError(f"--top {arguments.top}: expected 1 or more")
     images = find_pictures(arguments.images)
     model, processor = load(arguments.model)
     prompts = [arguments.template.replace("{}", label) for label in labels]
@@ -97,15 +96,12 @@ def run(arguments: Any) -> int:
 
 
 def _read_labels(given: list[str]) -> list[str]:
-    """Returns the labels, or those that a file alone lists, after a tab where there is one."""
-    file = pathlib.Path(given[0]).expanduser()
-    listed = len(given) == 1 and (file.is_file() or file.suffix in LIST_SUFFIXES)
-    labels = [line.rpartition("\t")[2] for line in read_lines(file)] if listed else given
+    """Returns the labels, or those that a file alone lists."""
+    listed = is_file_of_labels(given)
+    labels = [label for _, label in read_labels(given[0])] if listed else given
     for place, label in enumerate(labels, start=1):
         if not label.strip():
             raise ValueError(f"--labels: label {place} of {len(labels)} is blank, expected a text")
-        if readable(label) is not label:
-            raise ValueError(f"--labels: {label!r} is not UTF-8")
         if not listed and pathlib.Path(label).suffix and pathlib.Path(label).is_file():
             raise ValueError(
                 f"--labels: {label!r} is a file; expected labels, or one file of them alone; "

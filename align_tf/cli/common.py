@@ -131,6 +131,17 @@ def check_files(paths: list[str]) -> None:
         raise FileNotFoundError(f"{', '.join(missing)}: no such file")
 
 
+def count(text: str) -> int:
+    """A whole number of 1 or more, as the type of an argument."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
+    return number
+
+
 def setting_help(field: dataclasses.Field) -> str:
     """What `--help` says of a setting: its text and, as a user would write it, its default."""
     default = str(field.default).lower() if isinstance(field.default, bool) else field.default

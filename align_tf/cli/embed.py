@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from align_tf.cli.common import add_model_argument, hint, import_tensorflow, say
+from align_tf.cli.common import add_model_argument, count, hint, import_tensorflow, say
 from align_tf.terminal import literal
 
 
@@ -18,15 +18,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder of the shards")
     add_model_argument(parser)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images embedded at a time")
-    parser.add_argument("--shard-size", type=int, metavar="N", help="records of a shard")
+    parser.add_argument("--batch-size", type=count, metavar="N", help="images embedded at a time")
+    parser.add_argument("--shard-size", type=count, metavar="N", help="records of a shard")
     parser.add_argument(
         "--engine",
         choices=("default", "ray"),
         default="default",
         help="this process, or Ray Data: the cluster of RAY_ADDRESS, or this machine",
     )
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes of Ray (2)")
+    parser.add_argument(
+        "--workers", type=count, default=2, metavar="N", help="processes of Ray (2)"
+    )
     parser.add_argument("--image-key", metavar="NAME", help="the image's column, feature or key")
     parser.add_argument("--caption-key", metavar="NAME", help="the caption's")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")

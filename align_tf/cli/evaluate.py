@@ -19,7 +19,7 @@ TASKS = ("retrieval", "zero-shot", "knn", "linear-probe")
 OPTIONS = {
     "image_key": ("retrieval",),
     "caption_key": ("retrieval",),
-    "plot": ("zero-shot",),
+    "plot": ("zero-shot", "knn", "linear-probe"),
     "labels": ("zero-shot",),
     "templates": ("zero-shot",),
     "train_data": ("knn", "linear-probe"),
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE",
-        help="draw which classes of zero-shot are taken for which, as a .png or .svg file",
+        help="draw which classes are taken for which, as a .png or .svg file",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -117,7 +117,7 @@ def run(arguments: Any) -> int:
         print(json.dumps(report, indent=2))
     else:
         _print_figures(report)
-        if arguments.task == "zero-shot":
+        if "per_class" in report:
             _print_classes(report["per_class"])
     _say_skipped(report["skipped"])
     return 0

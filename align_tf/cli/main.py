@@ -26,8 +26,8 @@ from align_tf.cli import (
     train,
 )
 from align_tf.cli.common import EXIT_USER_ERROR
-from align_tf.cli.parser import Parser, check_spelling
-from align_tf.files import check_local, check_writable
+from align_tf.cli.parser import Parser, by_flags, check_spelling
+from align_tf.files import check_local, check_writable, readable
 from align_tf.terminal import say
 
 # Nothing heavy is imported here or in a command's file: `align-tf --help` answers at once.
@@ -43,6 +43,9 @@ PATHS = (
 # Those that are written, and of these the ones that are a file each.
 FILES = ("html", "montage", "plot", "program")
 WRITTEN = ("output", *FILES)
+
+# Those that are texts.
+TEXTS = ("labels", "texts", "text", "add", "subtract", "template")
 
 # command: (its file, with add_arguments and run; what it does)
 COMMANDS = {
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     atexit.register(gc.freeze)
     try:
         _check_paths(arguments)
+        _check_texts(arguments)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         say("align-tf: stopped")
@@ -97,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        say(f"align-tf: error: {error}")
+        say(f"align-tf: error: {by_flags(str(error), arguments.flags())}")
         return EXIT_USER_ERROR
 
 
@@ -121,6 +125,15 @@ def _check_paths(arguments: Any) -> None:
                 raise IsADirectoryError(f"{path}: a folder; expected a file")
 
 
+def _check_texts(arguments: Any) -> None:
+    for name in TEXTS:
+        given = getattr(arguments, name, None)
+        for text in [given] if isinstance(given, str) else given or []:
+            if readable(text) is not text and not os.path.exists(text):
+                shown = arguments.flags().get(name, name.upper())
+                raise ValueError(f"{shown}: {text!r} is not UTF-8")
+
+
 def _open_standard_streams() -> None:
     """Has the streams that a shell closed (`2>&-`) lead nowhere: files would take their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -137,11 +150,13 @@ def _parser() -> Parser:
         description="ALIGN for TensorFlow and Keras: classify, train, export and serve.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
-    parser.set_defaults(run=lambda arguments: _print_version_or_help(parser, arguments))
+    parser.set_defaults(
+        run=lambda arguments: _print_version_or_help(parser, arguments), flags=parser.flags
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (command, text) in COMMANDS.items():
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(run=command.run)
+        added.set_defaults(run=command.run, flags=added.flags)
         command.add_arguments(added)
     return parser
 

@@ -25,6 +25,36 @@ class Parser(argparse.ArgumentParser):
             message += self.when_missing
         self.exit(2, literal_lines(f"{self.prog}: error: {message} (see {self.prog} --help)\n"))
 
+    def flags(self) -> dict[str, str]:
+        """Returns the flag of each argument that has one, those of commands within included."""
+        found = {}
+        for action in self._actions:
+            if isinstance(action.choices, dict):
+                for command in action.choices.values():
+                    found |= command.flags()
+            if action.option_strings:
+                found[action.dest] = action.option_strings[-1]
+        return found
+
+
+def by_flags(message: str, flags: dict[str, str]) -> str:
+    """Names flags in an error that begins with an argument by its name in Python.
+
+    Args:
+        message: such as `batch_size=0: expected 1 or more`, which becomes `--batch-size 0: ...`.
+        flags: argument -> flag.
+    """
+    first = re.match(r"(\w+)(=|: an empty name)", message)
+    if first is None or first[1] not in flags:
+        return message
+    if first[2] != "=":
+        return flags[first[1]] + message[first.end(1) :]
+    return re.sub(
+        r"(?<![\w./-])(\w+)=",
+        lambda found: f"{flags[found[1]]} " if found[1] in flags else found[0],
+        message,
+    )
+
 
 def check_spelling(parser: Parser, arguments: list[str]) -> None:
     """Ends with the nearest command or flag where one is given that there is not.

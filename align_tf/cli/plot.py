@@ -9,6 +9,7 @@ from typing import Any
 from align_tf.cli.common import (
     add_model_argument,
     check_files,
+    count,
     load,
     say,
 )
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the labels are (the folders of the images if they differ, else the captions)",
     )
     embeddings.add_argument(
-        "--max-images", type=int, default=5000, metavar="N", help="drawn at most (5000)"
+        "--max-images", type=count, default=5000, metavar="N", help="drawn at most (5000)"
     )
     curves = kind("curves", _plot_curves, "the curves of a training")
     curves.add_argument("log", metavar="DIR", help="the folder that train wrote")
@@ -90,6 +91,8 @@ def open_plots(output: str) -> Any:
     """Returns `align_tf.plots` where it can draw, and can write a file of that name."""
     from align_tf import plots
 
+    if os.path.isdir(output):
+        raise IsADirectoryError(f"--output {output}: a folder; expected a .png or .svg file")
     plots.check_suffix(output)
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its caches are no one's concern
     plots.require_matplotlib()

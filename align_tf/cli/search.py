@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from align_tf.cli.common import (
+    count,
     import_tensorflow,
     print_table,
     say,
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="TEXT",
             help=f"move the query {what} these texts",
         )
-    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many (10)")
+    parser.add_argument("-k", type=count, default=10, metavar="N", help="how many (10)")
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="the model that embedded the collection (its name)"
     )

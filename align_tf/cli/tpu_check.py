@@ -26,14 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="generation and shape, such as v5e:1x1 and v6e:1x1 (Colab's) or v5e:16x16 (v5e:1x1)",
     )
     parser.add_argument(
-        "--tokens",
-        nargs="+",
-        type=int,
-        default=[64],
-        metavar="N",
-        help="lengths that texts are padded to, each a program of its own (64)",
-    )
-    parser.add_argument(
         "--program", metavar="FILE", help="write the text of the last compiled program"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -41,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     recipe = read_recipe(arguments.recipe, given_settings(arguments), SILENT)
-    if min(arguments.tokens) < 1:
-        raise ValueError(f"--tokens {min(arguments.tokens)}: expected 1 or more")
     from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_step
 
     check_topology(arguments.topology)
@@ -53,7 +43,7 @@ def run(arguments: Any) -> int:
     )
     import_tensorflow()
     programs = []
-    for tokens in arguments.tokens:
+    for tokens in recipe.lengths(on_tpu=True):
         program = compile_step(recipe, arguments.topology, tokens, arguments.program)
         say(f"{tokens} tokens: compiled in {program.seconds:.0f} s")
         programs.append(program)

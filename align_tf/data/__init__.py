@@ -8,6 +8,7 @@ folders         which files of a folder are data
 patterns        names with wildcards and braces
 sources         what a source of records is
 listing         a source's files, and what has changed of them
+label_files     the labels of classes
 left_out, limit records that are no pairs: why, and how many are too many
 writers         pairs into TFRecord files
 """

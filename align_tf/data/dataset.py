@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from align_tf.data.left_out import JUDGED_FROM, NO_CAPTION, NO_IMAGE, LeftOut
+from align_tf.data.lengths import LENGTH_BUCKETS
 from align_tf.data.limit import LIMIT, is_limit
 from align_tf.data.readers import PathOrPaths, open_source
 from align_tf.data.sources import Source
@@ -13,7 +14,6 @@ from align_tf.data.streams import CHUNK
 from align_tf.preprocessing.image_processing import FINE
 from align_tf.preprocessing.processor import AlignProcessor
 
-LENGTH_BUCKETS = (8, 16, 32, 64)
 MAX_ERRORS = 100
 BATCHES_IN_FLIGHT = 2  # prepared at a time; within each, images are decoded in parallel
 ID_RANGE = 2**31 - 1  # of the fingerprints

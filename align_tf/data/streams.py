@@ -26,7 +26,7 @@ from align_tf.data.sources import (
     strings_in,
 )
 from align_tf.data.tars import READ_ERRORS, count_tar, tar_records
-from align_tf.files import readable
+from align_tf.files import decode_text, readable
 from align_tf.progress import counted
 from align_tf.terminal import say_once
 
@@ -130,7 +130,7 @@ def open_tfrecords(
         damaged = tf.data.Dataset.range(count).map(lambda i: (_damaged(file, i), "", none))
         return records.ignore_errors().concatenate(damaged).take(count)
 
-    return _stream(name, files, counts, read, _load_record)
+    return _stream(name, files, counts, read, _load_any_text(name))
 
 
 def _place(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
@@ -346,9 +346,43 @@ def open_dataset(
         name,
         None if count == tf.data.UNKNOWN_CARDINALITY else count,
         lambda seed, first=0: _shuffled(records, seed).skip(first),
-        _load_record,
+        _load_any_text(name),
     )
 
 
 def _load_record(batch: tuple[Any, Any, Any]) -> dict[str, Any]:
     return dict(zip(("key", "image_bytes", "captions"), batch, strict=True))
+
+
+def _load_any_text(name: str) -> Callable[[Any], dict[str, Any]]:
+    """Makes the `load` of a source of bytes, whose captions need not be UTF-8."""
+    told = []
+
+    def decode(keys: np.ndarray, rows: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        decoded = [decode_text(text) for text in texts]
+        foreign = [
+            row for row, (_, is_unicode) in zip(rows, decoded, strict=True) if not is_unicode
+        ]
+        if len(foreign) and not told:
+            told.append(True)
+            key = readable(os.fsdecode(keys[foreign[0]]))
+            say_once(
+                f"{readable(name)}: captions that are not UTF-8 are read as Windows-1252, such as "
+                f"that of {key}"
+            )
+        return np.array([text.encode() for text, _ in decoded], object)
+
+    def load(batch: tuple[Any, Any, Any]) -> dict[str, Any]:
+        record = _load_record(batch)
+        captions = record["captions"]
+        texts = captions.flat_values
+        unicode = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8")
+        inputs = (record["key"], captions.value_rowids(), texts)
+        texts = tf.cond(
+            tf.reduce_all(unicode == texts),
+            lambda: texts,
+            lambda: tf.ensure_shape(tf.numpy_function(decode, inputs, tf.string), texts.shape),
+        )
+        return {**record, "captions": captions.with_flat_values(texts)}
+
+    return load

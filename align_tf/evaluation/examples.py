@@ -64,18 +64,26 @@ def checked_examples(
     return (train, classes), (test, np.searchsorted(names, test_labels))
 
 
-def score_ranks(
+def rank_classes(
     score: Callable[[np.ndarray], np.ndarray],
     embeds: np.ndarray,
     classes: np.ndarray,
     description: str,
     progress: bool,
-) -> np.ndarray:
-    """Ranks the right class of each row among its scores (rows, c), ties before it."""
-    ranks = np.empty(len(embeds), int)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks the right class of each row among its scores (rows, c), ties before it.
+
+    Returns:
+        The ranks, and the class that each row is taken for: that of the highest score, and of
+        several another than the right one.
+    """
+    ranks, predicted = np.empty(len(embeds), int), np.array(classes, int)
     blocks = list(row_blocks(len(embeds)))
     for rows in track(blocks, description, show=progress and len(blocks) > 1):
         scores = score(embeds[rows])
         right = np.take_along_axis(scores, classes[rows, None], axis=1)
         ranks[rows] = np.count_nonzero(scores >= right, axis=1)  # the right one is counted too
-    return ranks
+        others = np.array(scores)
+        np.put_along_axis(others, classes[rows, None], -np.inf, axis=1)
+        predicted[rows] = np.where(ranks[rows] == 1, classes[rows], others.argmax(axis=1))
+    return ranks, predicted

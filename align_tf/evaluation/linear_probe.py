@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align_tf.evaluation.arrays import accuracies
-from align_tf.evaluation.examples import checked_examples, holdout, require_sklearn, score_ranks
+from align_tf.evaluation.examples import checked_examples, holdout, rank_classes, require_sklearn
 from align_tf.progress import track
 
 # The linear probe, as in CLIP (arXiv 2103.00020, appendix A.3): L-BFGS, and a search for the
@@ -50,6 +50,30 @@ def linear_probe_metrics(
             one embedding of a class, or a test label is no training label.
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    sets = (train_embeds, train_labels, test_embeds, test_labels)
+    return linear_probe_with_predictions(*sets, ks, seed, progress)[0]
+
+
+def linear_probe_with_predictions(
+    train_embeds: ArrayLike,
+    train_labels: ArrayLike,
+    test_embeds: ArrayLike,
+    test_labels: ArrayLike,
+    ks: Sequence[int] = (1, 5),
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[dict[str, float], np.ndarray]:
+    """Measures as `linear_probe_metrics` does, and says what each test embedding is taken for.
+
+    Args:
+        train_embeds, train_labels, test_embeds, test_labels, ks, seed, progress: as there.
+
+    Returns:
+        The figures; and (m,) labels, of classes that are as likely another than the right one.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as there.
+    """
     require_sklearn()
     train, test = checked_examples(train_embeds, train_labels, test_embeds, test_labels)
     embeds, classes = train
@@ -68,8 +92,8 @@ def linear_probe_metrics(
         values = classifier.decision_function(embeds)
         return values if values.ndim == 2 else np.stack([-values, values], axis=1)
 
-    ranks = score_ranks(scores, *test, "Classifying", progress)
-    return {**accuracies(ranks, test[1], ks), "C": c}
+    ranks, predicted = rank_classes(scores, *test, "Classifying", progress)
+    return {**accuracies(ranks, test[1], ks), "C": c}, np.unique(train_labels)[predicted]
 
 
 def _fit_logistic(embeds: np.ndarray, classes: np.ndarray, c: float):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from align_tf.evaluation.arrays import accuracies, unit_length
-from align_tf.evaluation.examples import checked_examples, require_sklearn, score_ranks
+from align_tf.evaluation.examples import checked_examples, rank_classes, require_sklearn
 
 # Weighted nearest neighbors, as DINO's eval_knn.py (arXiv 2104.14294).
 NUM_NEIGHBORS, KNN_TEMPERATURE = 20, 0.07
@@ -45,6 +45,32 @@ def knn_metrics(
             test label is no training label.
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    sets = (train_embeds, train_labels, test_embeds, test_labels)
+    return knn_with_predictions(*sets, k, temperature, ks, progress)[0]
+
+
+def knn_with_predictions(
+    train_embeds: ArrayLike,
+    train_labels: ArrayLike,
+    test_embeds: ArrayLike,
+    test_labels: ArrayLike,
+    k: int = NUM_NEIGHBORS,
+    temperature: float | None = KNN_TEMPERATURE,
+    ks: Sequence[int] = (1, 5),
+    progress: bool = False,
+) -> tuple[dict[str, float], np.ndarray]:
+    """Measures as `knn_metrics` does, and says what class each test embedding is taken for.
+
+    Args:
+        train_embeds, train_labels, test_embeds, test_labels, k, temperature, ks, progress: as
+            there.
+
+    Returns:
+        The figures; and (m,) labels, of classes with as many votes another than the right one.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as there.
+    """
     require_sklearn()
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -63,7 +89,7 @@ def knn_metrics(
         k, weights="uniform" if temperature is None else weights, algorithm="brute"
     )
     classifier.fit(unit_length(train[0]), train[1])
-    ranks = score_ranks(
+    ranks, predicted = rank_classes(
         lambda embeds: classifier.predict_proba(unit_length(embeds)), *test, "Voting", progress
     )
-    return accuracies(ranks, test[1], ks)
+    return accuracies(ranks, test[1], ks), np.unique(train_labels)[predicted]

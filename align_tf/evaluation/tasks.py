@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from align_tf.data import dataset, left_out, sources
 from align_tf.data.folders import class_pictures
+from align_tf.data.label_files import is_file_of_labels, read_labels
 from align_tf.data.readers import open_source
 from align_tf.evaluation import (
     confusion,
@@ -97,7 +98,8 @@ def evaluate(
     Returns:
         `images`, the number measured on, what else was counted, `skipped`, key -> why, and
         `metrics`, by the names that `align_tf.evaluation` gives them; of several columns of
-        captions `by_caption`, the same of each; of zero-shot `per_class`, see `class_figures`.
+        captions `by_caption`, the same of each; of the other tasks `per_class`, see
+        `class_figures`.
 
     Raises:
         ValueError: the data does not suit the task.
@@ -206,9 +208,14 @@ def _from_examples(
         "skipped": skipped,
     }
     if task == "linear-probe":
-        return {**report, "metrics": linear_probe.linear_probe_metrics(*sets, progress=True)}
-    report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
-    return {**report, "metrics": nearest_neighbors.knn_metrics(*sets, k=k, progress=True)}
+        metrics, predicted = linear_probe.linear_probe_with_predictions(*sets, progress=True)
+    else:
+        report["neighbors"] = k = min(nearest_neighbors.NUM_NEIGHBORS, len(train_labels))
+        metrics, predicted = nearest_neighbors.knn_with_predictions(*sets, k=k, progress=True)
+    names = np.unique(train_labels)
+    rows = (np.searchsorted(names, of) for of in (labels, predicted))
+    per_class = confusion.class_figures(*rows, [readable(name) for name in names.tolist()])
+    return {**report, "metrics": metrics, "per_class": per_class}
 
 
 # --- reading -------------------------------------------------------------------------------
@@ -253,8 +260,9 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
     """Says which classes there are and what they are called.
 
     Args:
-        labels: the labels; or a file alone, one a line, `folder<TAB>label` where they differ;
-            None takes the names of the sub-folders, `_` read as a space.
+        labels: the labels, `folder<TAB>label` where they differ; or a file alone, as
+            `label_files.read_labels` takes it; None takes the names of the sub-folders, `_` read
+            as a space.
         folders: the names of the sub-folders.
 
     Returns:
@@ -265,13 +273,10 @@ def class_labels(labels: Sequence[str] | None, folders: list[str]) -> dict[str, 
     """
     if labels is None:
         return {name: readable(name).replace("_", " ") for name in folders}
-    if len(labels) == 1 and pathlib.Path(labels[0]).is_file():
-        labels = read_lines(labels[0])
+    pairs = (line.rpartition("\t")[::2] for line in labels)
     classes = {}
-    for line in labels:
-        name, tab, label = line.partition("\t")
-        if not tab:
-            label, name = line, line if line in folders else line.replace(" ", "_")
+    for name, label in read_labels(labels[0]) if is_file_of_labels(labels) else pairs:
+        name = name or (label if label in folders else label.replace(" ", "_"))
         if name in classes:
             raise ValueError(f"--labels: class {name!r} comes twice")
         if not label.strip():

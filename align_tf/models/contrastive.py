@@ -13,6 +13,7 @@ from keras import ops
 from align_tf.graph_errors import plain_errors
 from align_tf.models.accumulation import EMBEDS, accumulated_step, map_rows
 from align_tf.models.fit_watch import CONTRASTED, FitWatch, check_contrast, check_ends, watched
+from align_tf.models.inputs import check_batches
 from align_tf.models.loss import (
     contrastive_rows,
     gather_across_replicas,
@@ -188,6 +189,8 @@ class ContrastiveTraining:
         if isinstance(x, dict) or hasattr(x, "shape"):
             self._check_inputs(x)  # here, since on JAX a step that fails takes the weights with it
             _check_rows(x)
+        if batch := check_batches(x):
+            self._check_inputs(batch)
         if isinstance(x, types.GeneratorType):  # of which Keras takes tuples alone
             x = ((batch,) if isinstance(batch, Mapping) else batch for batch in x)
         if not isinstance(x, dict):

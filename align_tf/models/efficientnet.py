@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from align_tf.configuration.blocks import BlockSpec
 from align_tf.configuration.vision import AlignVisionConfig
@@ -122,14 +122,29 @@ class MBConvBlock(Configured, KeepsFrozen, layers.Layer):
     def from_config(cls: type[Block], config: dict[str, Any]) -> Block:
         return super().from_config({**config, "spec": BlockSpec(**config["spec"])})
 
-    def call(self, inputs: Any, training: bool = False) -> Any:
+    def call(self, inputs: Any, training: bool = False, keep_rate: Any = None) -> Any:
+        """Takes (n, h, w, in_channels) to (n, h', w', out_channels).
+
+        Args:
+            inputs: the images' features.
+            training: drop branches, and normalise by the batch's statistics.
+            keep_rate: the chance of a branch to stay, as a tensor, where a loop over blocks has
+                one for each; None takes the block's own.
+        """
         if training and fused_training.can_fuse(self.activation, self.depthwise_bn, inputs):
             x = fused_training.branch(self, inputs)
         else:
             x = self.branch(inputs, training)
         if self.spec.residual:
-            x = inputs + self.drop_connect(x, training=training)
+            x = inputs + self._drop(x, training, keep_rate)
         return x
+
+    def _drop(self, x: Any, training: bool, keep_rate: Any) -> Any:
+        if keep_rate is None:
+            return self.drop_connect(x, training=training)
+        shape, seed = (ops.shape(x)[0], 1, 1, 1), self.drop_connect.seed_generator
+        kept = keras.random.uniform(shape, dtype="float32", seed=seed) < keep_rate
+        return ops.where(kept, x / ops.cast(keep_rate, x.dtype), 0)
 
     def branch(self, x: Any, training: bool = False) -> Any:
         """Takes (n, h, w, in_channels) to (n, h', w', out_channels)."""

@@ -41,13 +41,16 @@ class Exports:
             verbose: as Keras takes it.
             input_signature: a list of one dict from input names to `keras.InputSpec`, or of the
                 `InputSpec` of the first input; None for the inputs that a processor gives, of
-                any number and size.
+                any number and size. On JAX, whose exports have fixed sizes, it is needed.
             **kw: Keras's for this format.
 
         Raises:
-            ValueError: the signature is another thing.
+            ValueError: the signature is another thing, or on JAX leaves a size open.
         """
-        inputs = _symbolic(self._input_specs(input_signature))
+        specs = self._input_specs(input_signature)
+        if keras.backend.backend() == "jax":
+            _check_sized(specs)
+        inputs = _symbolic(specs)
         outputs = {key: value for key, value in self(inputs).items() if not isinstance(value, dict)}
         functional = keras.Model(inputs, outputs, name=self.name)
         functional.export(filepath, format, verbose, **kw)
@@ -70,6 +73,21 @@ class Exports:
                 f" of some of {', '.join(self.input_names)}"
             )
         return given
+
+
+def _check_sized(specs: dict[str, Any]) -> None:
+    if any(size is None for spec in specs.values() for size in tuple(spec.shape)[1:]):
+        shapes = {
+            name: "height, width, 3" if name == "pixel_values" else "tokens" for name in specs
+        }
+        example = ", ".join(
+            f"{name!r}: keras.InputSpec({INPUTS[name][1]!r}, (None, {shape}))"
+            for name, shape in shapes.items()
+        )
+        raise ValueError(
+            "on the JAX backend an export has fixed sizes: expected "
+            f"input_signature=[{{{example}}}], with the sizes that the processor gives"
+        )
 
 
 def _symbolic(specs: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 # What a batch may hold beside the inputs of the towers; the loss reads it.
 PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
+ID_INPUTS = ("input_ids", "token_type_ids", "position_ids")  # rows of an embedding
+
+BATCH_RANKS = {"pixel_values": 4, "input_ids": 2, "attention_mask": 2, "token_type_ids": 2}
 LARGEST_PIXEL = 32.0  # more than any processor gives; the levels of an image reach 255
 LOOKED_AT = 64  # images: an array may be larger than memory, and all of it is of one kind
 
@@ -20,7 +24,7 @@ class TakesNames:
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         named = {name: kwargs.pop(name) for name in self.input_names if name in kwargs}
-        inputs = gather(self.input_names, inputs, named)
+        inputs = _with_whole_ids(self.input_names, gather(self.input_names, inputs, named))
         self._check_inputs(inputs)  # here, since Keras adds all arguments to an error of `call`
         return super().__call__(inputs, *args, **kwargs)
 
@@ -43,6 +47,26 @@ def gather(names: tuple[str, ...], inputs: Any, named: Mapping[str, Any]) -> Any
     if inputs is None or isinstance(inputs, Mapping):
         return {**(inputs or {}), **named}
     return {names[0]: inputs, **named} if named else inputs
+
+
+def _with_whole_ids(names: tuple[str, ...], inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return {key: _whole(key, of) if key in ID_INPUTS else of for key, of in inputs.items()}
+    return _whole(names[0], inputs) if names[0] in ID_INPUTS else inputs
+
+
+def _whole(name: str, ids: Any) -> Any:
+    """Takes ids that are floats, as a keras.Input's are unless it is told, to whole numbers.
+
+    Here, since Keras casts floats to the dtype of a layer, and few ids are in bfloat16.
+    """
+    dtype = str(getattr(ids, "dtype", ""))
+    if "float" not in dtype:
+        return ids
+    if "float16" in dtype or (_has_values(ids) and (np.asarray(ids) % 1).any()):
+        dtype = keras.backend.standardize_dtype(ids.dtype)
+        raise ValueError(f"{name} of {dtype}: expected whole numbers, dtype='int32'")
+    return ids.astype("int32") if isinstance(ids, np.ndarray) else ops.cast(ids, "int32")
 
 
 def check_known(names: Iterable[str], known: tuple[str, ...]) -> None:
@@ -84,6 +108,35 @@ def check_pixels(pixel_values: Any, channels: int, least_side: int) -> None:
         extreme = max(float(np.min(looked_at)), float(np.max(looked_at)), key=abs)
         if not abs(extreme) <= LARGEST_PIXEL:  # nor NaN, which both are where one value is
             raise ValueError(f"pixel_values that reach {extreme:.6g}: expected {expected}")
+
+
+def check_batches(x: Any) -> dict[str, Any]:
+    """Checks that a data set gives batches, as far as it says what it gives.
+
+    Args:
+        x: what `fit` is given.
+
+    Returns:
+        What stands for the inputs of a batch, by name; none where nothing says what they are.
+
+    Raises:
+        ValueError: it gives single pairs.
+    """
+    spec = getattr(x, "element_spec", None)  # of a tf.data.Dataset
+    spec = spec[0] if isinstance(spec, tuple) and spec else spec
+    specs = spec if isinstance(spec, Mapping) else {}
+    inputs = {}
+    for name, spec in specs.items():
+        rank = getattr(getattr(spec, "shape", None), "rank", None)
+        if not hasattr(spec, "dtype") or rank is None:
+            return {}  # distributed, or of an unknown shape
+        if rank == BATCH_RANKS.get(name, -1) - 1:
+            raise ValueError(
+                f"the data set gives {name} of shape {tuple(spec.shape)}, one pair at a time: "
+                "expected batches, dataset.batch(n)"
+            )
+        inputs[name] = keras.KerasTensor(tuple(spec.shape), spec.dtype.name)
+    return inputs
 
 
 def check_ids(name: str, ids: Any, size: int) -> None:

@@ -13,9 +13,10 @@ from keras import layers, ops
 from align_tf.checkpoints import name_table
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
+from align_tf.models.block_loop import is_chosen, run_blocks
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
-from align_tf.models.inputs import PAIR_INPUTS, TakesNames, check_ids, check_known
+from align_tf.models.inputs import ID_INPUTS, PAIR_INPUTS, TakesNames, check_ids, check_known
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
@@ -24,7 +25,6 @@ from align_tf.models.surgery import check_plain, replace_layer
 HEADED = ("query", "key", "value")  # the layers of an attention whose columns are the heads
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-ID_INPUTS = ("input_ids", "token_type_ids", "position_ids")  # rows of an embedding
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -65,6 +65,7 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         ]
         self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
         self.remat = False
+        self.loop_blocks: bool | None = None  # see `block_loop`
         self.build()
         self._remember_layers()
 
@@ -112,7 +113,11 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
 
         x = self.embeddings(**given, training=training)
         hidden_states, attentions = [x], []
-        for block in self.blocks:
+        wanted = output_hidden_states or output_attentions or first_token_only
+        looped = training and is_chosen(self) and not wanted
+        if looped:
+            x = run_blocks(self.blocks, x, attention_mask, keep_inputs_alone=self.remat)
+        for block in () if looped else self.blocks:
             run = rematerialize(block) if self.remat and training else block
             if first_token_only and block is self.blocks[-1]:
                 run = functools.partial(block, first_token_only=True)

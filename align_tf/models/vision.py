@@ -12,6 +12,7 @@ from align_tf.configuration.blocks import block_table
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
+from align_tf.models.block_loop import is_chosen, run_blocks
 from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
@@ -56,6 +57,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             for index, spec in enumerate(block_table(config))
         ]
         self.remat = False
+        self.loop_blocks: bool | None = None  # see `block_loop`
         self.build()
         self._set_batch_norm(frozen=bool(config.freeze_batch_norm))
         self._remember_layers()
@@ -94,10 +96,13 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         else:
             x = self.activation(self.stem_bn(x, training=training))
         hidden_states = [given(x)]
-        for block in self.blocks:
-            run = rematerialize(block) if self.remat and training else block
-            x = run(x, training=training)
-            hidden_states.append(given(x))
+        if training and is_chosen(self) and not output_hidden_states:
+            x = run_blocks(self.blocks, x, keep_inputs_alone=self.remat)
+        else:
+            for block in self.blocks:
+                run = rematerialize(block) if self.remat and training else block
+                x = run(x, training=training)
+                hidden_states.append(given(x))
 
         x = given(x)
         pool = ops.mean if self.config.pooling_type == "mean" else ops.max

@@ -2,7 +2,8 @@
 
 processor           both halves; what they return is a batch_feature
 tokenization        texts to ids, over tokenizer_files and normalizer
-image_processing    pixels to pixel_values, over resampling; image_input takes what callers have
+image_processing    pixels to pixel_values, over resampling and levels; image_input takes what
+                    callers have
 decoding            encoded images to pixels, a file a format
 """
 

@@ -33,18 +33,22 @@ def as_tensors(values: dict[str, Any], return_tensors: str | None) -> BatchFeatu
     Args:
         values: tensors by name.
         return_tensors: `tf` or `np`; None is what Keras's backend takes, TensorFlow tensors on
-            TensorFlow and NumPy arrays elsewhere.
+            TensorFlow and NumPy arrays elsewhere, but within a graph.
 
     Raises:
         ValueError: it is none of these.
     """
+    in_graph = not all(hasattr(value, "numpy") for value in values.values())
     if return_tensors is None:
-        return_tensors = "tf" if keras.backend.backend() == "tensorflow" else "np"
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        return_tensors = "tf" if on_tensorflow or in_graph else "np"
     if return_tensors not in RETURN_TENSORS:
         torch = "; PyTorch's are made of 'np' by torch.from_numpy" if return_tensors == "pt" else ""
         raise ValueError(
             f"return_tensors={return_tensors!r}: expected one of {', '.join(RETURN_TENSORS)}{torch}"
         )
+    if return_tensors == "np" and in_graph:
+        raise ValueError("return_tensors='np': within a graph there are no arrays; expected 'tf'")
     if return_tensors == "np":
         values = {name: value.numpy() for name, value in values.items()}
     return BatchFeature(values)

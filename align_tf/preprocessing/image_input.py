@@ -16,6 +16,14 @@ WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits a
 
 
 def _as_list(images: Any) -> list[Any]:
+    if tf.is_tensor(images) and not hasattr(images, "numpy"):
+        raise ValueError(
+            "images: within a graph, such as a tf.data set's, there are no pictures to be seen; "
+            "image_processor.decode_and_preprocess takes the bytes of one, pixel_values those of "
+            "several, preprocess_pixels the uint8 pixels (height, width, 3) of one"
+        )
+    if tf.is_tensor(images) and images.dtype == tf.string:
+        return np.reshape(images.numpy(), -1).tolist()
     if isinstance(images, list | tuple):
         return list(images)
     batch = getattr(images, "ndim", 0) == 4  # an array or a tensor
@@ -36,12 +44,11 @@ def pixel_values(processor: Any, images: Any) -> tf.Tensor:
     encoded: dict[int, tuple[str, bytes]] = {}  # name, bytes
     for i, image in enumerate(images):
         if isinstance(image, str | os.PathLike):
-            path = pathlib.Path(image)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such image file")
-            encoded[i] = (str(path), path.read_bytes())
-        elif isinstance(image, bytes):
-            encoded[i] = (f"images[{i}]", image)
+            encoded[i] = (str(image), _read(image))
+        elif isinstance(image, bytes | bytearray):
+            encoded[i] = (f"images[{i}]", bytes(image))
+        elif hasattr(image, "read"):  # an open file, or BytesIO
+            encoded[i] = (f"images[{i}]", image.read())
         else:
             array = _to_array(image, f"images[{i}]", processor.apply_exif_orientation)
             rows[i] = processor.preprocess_array(array)
@@ -50,6 +57,12 @@ def pixel_values(processor: Any, images: Any) -> tf.Tensor:
         decoded = tf.unstack(_decode(processor, names, contents))
         rows.update(zip(encoded, decoded, strict=True))
     return tf.stack([rows[i] for i in range(len(images))])
+
+
+def _read(path: str | os.PathLike) -> bytes:
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    return pathlib.Path(path).read_bytes()
 
 
 def _decode(processor: Any, names: Sequence[str], contents: Sequence[bytes]) -> tf.Tensor:
@@ -86,6 +99,11 @@ def _to_array(image: Any, name: str, upright: bool) -> np.ndarray:
     if isinstance(image, PIL.Image.Image):
         return _array_of_pil(image, name, upright)
     array = np.asarray(image)
+    if array.dtype == object and not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"{name}: a {type(image).__name__}: expected a PIL image, an array of uint8, a path or "
+            "the bytes of a file, or a list of them"
+        )
     if array.dtype != np.uint8:
         raise ValueError(
             f"{name}: an array of {array.dtype}: expected levels of 0 to 255 as uint8"

@@ -1,6 +1,5 @@
 """Images to pixel_values, inside the TensorFlow graph."""
 
-import functools
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.decoding import reading
 from align_tf.preprocessing.decoding.orientation import exif_orientation, turn_upright
 from align_tf.preprocessing.decoding.reading import BROKEN, FINE, TOO_LARGE
+from align_tf.preprocessing.levels import levels
 from align_tf.preprocessing.resampling import BICUBIC, BILINEAR, NEAREST, resize
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -127,16 +127,30 @@ class AlignImageProcessor:
         self.apply_exif_orientation = apply_exif_orientation
         self.max_image_pixels = int(max_image_pixels)
         self._extra: dict[str, Any] = {}  # keys of the file that have no use here
-        # For calls from Python, traced once each.
+        self._make_graphs()
+
+    def _make_graphs(self) -> None:
+        """Prepares the calls from Python, traced once each."""
         self.preprocess_array = tf.function(
-            self.preprocess, input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
+            self.preprocess_pixels, input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)]
         )
         self._try_pixel_values = tf.function(
             self.try_pixel_values, input_signature=[tf.TensorSpec([None], tf.string)]
         )
         self._images_seen = 0
 
-    def __call__(self, images: Any, return_tensors: str | None = None) -> BatchFeature:
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and other processes: graphs can be neither copied nor pickled.
+        graphs = ("preprocess_array", "_try_pixel_values")
+        return {name: value for name, value in vars(self).items() if name not in graphs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_graphs()
+
+    def __call__(
+        self, images: Any, return_tensors: str | None = None, **settings: Any
+    ) -> BatchFeature:
         """Prepares images.
 
         Args:
@@ -144,15 +158,44 @@ class AlignImageProcessor:
                 (h, w, 3) or with transparency, which is left out, (h, w, 4); a path, the bytes of
                 a file; or n of them: a list, a tuple, or an array (n, h, w, 3).
             return_tensors: as AlignProcessor takes it.
+            **settings: of this class, for this call.
 
         Returns:
             `pixel_values`, float32 (n, h, w, 3).
 
         Raises:
-            ValueError: an image cannot be read; the message names it.
+            ValueError: an image cannot be read; the message names it. Or a setting is not one of
+                this class, or has no such value.
             FileNotFoundError: a path is no file.
         """
-        return as_tensors({"pixel_values": image_input.pixel_values(self, images)}, return_tensors)
+        processor = self.with_settings(settings)
+        pixel_values = image_input.pixel_values(processor, images)
+        return as_tensors({"pixel_values": pixel_values}, return_tensors)
+
+    def preprocess(
+        self, images: Any, return_tensors: str | None = None, **settings: Any
+    ) -> BatchFeature:
+        """Does what a call does, under Hugging Face's other name for it.
+
+        Args:
+            images, return_tensors, **settings: as a call takes them.
+        """
+        return self(images, return_tensors, **settings)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "AlignImageProcessor":
+        """Returns a processor that differs in some settings, or this one where there are none.
+
+        Raises:
+            ValueError: a setting is not one of this class, or has no such value.
+        """
+        settings = {name: value for name, value in settings.items() if value is not None}
+        known = (*FILE_DEFAULTS, *OWN_DEFAULTS)
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown settings of images: {', '.join(unknown)}; expected {', '.join(known)}"
+            )
+        return self.from_dict({**self.to_dict(), **settings}) if settings else self
 
     def __repr__(self) -> str:
         names = (*FILE_DEFAULTS, *OWN_DEFAULTS)
@@ -259,7 +302,7 @@ class AlignImageProcessor:
             return tf.identity(pixels)
 
     @_graph
-    def preprocess(self, image: tf.Tensor, crop_at: tf.Tensor | None = None) -> tf.Tensor:
+    def preprocess_pixels(self, image: tf.Tensor, crop_at: tf.Tensor | None = None) -> tf.Tensor:
         """Resizes, crops and scales uint8 (h, w, 3) to float32 (crop_h, crop_w, 3).
 
         Args:
@@ -292,7 +335,7 @@ class AlignImageProcessor:
     @_graph
     def decode_and_preprocess(self, image_bytes: tf.Tensor) -> tf.Tensor:
         """Takes one encoded image, scalar string, to float32 (crop_h, crop_w, 3)."""
-        return self.preprocess(self.decode(image_bytes))
+        return self.preprocess_pixels(self.decode(image_bytes))
 
     @_graph
     def pixel_values(self, image_bytes: tf.Tensor, first_row: int | tf.Tensor = 0) -> tf.Tensor:
@@ -328,7 +371,7 @@ class AlignImageProcessor:
 
         Args:
             image_bytes: string (n,).
-            crop_at: as `preprocess` takes it, float32 (n, 2).
+            crop_at: as `preprocess_pixels` takes it, float32 (n, 2).
 
         Returns:
             pixel_values float32 (n, crop_h, crop_w, 3), zeros where there is a problem; the
@@ -348,7 +391,9 @@ class AlignImageProcessor:
             image, problem, size = self._read(element[0])
             place = None if crop_at is None else element[1]
             pixels = tf.cond(
-                problem == FINE, lambda: self.preprocess(image, place), lambda: tf.zeros(shape)
+                problem == FINE,
+                lambda: self.preprocess_pixels(image, place),
+                lambda: tf.zeros(shape),
             )
             return pixels, problem, size
 
@@ -398,7 +443,7 @@ class AlignImageProcessor:
             # A third of the time that the table takes.
             scaled = tf.cast(tf.cast(image, tf.float64) * self.rescale_factor, tf.float32)
             return scaled - float(self.rescale_offset)
-        levels = _levels(
+        table = levels(
             self.rescale_factor if self.do_rescale else None,
             self.rescale_offset,
             tuple(self.image_mean) if self.do_normalize else None,
@@ -406,9 +451,9 @@ class AlignImageProcessor:
             self.include_top,
         )
         index = tf.cast(image, tf.int32)
-        if len(levels) == 3 * 256:  # a table for each channel
+        if len(table) == 3 * 256:  # a table for each channel
             index += [0, 256, 512]
-        return tf.gather(tf.constant(levels), index)
+        return tf.gather(tf.constant(table), index)
 
     def _preprocess_original(self, image: tf.Tensor, crop_at: tf.Tensor | None) -> tf.Tensor:
         """Resizes in float, without antialiasing, and scales what comes out of it."""
@@ -428,32 +473,6 @@ class AlignImageProcessor:
         return tf.ensure_shape(image, self.output_shape)
 
 
-@functools.cache
-def _levels(
-    factor: float | None,
-    offset: bool,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...],
-    include_top: bool,
-) -> np.ndarray:
-    """Tabulates what becomes of each level, in the reference's order and precision.
-
-    Returns:
-        float32 (256,), or (3 * 256,) where the channels differ.
-    """
-    levels = np.repeat(np.arange(256, dtype=np.uint8)[None], 3, axis=0)  # (3, 256)
-    if factor is not None:
-        levels = (levels.astype(np.float64) * factor).astype(np.float32)
-        levels -= np.float32(offset)
-    levels = levels.astype(np.float32)
-    deviation = np.array(std, np.float32)[:, None]
-    if mean is not None:
-        levels = (levels - np.array(mean, np.float32)[:, None]) / deviation
-    if include_top:
-        levels = levels / deviation
-    return levels[0] if (levels == levels[0]).all() else levels.reshape(-1)
-
-
 def crop_window(
     shape: tf.Tensor, crop: Sequence[int], crop_at: tf.Tensor | None
 ) -> list[tf.Tensor]:
@@ -470,6 +489,7 @@ def crop_window(
 def _height_width(name: str, size: Mapping[str, int] | int) -> dict[str, int]:
     if isinstance(size, int):
         size = {"height": size, "width": size}
-    if set(size) != {"height", "width"} or min(size.values()) < 1:
-        raise ValueError(f"{name}={dict(size)!r}: expected a positive height and width")
+    named = isinstance(size, Mapping) and set(size) == {"height", "width"}
+    if not named or min(size.values()) < 1:
+        raise ValueError(f"{name}={size!r}: expected a positive height and width")
     return {"height": int(size["height"]), "width": int(size["width"])}

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_tf import hub
-from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.image_processing import AlignImageProcessor
 from align_tf.preprocessing.tokenization import AlignTokenizer
@@ -158,8 +157,8 @@ class AlignProcessor:
         if text is not None:
             output.update(self.tokenizer(text, return_tensors="tf", **text_settings))
         if images is not None:
-            processor = self._image_processor(images_kwargs)
-            output.update(processor(images, return_tensors="tf"))
+            settings = dict(images_kwargs or {})
+            output.update(self.image_processor(images, return_tensors="tf", **settings))
         return as_tensors(output, common["return_tensors"])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -171,13 +170,6 @@ class AlignProcessor:
     ) -> list[str]:
         """Joins the tokens of each sequence of ids into text."""
         return self.tokenizer.batch_decode(sequences, skip_special_tokens)
-
-    def _image_processor(self, images_kwargs: Mapping[str, Any] | None) -> AlignImageProcessor:
-        if not images_kwargs:
-            return self.image_processor
-        known = (*image_processing.FILE_DEFAULTS, *image_processing.OWN_DEFAULTS)
-        _check_names("images_kwargs", images_kwargs, known)
-        return AlignImageProcessor.from_dict({**self.image_processor.to_dict(), **images_kwargs})
 
 
 def _check_names(where: str, settings: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from align_tf import files, hub
 from align_tf.preprocessing import tokenizer_files
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
+from align_tf.preprocessing.tokenizer_files import MAX_WORD_LENGTH, SUFFIX
 
 # What a text becomes: what `embed_tokens` and the text tower take.
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -25,9 +26,15 @@ MAX_LENGTH = 64  # what ALIGN's text tower was trained with
 NO_LIMIT = 1_000_000  # files say 1e30 where they mean that there is none
 # Of an added token, as Hugging Face names them; what lstrip and rstrip concern are blanks alone.
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-MAX_WORD_LENGTH = 100  # in characters; a longer word is unknown
-SUFFIX = "##"
 PADDINGS = ("max_length", "longest", "do_not_pad")
+# Of one text, Hugging Face's ways to cut are the same.
+TRUNCATIONS = {
+    True: True,
+    False: False,
+    "longest_first": True,
+    "only_first": True,
+    "do_not_truncate": False,
+}
 
 # Tokens that decoded text attaches to the word before them (tokenizers' WordPiece decoder).
 ATTACHED = {".", ",", "?", "!", "n't", "'m", "'s", "'ve", "'re"}
@@ -87,7 +94,7 @@ class AlignTokenizer:
             int(model_max_length) if model_max_length <= NO_LIMIT else MAX_LENGTH
         )
         added = dict(added_tokens_decoder or {})
-        _check_added(self.vocab, added)
+        tokenizer_files.check_added(self.vocab, added)
         self._tokens = dict(enumerate(self.vocab)) | {i: t["content"] for i, t in added.items()}
         self._ids = {token: i for i, token in self._tokens.items()}
         for role in tokenizer_files.ROLES:
@@ -99,14 +106,17 @@ class AlignTokenizer:
             for i, token in sorted(added.items())
         }
         self._extra: dict[str, Any] = {}  # keys of tokenizer_config.json without a use here
+        self._make_graph()
+
+    def _make_graph(self) -> None:
         # What is found in a text by itself has a placeholder each: the raw ones, then the others.
         flags = sorted(self.added_tokens_decoder.values(), key=lambda token: token["normalized"])
         self._found = [token["content"] for token in flags]
         raw = sum(not token["normalized"] for token in flags)
         normalizer = BertNormalizer(
-            lowercase=do_lower_case,
-            strip_accents=do_lower_case if strip_accents is None else strip_accents,
-            handle_chinese_chars=tokenize_chinese_chars,
+            lowercase=self.do_lower_case,
+            strip_accents=self.do_lower_case if self.strip_accents is None else self.strip_accents,
+            handle_chinese_chars=self.tokenize_chinese_chars,
             special_tokens=self._found[:raw],
             normalized_tokens=self._found[raw:],
         )
@@ -116,6 +126,14 @@ class AlignTokenizer:
             input_signature=[tf.TensorSpec([None], tf.string), scalar, scalar],
             autograph=False,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and other processes: a graph can be neither copied nor pickled.
+        return {name: value for name, value in vars(self).items() if name != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_graph()
 
     # --- files -----------------------------------------------------------------------------
 
@@ -172,52 +190,10 @@ class AlignTokenizer:
         for name, values in (
             (tokenizer_files.TOKENIZER_CONFIG_NAME, config),
             (tokenizer_files.SPECIAL_TOKENS_NAME, special),
-            (tokenizer_files.TOKENIZER_NAME, self._tokenizer_json()),
+            (tokenizer_files.TOKENIZER_NAME, tokenizer_files.tokenizer_json(self)),
         ):
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             files.write_text(folder / name, text)
-
-    def _tokenizer_json(self) -> dict[str, Any]:
-        """Describes the tokenizer in the format of Hugging Face's tokenizers library."""
-
-        def piece(name: str, type_id: int) -> dict[str, Any]:
-            kind = "Sequence" if name in ("A", "B") else "SpecialToken"
-            return {kind: {"id": name, "type_id": type_id}}
-
-        cls_token, sep_token = self.cls_token, self.sep_token
-        single = [piece(cls_token, 0), piece("A", 0), piece(sep_token, 0)]
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, **token} for i, token in self.added_tokens_decoder.items()],
-            "normalizer": {
-                "type": "BertNormalizer",
-                "clean_text": True,
-                **{
-                    key: getattr(self, name)
-                    for name, key in tokenizer_files.NORMALIZER_KEYS.items()
-                },
-            },
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": single,
-                "pair": [*single, piece("B", 1), piece(sep_token, 1)],
-                "special_tokens": {
-                    token: {"id": token, "ids": [self._ids[token]], "tokens": [token]}
-                    for token in (cls_token, sep_token)
-                },
-            },
-            "decoder": {"type": "WordPiece", "prefix": SUFFIX, "cleanup": True},
-            "model": {
-                "type": "WordPiece",
-                "unk_token": self.unk_token,
-                "continuing_subword_prefix": SUFFIX,
-                "max_input_chars_per_word": MAX_WORD_LENGTH,
-                "vocab": {token: i for i, token in enumerate(self.vocab)},
-            },
-        }
 
     # --- the vocabulary --------------------------------------------------------------------
 
@@ -258,8 +234,19 @@ class AlignTokenizer:
     def all_special_ids(self) -> list[int]:
         return [self._ids[token] for token in self.all_special_tokens]
 
-    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the token of each id."""
+    def get_vocab(self) -> dict[str, int]:
+        """Returns the id of each token, those that were added included."""
+        return dict(self._ids)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Returns the tokens of a text, without those that begin and end a sequence."""
+        ids = self(text, padding="longest", truncation=False, return_tensors="np").input_ids[0]
+        return self.convert_ids_to_tokens(ids[1:-1])
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | list[str]:
+        """Returns the token of each id, or of one."""
+        if isinstance(ids, int | np.integer):
+            return self.convert_ids_to_tokens([ids])[0]
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError("ids: expected whole numbers (n,), those of one text")
@@ -268,8 +255,10 @@ class AlignTokenizer:
             raise ValueError(f"ids: {wrong[0]} is not in the vocabulary of {len(self)}")
         return [self._tokens[i] for i in ids.tolist()]
 
-    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
-        """Returns the id of each token, [UNK]'s for one that is not in the vocabulary."""
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """Returns the id of each token, or of one; [UNK]'s where the vocabulary lacks it."""
+        if isinstance(tokens, str):
+            return self._ids.get(tokens, self.unk_token_id)
         return [self._ids.get(token, self.unk_token_id) for token in tokens]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -397,16 +386,17 @@ class AlignTokenizer:
         texts: str | bytes | Sequence[str | bytes],
         *,
         padding: str | bool = "max_length",
-        truncation: bool = True,
+        truncation: bool | str = True,
         max_length: int | None = MAX_LENGTH,
         return_tensors: str | None = None,
     ) -> BatchFeature:
         """Encodes a text or several.
 
         Args:
-            texts: a string, or n of them: a list, a tuple or an array.
+            texts: a string, or n of them: a list, a tuple, an array or a tensor, in a graph too.
             padding: "max_length", "longest" (or True), "do_not_pad" (or False).
-            truncation: cuts what is longer than max_length.
+            truncation: cuts what is longer than max_length; also as Hugging Face's "longest_first",
+                "only_first" or "do_not_truncate".
             max_length: special tokens included; None is model_max_length.
             return_tensors: as AlignProcessor takes it.
 
@@ -422,15 +412,10 @@ class AlignTokenizer:
             raise ValueError(f"padding={padding!r}: expected one of {', '.join(PADDINGS)}")
         max_length = self.model_max_length if max_length is None else max_length
         _check_max_length(max_length)
-        if not isinstance(truncation, bool):
+        if truncation not in tuple(TRUNCATIONS):
             raise ValueError(f"truncation={truncation!r}: expected True or False")
-        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
-        texts = [texts] if isinstance(texts, str | bytes) else texts
-        if not isinstance(texts, list | tuple):
-            raise ValueError(
-                f"text: expected a string or a list of them, found {type(texts).__name__}"
-            )
-        texts = tf.constant([_utf8(text) for text in texts], tf.string, shape=[len(texts)])
+        truncation = TRUNCATIONS[truncation]
+        texts = _strings(texts)
         limit = max_length if truncation else np.iinfo(np.int32).max
         output = self._encode(texts, limit, max_length if padding == "max_length" else 0)
         if padding == "do_not_pad":
@@ -445,23 +430,26 @@ def _distinct(vocab: Sequence[str]) -> list[str]:
     return [t if t and last[t] == i else f"\x11{i}" for i, t in enumerate(vocab)]
 
 
-def _check_added(vocab: Sequence[str], added: Mapping[int, Mapping[str, Any]]) -> None:
-    ids, free = {token: i for i, token in enumerate(vocab)}, len(vocab)
-    for i, token in sorted(added.items()):
-        content = token["content"]
-        where = f"the added token {content!r}"
-        if not content:
-            raise ValueError(f"{where}, id {i}: expected some text")
-        if token.get("single_word"):
-            raise ValueError(f"{where}: single_word=True, expected False")
-        if i != ids.get(content, free):
-            raise ValueError(f"{where}: id {i}, expected {ids.get(content, free)}")
-        free += content not in ids
-
-
 def _check_max_length(max_length: int) -> None:
     if not isinstance(max_length, int | np.integer) or max_length < 2:
         raise ValueError(f"max_length={max_length!r}: expected 2 or more, for the special tokens")
+
+
+def _strings(texts: Any) -> tf.Tensor:
+    """Takes what a caller has, a string or several, to a tensor of strings (n,)."""
+    if tf.is_tensor(texts) and texts.dtype == tf.string and texts.shape.rank in (0, 1):
+        return tf.reshape(texts, [-1])
+    texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
+    texts = [texts] if isinstance(texts, str | bytes) else texts
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"text: expected a string or a list of them, found {_kind(texts)}")
+    return tf.constant([_utf8(text) for text in texts], tf.string, shape=[len(texts)])
+
+
+def _kind(value: Any) -> str:
+    if tf.is_tensor(value):
+        return f"a tensor of {value.dtype.name} and shape {value.shape}"
+    return type(value).__name__
 
 
 def _utf8(text: Any) -> bytes:

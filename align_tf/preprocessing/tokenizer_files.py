@@ -1,7 +1,7 @@
-"""The files of a tokenizer's folder, read as Hugging Face's BertTokenizer reads them."""
+"""The files of a tokenizer's folder, read and written as Hugging Face's BertTokenizer does."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_tf import files
@@ -11,6 +11,9 @@ TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 SPECIAL_TOKENS_NAME = "special_tokens_map.json"
 ADDED_TOKENS_NAME = "added_tokens.json"
+
+MAX_WORD_LENGTH = 100  # in characters; a longer word is unknown
+SUFFIX = "##"  # before a piece that goes on with a word
 
 ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # setting: what it is
@@ -151,3 +154,67 @@ def _id_of(path: pathlib.Path, token: str, value: Any) -> int:
 def _content(value: Any) -> Any:
     """Returns a setting of tokenizer_config.json, where a token may be an object of its own."""
     return value["content"] if isinstance(value, Mapping) else value
+
+
+def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
+    """Describes the tokenizer in the format of Hugging Face's tokenizers library."""
+
+    def piece(name: str, type_id: int) -> dict[str, Any]:
+        kind = "Sequence" if name in ("A", "B") else "SpecialToken"
+        return {kind: {"id": name, "type_id": type_id}}
+
+    cls_token, sep_token = tokenizer.cls_token, tokenizer.sep_token
+    single = [piece(cls_token, 0), piece("A", 0), piece(sep_token, 0)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **token} for i, token in tokenizer.added_tokens_decoder.items()],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            **{key: getattr(tokenizer, name) for name, key in NORMALIZER_KEYS.items()},
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, piece("B", 1), piece(sep_token, 1)],
+            "special_tokens": {
+                token: {
+                    "id": token,
+                    "ids": [tokenizer.convert_tokens_to_ids(token)],
+                    "tokens": [token],
+                }
+                for token in (cls_token, sep_token)
+            },
+        },
+        "decoder": {"type": "WordPiece", "prefix": SUFFIX, "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": tokenizer.unk_token,
+            "continuing_subword_prefix": SUFFIX,
+            "max_input_chars_per_word": MAX_WORD_LENGTH,
+            "vocab": {token: i for i, token in enumerate(tokenizer.vocab)},
+        },
+    }
+
+
+def check_added(vocab: Sequence[str], added: Mapping[int, Mapping[str, Any]]) -> None:
+    """Checks that added tokens can be kept.
+
+    Raises:
+        ValueError: one is empty, asks to be a word of its own, or has an id that is neither the
+            vocabulary's nor the next one after it.
+    """
+    ids, free = {token: i for i, token in enumerate(vocab)}, len(vocab)
+    for i, token in sorted(added.items()):
+        content = token["content"]
+        where = f"the added token {content!r}"
+        if not content:
+            raise ValueError(f"{where}, id {i}: expected some text")
+        if token.get("single_word"):
+            raise ValueError(f"{where}: single_word=True, expected False")
+        if i != ids.get(content, free):
+            raise ValueError(f"{where}: id {i}, expected {ids.get(content, free)}")
+        free += content not in ids

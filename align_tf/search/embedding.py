@@ -79,7 +79,8 @@ def embed(
 
     Raises:
         FileNotFoundError, ModuleNotFoundError: as `data.make_dataset`.
-        ValueError: an argument is out of range, the folder holds another collection, the files of
+        NotADirectoryError: the output is a file.
+        ValueError: an argument is out of range, the folder holds another thing, the files of
             the source have changed since it was begun or while they were embedded, no image can be
             decoded, or an embedding is not finite.
     """
@@ -88,6 +89,7 @@ def embed(
     if engine == "ray":
         require_ray()
     check_local(output)
+    source_files.check_own(pathlib.Path(output))
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.
@@ -153,11 +155,10 @@ def _check_arguments(
             f"dtype={dtype!r}, engine={engine!r}: expected {' or '.join(EMBEDDING_DTYPES)}, and "
             f"{' or '.join(ENGINES)}"
         )
-    if batch_size < 1 or shard_size < 1 or workers < 1:
-        raise ValueError(
-            f"batch_size={batch_size}, shard_size={shard_size}, workers={workers}: expected 1 or "
-            "more"
-        )
+    counts = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: expected 1 or more")
     if engine == "ray" and (isinstance(source, tf.data.Dataset) or isinstance(model, AlignModel)):
         raise ValueError("engine='ray': expected paths and the name of a model, to be read anew")
 

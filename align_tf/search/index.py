@@ -100,7 +100,8 @@ def build_index(
         raise ValueError(f"kind={kind!r}: expected {' or '.join(KINDS)}")
     files.check_local(output)
     collection, output = Collection(embeddings), pathlib.Path(output)
-    if output.exists() and not (output / ABOUT_NAME).is_file():
+    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not free and not (output / ABOUT_NAME).is_file():
         raise ValueError(f"{output}: there already, and no index; expected another folder")
     if kind is None:
         kind = "flat" if collection.rows <= FLAT_ROWS else "ivf"

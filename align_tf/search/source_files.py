@@ -3,9 +3,30 @@
 import pathlib
 
 from align_tf.data.listing import Listing
+from align_tf.search import own_pictures
 from align_tf.search.collection import Settings, read_header, shard_files
 
 LISTING_NAME = "_listing.npz"  # which those who read the folder as one table leave out
+
+
+def check_own(output: pathlib.Path) -> None:
+    """Checks, before there is a model, that a folder is free for a collection, or holds one.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        ValueError: it holds other files, among which the shards would be lost.
+    """
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output}: a file; expected a folder for the shards")
+    if not output.is_dir() or shard_files(output):
+        return
+    own = (LISTING_NAME, own_pictures.NAME)
+    others = sorted(path.name for path in output.iterdir() if path.name not in own)
+    others = [name for name in others if not name.startswith(".")]  # of a killed process, or hidden
+    if others:
+        raise ValueError(
+            f"{output}: not empty, and no collection, but {others[0]}; expected a folder of its own"
+        )
 
 
 def claim(output: pathlib.Path, settings: Settings, listing: Listing | None) -> None:

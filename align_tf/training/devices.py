@@ -11,6 +11,11 @@ def count_devices() -> int:
     return len(keras.distribution.list_devices())
 
 
+def has_tpu() -> bool:
+    """Whether Keras's backend finds a TPU."""
+    return any("tpu" in device.lower() for device in keras.distribution.list_devices())
+
+
 def describe_devices() -> str:
     """Says what there is to compute on, such as `8 TPU devices, Keras on jax`."""
     kinds = [device.split(":")[0].upper() for device in keras.distribution.list_devices()]

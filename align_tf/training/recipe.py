@@ -9,6 +9,7 @@ import reprlib
 from typing import Any
 
 from align_tf.configuration.presets import PRESETS
+from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
 from align_tf.extras import extra
 
@@ -105,6 +106,13 @@ class Recipe:
         MODEL, None, "pixels of an image's side, in training and after (that of processor)", COUNT
     )
 
+    length_buckets: Any = _setting(  # noqa: RUF009
+        MODEL,
+        None,
+        "lengths, in tokens, that texts are padded to, each compiled by itself "
+        f"({list(LENGTH_BUCKETS)}; on a TPU the longest of these alone)",
+        object,
+    )
     augment: bool = _setting(MODEL, True, "crop and flip the training images at random", bool)
 
     batch_size: int = _setting(
@@ -211,23 +219,24 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in ("data", "output"):
             if getattr(self, key) is None:
-                raise ValueError(f"{key}: missing; the recipe has to state it")
+                raise ValueError(f"{key}: missing; the recipe has to state it, or --{key}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                "expected steps or epochs, and one of them; "
-                f"found steps={self.steps!r}, epochs={self.epochs!r}"
+                "expected steps or epochs (--steps, --epochs), and one of them; "
+                f"found {'neither' if self.steps is None else 'both'}"
             )
         if (self.model is None) == (self.preset is None):
             raise ValueError(
                 "expected model, a checkpoint to fine-tune, or preset, an architecture to train "
-                f"from scratch, and one of them; found model={self.model!r}, preset={self.preset!r}"
+                "from scratch (--model, --preset), and one of them; "
+                f"found {'neither' if self.model is None else 'both'}"
             )
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
         if self.preset is not None and self.processor is None:
             raise ValueError(
-                f"processor: missing; with preset={self.preset!r} it names the checkpoint whose "
-                "tokenizer and image settings are used"
+                f"processor: missing; beside preset {self.preset!r} it names the checkpoint whose "
+                "tokenizer and image settings are used (--processor)"
             )
         fine_tuning = self.model is not None
         if self.optimizer is None:
@@ -240,6 +249,10 @@ class Recipe:
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
                 setattr(self, field.name, _checked(field, value))
+        if type(self.length_buckets) is int:
+            self.length_buckets = [self.length_buckets]
+        if self.length_buckets is not None and not are_lengths(self.length_buckets):
+            raise ValueError(f"length_buckets={self.length_buckets!r}: expected {LENGTHS}")
         for tower, blocks in self.frozen().items():
             numbers = isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)
             if tower not in ("text", "vision") or not (blocks is None or numbers):
@@ -341,6 +354,16 @@ class Recipe:
         silent = {key: value for key, value in derived.items() if getattr(self, key) is None}
         return dataclasses.replace(self, steps=steps, epochs=None, **silent)
 
+    def lengths(self, on_tpu: bool) -> list[int]:
+        """Returns the lengths that texts are padded to: one on a TPU, where each is compiled anew.
+
+        Args:
+            on_tpu: whether the training is on one.
+        """
+        if self.length_buckets is not None:
+            return sorted(self.length_buckets)
+        return list(LENGTH_BUCKETS[-1:] if on_tpu else LENGTH_BUCKETS)
+
     def frozen(self) -> dict[str, list[int] | None]:
         """Returns the towers that do not train, each with its frozen blocks, or None for all."""
         if isinstance(self.freeze, dict):
@@ -418,7 +441,8 @@ def read_recipe(
     try:
         return Recipe(**values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+        named = path is not None and str(error).partition("=")[0] not in flags
+        raise ValueError(f"{path}: {error}" if named else str(error)) from None
 
 
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
@@ -446,6 +470,7 @@ def _parsed_yaml(name: str, text: str) -> Any:
     import yaml
 
     try:
+        _check_keys(yaml.compose(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark and f", line {error.problem_mark.line + 1}"
@@ -454,6 +479,25 @@ def _parsed_yaml(name: str, text: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{name}: not valid YAML: {said}") from error
+
+
+def _check_keys(node: Any) -> None:
+    """Refuses a key that comes twice, of which YAML takes the last without a word."""
+    nodes, met = [node], set()  # what an alias names is met again
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(getattr(node, "value", None), list) or id(node) in met:
+            continue
+        met.add(id(node))
+        keys = set()
+        for child in node.value:
+            if isinstance(child, tuple):  # of a mapping
+                key, child = child
+                if isinstance(key.value, str) and key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: the key {key.value!r} comes twice")
+                keys.add(key.value if isinstance(key.value, str) else None)
+            nodes.append(child)
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:

@@ -232,6 +232,7 @@ def _fit(
     pairs: int | None,
     best: Best,
 ) -> None:
+    lengths = recipe.lengths(devices.has_tpu())
     dataset = make_dataset(
         recipe.data,
         processor,
@@ -240,9 +241,10 @@ def _fit(
         seed=recipe.seed,
         start_step=step,
         augment=recipe.augment,
+        length_buckets=lengths,
         max_errors=recipe.max_errors,
     )
-    validation, evaluations = make_validation(recipe, processor)
+    validation, evaluations = make_validation(recipe, processor, lengths)
     checkpoints = Checkpoints(recipe, processor, output, step, best)
     epoch_steps = pairs and pairs // recipe.batch_size
     with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():

@@ -35,8 +35,11 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# Of the compiler's error: what it would take, as in `Used 27.94G of 15.75G hbm`.
-OUT_OF_MEMORY = re.compile(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm")
+# Of the compiler's errors: what the program would take, and what there is.
+OUT_OF_MEMORY = re.compile(
+    r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm"
+    r"|\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,7 @@ def compile_step(
     recipe = recipe.counted(recipe.steps or (recipe.warmup_steps or 0) + 1)
     processor = make_processor(recipe)
     model = make_model(recipe, processor, len(devices))
+    model.text_model.loop_blocks = model.vision_model.loop_blocks = True  # as where there is a TPU
     height, width, channels = processor.image_processor.output_shape
     if height is None:
         raise ValueError(
@@ -219,7 +223,8 @@ def _plain_errors(topology: str) -> Iterator[None]:
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:
             raise
+        taken, there = [value for value in found.groups() if value]
         raise ValueError(
-            f"{topology}: the step takes {found[1]} of a chip's {found[2]}; a smaller batch_size, "
+            f"{topology}: the step takes {taken}iB of a chip's {there}iB; a smaller batch_size, "
             "accumulation or remat takes less"
         ) from error

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -16,12 +17,15 @@ from align_tf.training.callbacks import RetrievalEvaluation, ZeroShotFolders
 from align_tf.training.recipe import Recipe, lower_is_better
 
 
-def make_validation(recipe: Recipe, processor: AlignProcessor) -> tuple[Any, list]:
+def make_validation(
+    recipe: Recipe, processor: AlignProcessor, lengths: Sequence[int]
+) -> tuple[Any, list]:
     """Opens the sets of a recipe's `validation_data`.
 
     Args:
         recipe: the settings.
         processor: prepares images and texts.
+        lengths: that texts are padded to.
 
     Returns:
         The batches whose loss `fit` measures, those of the first set of pairs, or None; and the
@@ -42,6 +46,7 @@ def make_validation(recipe: Recipe, processor: AlignProcessor) -> tuple[Any, lis
             options["data"],
             processor,
             batch_size=recipe.batch_size,
+            length_buckets=lengths,
             max_errors=recipe.max_errors,
         )
         callbacks.append(RetrievalEvaluation(dataset, name=name))

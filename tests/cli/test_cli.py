@@ -1,6 +1,7 @@
 """The command line: results, machine-readable output, mistakes that end in one line."""
 
 import csv
+import importlib.abc
 import io
 import json
 import os
@@ -17,8 +18,9 @@ import pytest
 from PIL import Image
 
 import align_tf
-from align_tf.cli import common
+from align_tf.cli import common, entry
 from align_tf.cli.main import main
+from align_tf.data.label_files import is_file_of_labels, read_labels
 from align_tf.hub import BUNDLED
 
 if keras.backend.backend() != "tensorflow":
@@ -171,7 +173,16 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
         (["classify", __file__, "--labels", "a", ""], "label 2 of 2 is blank"),
         (["classify", __file__, "--labels", "classes.txt"], "classes.txt: no such file"),
         (["classify", __file__, "--labels", "a", __file__], "is a file; expected labels"),
-        (["classify", __file__, "--labels", "a", "--top", "0"], "--top 0: expected 1 or more"),
+        (["classify", __file__, "--labels", str(TESTS)], "is a folder; expected labels, or one"),
+        (["classify", __file__, "--labels", "a", "\udce9"], "--labels: '\\udce9' is not UTF-8"),
+        (["search", "x", "\udce9"], "TEXT: '\\udce9' is not UTF-8"),
+        (["search", "x", "a", "--add", "\udce9"], "--add: '\\udce9' is not UTF-8"),
+        (["evaluate", "--data", "x", "--labels", "\udce9"], "--labels: '\\udce9' is not UTF-8"),
+        (
+            ["plot", "heatmap", "--images", "x", "--texts", "\udce9", "--output", "x.png"],
+            "--texts: '\\udce9' is not UTF-8",
+        ),
+        (["plot", "curves", "x", "--output", str(TESTS)], "tests: a folder; expected a .png or"),
         (["classify", "nowhere/*.png", "--labels", "a"], "nowhere/*.png: no such file"),
         (["classify", str(SERVING), "--labels", "a"], "serving: no images; expected .jpg"),
         (["classify", __file__, "--labels", "a", "--model", "nowhere"], "'nowhere'"),
@@ -229,6 +240,9 @@ def test_a_remote_folder_is_refused_before_anything_is_made(
         (["xyz"], "unknown command 'xyz'; expected one of quickstart, classify"),
         (["classify", "--labels", "a", "b", "x.png"], '-- has to stand between: --labels "a cat"'),
         (["evaluate"], "the following arguments are required: --data (see"),
+        (["classify", "x", "--labels", "a", "--top", "0"], "--top: expected 1 or more, found '0'"),
+        (["embed", "x", "--output", "y", "--batch-size", "0"], "--batch-size: expected 1 or more"),
+        (["search", "x", "y", "-k", "x"], "argument -k: expected 1 or more, found 'x'"),
     ],
 )
 def test_a_misspelled_command_line_is_answered_in_one_line(capsys, arguments, expected):
@@ -242,6 +256,48 @@ def test_a_misspelled_command_line_is_answered_in_one_line(capsys, arguments, ex
 def test_a_flag_may_be_cut_short_and_what_follows_two_dashes_is_none(capsys):
     code, _, err = run(capsys, "classify", "--lab", "a", "--", "--lables")
     assert (code, "--lables: no such file" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [
+        ("cat\na dog\n", "txt", [(None, "cat"), (None, "a dog")]),
+        ("id,label\n0,cat\n1,'a dog, big'\n", "csv", [("0", "cat"), ("1", "a dog, big")]),
+        ("Label\ncat\n", "csv", [(None, "cat")]),
+        ("cat\n'a dog, big'\n", "csv", [(None, "cat"), (None, "a dog, big")]),
+        ("label,folder\na cat,c\ndog\n", "csv", [("c", "a cat"), (None, "dog")]),
+        ("folder\tlabel\nc\ta 'cat\n", "tsv", [("c", 'a "cat')]),
+        ("c\ta cat\n", "tsv", [("c", "a cat")]),
+    ],
+)
+def test_a_file_of_labels_is_lines_or_a_table_with_a_header(tmp_path, text, suffix, expected):
+    file = tmp_path / f"labels.{suffix}"
+    file.write_text(text.replace("'", '"'))
+    assert is_file_of_labels([str(file)])
+    assert read_labels(str(file)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat,1\n", "labels.csv, line 1: 2 values; expected one label a line, or a header with"),
+        ("label\n", "labels.csv: a header alone, expected labels below it"),
+        ("'cat\n", "labels.csv: not a .csv: "),
+    ],
+)
+def test_a_table_without_labels_is_told(tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text.replace("'", '"'))
+    with pytest.raises(ValueError, match=message):
+        read_labels(str(tmp_path / "labels.csv"))
+
+
+def test_names_of_folders_may_be_labels(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_file_of_labels(["cat", "dog"])
+    for folders in (["cat"], ["dog", "../" + tmp_path.name + "/cat"]):
+        with pytest.raises(IsADirectoryError, match="is a folder"):
+            is_file_of_labels(folders)
 
 
 def test_an_empty_file_of_labels_is_a_mistake(capsys, tmp_path):
@@ -305,6 +361,21 @@ def test_the_help_of_train_groups_the_settings_and_lists_their_choices(capsys):
     assert "align-base, align-" in " ".join(out.split())
 
 
+class Interrupting(importlib.abc.MetaPathFinder):
+    """Ctrl-C as the commands are imported."""
+
+    def find_spec(self, name, path, target=None):
+        if name == "align_tf.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_commands_are_imported(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "align_tf.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert entry.main() == 130
+    assert capsys.readouterr() == ("", "align-tf: stopped\n")
+
+
 def test_the_package_is_a_program():
     command = [sys.executable, "-m", "align_tf", "--version"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -319,7 +390,7 @@ def test_the_package_is_a_program():
         (["--task", "knn"], 'pip install "align-tf[eval]"'),
         (["--task", "zero-shot", "--plot", "a.png"], 'pip install "align-tf[plot]"'),
         (["--task", "zero-shot", "--plot", "a.jpg"], "a.jpg: expected a name that ends in .png"),
-        (["--task", "knn", "--plot", "a.png"], "--plot: of no use to --task knn"),
+        (["--plot", "a.png"], "--plot: of no use to --task retrieval, but to zero-shot and knn"),
         (["--data", "gone.csv"], "gone.csv: no such file"),
     ],
 )

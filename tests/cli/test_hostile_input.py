@@ -4,6 +4,7 @@ A try is a command of `COMMANDS` over files of which one is spoiled. ALIGN_TF_FU
 are made, from ALIGN_TF_FUZZ_SEED on; a try is told by its number, and made again by it.
 """
 
+import gzip
 import json
 import os
 import pathlib
@@ -13,11 +14,14 @@ import tarfile
 
 import keras
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from align_tf import AlignModel
 from align_tf.cli.main import main
+from align_tf.data import write_tfrecords
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("embed runs on the TensorFlow backend", allow_module_level=True)
@@ -37,10 +41,14 @@ COMMANDS = (
     "evaluate --data {folder} --task zero-shot --labels {labels} --model {model}",
     "evaluate --data {folder} --task zero-shot --templates {labels} --model {model}",
     "evaluate --data {folder} --task knn --model {model}",
+    "evaluate --data {folder} --task {task} --train-data {folder} --model {model} --plot {new}.png",
+    "evaluate --data {pairs} --image-key {text} --caption-key {text} {text} --model {model}",
     "embed {pairs} --output {new} --model {model}",
     "embed {pairs} --output {new} --model {model} --caption-key {text} --batch-size {number}",
     "embed {folder} --output {new} --model {model} --shard-size {number}",
+    "embed {pairs} --output {old} --model {model} --image-key {text} --dtype float32",
     "index {collection} --output {new}",
+    "index {collection} --output {old} --kind ivf",
     "search {index} {text} --model {model} -k {number}",
     "search {index} --image {image} --model {model} --html {new}.html --montage {new}.png",
     "search {index} {text} --add {text} --subtract {text} --model {model} --html {new}.html",
@@ -48,9 +56,13 @@ COMMANDS = (
     "--model {model}",
     "plot embeddings {collection} --output {new}.svg",
     "plot curves {log} --output {new}.png",
+    "plot curves {log} --output {old}",
     "convert --from {checkpoint} --to hf --output {new} --dry-run",
     "convert --from {checkpoint} --to keras --output {new}.keras --dry-run --config {config}",
+    "convert --from {keras} --to hf --output {new} --dry-run",
+    "convert --from {checkpoint} --to {format} --output {old} --processor {checkpoint} --dry-run",
     "train {recipe} --data {gone}",
+    "train {recipe} --output {old} --data {pairs} --batch-size {number} --epochs {number}",
     "train --model {checkpoint} --data {pairs} --output {new} --steps {number} --augment {text}",
     "serve {gone} --model-config-file {recipe} --batching-parameters-file {labels}",
     "serve {gone} --monitoring-config-file {recipe} --grpc-port {number}",
@@ -59,11 +71,14 @@ TEXTS = (
     *("red", "", " ", "[/b]", "[red]", "{}", "{} {x}", "a {} of {}", "%s", "\x1b[2J", "\udce9"),
     *("-", "--", "-1", "~", "a\nb", "🐼" * 50, "红色 图片", "\u202e", "x" * 1000, "$x_1^2$", "\0"),
 )
+TASKS = ("retrieval", "zero-shot", "knn", "linear-probe")
+FORMATS = ("hf", "keras", "savedmodel")
 NUMBERS = ("0", "1", "2", "-1", "3.5", "1e400", "nan", "", "9" * 30, "x")
 SNIPPETS = (
     *(b"", b"\0", b"\xff\xfe", b"[/b]", b'"', b"\n\n", b"\\ud83d", b"NaN", b"1e999", b"-1"),
     *(b"[" * 3000, b"{" * 3000, b"9" * 5000, b"\x1b[2J", b"../../etc/passwd", b"null", b"[]"),
 )
+CHOICES = {"{text}": TEXTS, "{number}": NUMBERS, "{task}": TASKS, "{format}": FORMATS}
 VALUES = (None, -1, 0, 1e300, float("nan"), 2**70, "", "x", [], {}, [[]], True, "../..", 10**9)
 
 
@@ -93,6 +108,14 @@ def seeds(checkpoint, tmp_path_factory) -> dict[str, list[pathlib.Path]]:
             caption = folder / f"{number}.txt"
             caption.write_text(text)
             tar.add(caption, caption.name)
+    write_tfrecords(
+        ((path, text) for path, text in rows), folder / "records", progress=False
+    ).pop().rename(folder / "pairs.tfrecord")
+    (folder / "pairs.tar.gz").write_bytes(gzip.compress((folder / "pairs.tar").read_bytes()))
+    table = {"image": [image.read_bytes() for image in images], "caption": [t for _, t in rows]}
+    pq.write_table(pa.table(table), folder / "pairs.parquet")
+    AlignModel.from_pretrained(checkpoint).save(folder / "model.keras")
+    (folder / "labels.csv").write_text("folder,label\ncats,a red cat\ndogs,a blue {}\n")
     (folder / "labels.txt").write_text("cats\ta red cat\ndogs\ta blue {}\n")
     (folder / "recipe.yaml").write_text(f"model: {checkpoint}\nbatch_size: 2\nsteps: 1\n")
     (folder / "log").mkdir()
@@ -105,8 +128,9 @@ def seeds(checkpoint, tmp_path_factory) -> dict[str, list[pathlib.Path]]:
     return {
         "image": images,
         "folder": [pictures],
-        "pairs": [folder / f"pairs.{suffix}" for suffix in ("tsv", "csv", "jsonl", "tar")],
-        "labels": [folder / "labels.txt"],
+        "pairs": sorted(folder.glob("pairs.*")),
+        "keras": [folder / "model.keras"],
+        "labels": [folder / "labels.txt", folder / "labels.csv"],
         "recipe": [folder / "recipe.yaml"],
         "config": [checkpoint / "config.json"],
         "log": [folder / "log"],
@@ -190,10 +214,10 @@ def make_try(number: int, seeds: dict, folder: pathlib.Path) -> list[str]:
     arguments = []
     for place, word in enumerate(words):
         kind = word.strip("{}").partition("}")[0]
-        if word == "{text}":
-            word = rng.choice(TEXTS)
-        elif word == "{number}":
-            word = rng.choice(NUMBERS)
+        if word in CHOICES:
+            word = rng.choice(CHOICES[word])
+        elif word == "{old}":
+            word = str(write_old(folder, rng))
         elif kind in ("new", "gone"):
             word = word.replace("{new}", str(folder / "new")).replace("{gone}", str(folder / "-"))
         elif word.startswith("{"):
@@ -208,6 +232,17 @@ def make_try(number: int, seeds: dict, folder: pathlib.Path) -> list[str]:
     if rng.random() < 0.1:
         arguments.insert(rng.randrange(1, len(arguments) + 1), rng.choice(TEXTS))
     return arguments
+
+
+def write_old(folder: pathlib.Path, rng: random.Random) -> pathlib.Path:
+    """Writes what is there already where an output is to go: a file, or a folder."""
+    old = folder / rng.choice(("old", "old.png", "old.keras"))
+    if rng.random() < 0.5:
+        old.write_text("someone's")
+    else:
+        old.mkdir()
+        (old / rng.choice(("notes.txt", "recipe.yaml", "index.json", "model.safetensors"))).touch()
+    return old
 
 
 def test_no_hostile_input_ends_in_a_traceback(seeds, loaded_once, tmp_path, capsys):

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from align_tf.data import records, write_tfrecords
@@ -33,6 +34,30 @@ def test_files_hold_the_pairs_in_their_order(tmp_path):
         "000000001",
         "000000002",
     ]
+
+
+@pytest.mark.parametrize("kind", ["files", "dataset"])
+def test_captions_that_are_not_utf8_are_read_as_windows_1252(tmp_path, kind, capsys):
+    texts = ["un café".encode("cp1252"), "ein Café".encode(), b"\x80 3"]
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as writer:
+        for number, text in enumerate(texts):
+            features = {"image": [png(number)], "caption": [text, b"plain"]}
+            features = {
+                name: tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+                for name, values in features.items()
+            }
+            example = tf.train.Example(features=tf.train.Features(feature=features))
+            writer.write(example.SerializeToString())
+    source, name, key = tmp_path, tmp_path, f"{tmp_path}/0.tfrecord[0]"
+    if kind == "dataset":
+        images = [png(number) for number in range(3)]
+        source = tf.data.Dataset.from_tensor_slices({"image": images, "caption": texts})
+        name, key = "the dataset", "the dataset[0]"
+    found = [record["captions"][0] for record in records(source).as_numpy_iterator()]
+    assert [text.decode() for text in found] == ["un café", "ein Café", "€ 3"]
+    assert capsys.readouterr().err == (
+        f"{name}: captions that are not UTF-8 are read as Windows-1252, such as that of {key}\n"
+    )
 
 
 def test_a_folder_with_files_is_left_as_it_is(tmp_path):

@@ -18,6 +18,7 @@ from align_tf.evaluation import (
     zero_shot,
     zero_shot_metrics,
 )
+from align_tf.evaluation.nearest_neighbors import knn_with_predictions
 
 # Text i against images 0..3: with images as the unit vectors, a text's row is its scores.
 IMAGES = np.eye(4, dtype="float32")
@@ -281,6 +282,15 @@ def test_knn_majority_and_its_ties():
     assert majority(3) == {"top1": 0.5, "top2": 1.0, "mean_per_class": 0.5}
     tied = knn_metrics(train[::3], [5, 9], test, [5, 9], k=2, temperature=None, ks=(1, 2))
     assert tied == {"top1": 0.0, "top2": 1.0, "mean_per_class": 0.0}
+
+
+def test_what_is_taken_for_the_right_class_among_equals_is_another():
+    train = [[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]]
+    labels = ["b", "a", "c"]
+    _, predicted = knn_with_predictions(train, labels, train, ["b", "a", "a"], k=1)
+    assert predicted.tolist() == ["b", "a", "c"]
+    _, predicted = knn_with_predictions(train, labels, train[:1], ["b"], k=2, temperature=None)
+    assert predicted.tolist() == ["a"]
 
 
 def test_knn_of_tiny_temperature_does_not_underflow():

@@ -139,8 +139,13 @@ def test_learning_from_examples(evaluate, classes, task):
     report = evaluate(task, classes)
     assert (report["images"], report["train_images"], report["classes"]) == (6, 30, 6)
     assert report["metrics"]["top1"] == 1.0
+    assert report["per_class"]["police_car"] == {"images": 1, "top1": 1.0, "mistaken_for": {}}
+    (classes / "rose" / "other.png").write_bytes((classes / "star" / "0.png").read_bytes())
     report = evaluate(task, classes, train_data=str(classes))
-    assert (report["images"], report["train_images"]) == (36, 36)
+    assert (report["images"], report["train_images"]) == (37, 37)
+    figures = report["per_class"]["rose"]
+    assert (figures["images"], figures["mistaken_for"]) == (7, {"star": 1})
+    assert report["metrics"]["mean_per_class"] == pytest.approx((5 + 6 / 7) / 6)
 
 
 def test_nothing_to_measure_is_an_error(evaluate, pairs, tmp_path):
@@ -187,6 +192,9 @@ def test_class_labels(tmp_path):
     file.write_text("cat\ta small cat\n\npolice_car\n")
     named = {"cat": "a small cat", "police_car": "police_car"}
     assert class_labels([str(file)], folders) == named
+    table = tmp_path / "labels.csv"
+    table.write_text("folder,label\ncat,a small cat\npolice_car,police_car\n")
+    assert class_labels([str(table)], folders) == named
     with pytest.raises(ValueError, match="unknown class 'police_car'"):
         class_labels(["cat", "dog"], folders)
     with pytest.raises(ValueError, match="class 'cat' comes twice"):

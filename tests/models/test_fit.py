@@ -462,6 +462,24 @@ def test_a_step_is_traced_once(steady_config, pairs):
     assert len(traced) == 1
 
 
+def test_ids_that_are_floats_are_the_whole_numbers(steady_config, pairs):
+    import tensorflow as tf
+
+    model = AlignModel(steady_config)
+    model.compile(optimizer="sgd")
+    floats = {**pairs, "input_ids": pairs["input_ids"].astype("float32")}
+    expected = model.evaluate(pairs, verbose=0)
+    np.testing.assert_allclose(model.evaluate(floats, verbose=0), expected, rtol=1e-6)
+    found = model.evaluate(tf.data.Dataset.from_tensors(floats), verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    alone = keras.Sequential([model.text_model])(floats["input_ids"]).pooler_output
+    ids = keras.ops.convert_to_tensor(pairs["input_ids"])
+    np.testing.assert_allclose(alone, model.text_model(ids).pooler_output, rtol=1e-6)
+    for wrong in (floats["input_ids"] + 0.5, floats["input_ids"].astype("float16")):
+        with pytest.raises(ValueError, match=r"^input_ids of float\d\d: expected whole numbers"):
+            model({**floats, "input_ids": wrong})
+
+
 def test_what_fit_cannot_take_is_told(steady_config, pairs):
     model = AlignModel(steady_config)  # its own: on JAX a step that fails takes the state with it
     model.compile(optimizer="sgd")
@@ -479,6 +497,12 @@ def test_what_fit_cannot_take_is_told(steady_config, pairs):
 
     with pytest.raises(ValueError, match="targets beside the batch: expected none"):
         model.fit(tf.data.Dataset.from_tensors((pairs, np.zeros(4))), verbose=0)
+    pair_by_pair = tf.data.Dataset.from_tensor_slices(pairs)
+    for call in (model.fit, model.evaluate, model.predict):
+        expected = r"^the data set gives .* of shape \(.*\), one pair at a time: expected batches"
+        for data in (pair_by_pair, pair_by_pair.map(lambda pair: (pair,))):
+            with pytest.raises(ValueError, match=expected):
+                call(data, verbose=0)
     with pytest.raises(ValueError, match="loss='mse': expected None; AlignModel minimises"):
         model.compile(optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match="accumulation=0: expected a positive integer"):

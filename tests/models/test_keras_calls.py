@@ -69,6 +69,19 @@ def test_export_of_a_model_never_called(name, sized, unchanged, pairs, tmp_path)
     assert_equal(loaded.serve(inputs), part(inputs), OUTPUTS[name])
 
 
+def test_an_export_on_jax_needs_sizes(unchanged, monkeypatch, tmp_path):
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    open_ = [{"pixel_values": keras.InputSpec("float32", (None, None, None, 3))}]
+    for signature in (None, open_):
+        with pytest.raises(ValueError) as error:
+            unchanged.vision_model.export(tmp_path / "none", input_signature=signature)
+        assert str(error.value) == (
+            "on the JAX backend an export has fixed sizes: expected input_signature=["
+            "{'pixel_values': keras.InputSpec('float32', (None, height, width, 3))}], with the "
+            "sizes that the processor gives"
+        )
+
+
 @pytest.mark.parametrize("signature", [[(4, 16, 16, 3)], [], [{"pixel_values": "float32"}]])
 def test_a_signature_that_is_none(signature, unchanged, tmp_path):
     with pytest.raises(ValueError, match=r": expected \[\{name: keras.InputSpec\(dtype, shape\)\}"):

@@ -1,6 +1,8 @@
 """Both halves behind one call: what it takes, what it gives, what it refuses."""
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import PIL.Image
@@ -234,3 +236,82 @@ def test_what_is_no_text_is_told_in_a_line(processor, texts):
 def test_what_are_no_ids_is_told_in_a_line(processor, ids, message):
     with pytest.raises(ValueError, match=f"^ids: .*{message}"):
         processor.tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+)
+def test_copies_of_what_has_been_used(copied, array, tmp_path):
+    """As workers of other processes get them; a graph that was traced can be neither."""
+    used = AlignProcessor(AlignImageProcessor(size=12, crop_size=9), AlignTokenizer(VOCAB))
+    used.image_processor._extra = {"processor_class": "EfficientNetProcessor"}
+    expected = used(images=array, text="a cat", return_tensors="np")
+    for mine in (used, used.tokenizer, used.image_processor):
+        other = copied(mine)
+        assert repr(other) == repr(mine) and other is not mine
+    found = copied(used)(images=array, text="a cat", return_tensors="np")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    other = copied(used.image_processor)
+    other.crop_size = {"height": 4, "width": 5}
+    assert other.to_dict()["processor_class"] == "EfficientNetProcessor"
+    assert other(array).pixel_values.shape == (1, 4, 5, 3)
+    assert used.image_processor(array).pixel_values.shape == (1, 9, 9, 3)
+
+
+def test_preprocess_and_settings_of_a_call(processor, array):
+    images = processor.image_processor
+    expected = images(array, return_tensors="np").pixel_values
+    found = images.preprocess(PIL.Image.fromarray(array), return_tensors="np").pixel_values
+    np.testing.assert_array_equal(found, expected)
+    smaller = images.preprocess([array], crop_size={"height": 4, "width": 5}, size=None)
+    assert smaller.pixel_values.shape == (1, 4, 5, 3)
+    assert images(array, do_center_crop=False).pixel_values.shape == (1, 12, 12, 3)
+    for wrong, message in (
+        ({"size": "x"}, r"size='x': expected a positive height and width"),
+        ({"data_format": 1}, "unknown settings of images: data_format; expected do_resize, size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images.preprocess(array, **wrong)
+
+
+def test_files_in_memory_and_tensors_of_files(processor, array, tmp_path):
+    file = io.BytesIO()
+    PIL.Image.fromarray(array).save(file, "PNG")
+    content = file.getvalue()
+    (tmp_path / "a.png").write_bytes(content)
+    expected = processor(images=array, return_tensors="np").pixel_values
+    with (tmp_path / "a.png").open("rb") as opened:
+        for given in (io.BytesIO(content), opened, bytearray(content), tf.constant([content])):
+            found = processor(images=given, return_tensors="np").pixel_values
+            np.testing.assert_array_equal(found, expected)
+    for wrong, kind in ((None, "NoneType"), ({"a": 1}, "dict")):
+        with pytest.raises(ValueError, match=rf"^images\[0\]: a {kind}: expected a PIL image"):
+            processor(images=[wrong])
+
+
+def test_texts_in_a_graph_and_pictures_that_are_not_seen_there(processor, array):
+    texts = tf.data.Dataset.from_tensors(["a cat", "a"])
+    for function in (lambda text: processor(text=text), processor.tokenizer):
+        [found] = texts.map(function)
+        assert found["input_ids"][:, :4].numpy().tolist() == [[2, 5, 6, 3], [2, 5, 3, 0]]
+    assert processor(text=tf.constant("a cat")).input_ids.shape == (1, 64)
+    with pytest.raises(ValueError, match="found a tensor of int32 and shape"):
+        processor(text=tf.constant([1]))
+    with pytest.raises(ValueError, match="within a graph there are no arrays"):
+        texts.map(lambda text: processor(text=text, return_tensors="np"))
+    with pytest.raises(ValueError, match="preprocess_pixels the uint8 pixels"):
+        tf.data.Dataset.from_tensors(array).map(lambda image: processor(images=image))
+
+
+def test_tokens_and_ids_one_by_one(processor):
+    tokenizer = processor.tokenizer
+    assert tokenizer.tokenize("A cat dog") == ["a", "cat", "[UNK]"]
+    assert tokenizer.convert_tokens_to_ids("cat") == 6 == tokenizer.get_vocab()["cat"]
+    assert tokenizer.convert_tokens_to_ids("dog") == 1
+    assert tokenizer.convert_ids_to_tokens(6) == "cat"
+    for truncation, length in (("longest_first", 3), ("do_not_truncate", 5)):
+        cut = tokenizer("a cat a", padding=True, truncation=truncation, max_length=3)
+        assert cut.input_ids.shape == (1, length)
+    with pytest.raises(ValueError, match=r"truncation=\['x'\]: expected True or False"):
+        tokenizer("a", truncation=["x"])

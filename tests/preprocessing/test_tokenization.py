@@ -110,7 +110,7 @@ def add(i: int, content: str, **flags: bool) -> AlignTokenizer:
         (lambda t: t("a", padding="both"), "padding='both': expected one of max_length"),
         (lambda t: t("a", max_length=1), "max_length=1: expected 2 or more"),
         (lambda t: t("a", max_length="64"), "max_length='64': expected 2 or more"),
-        (lambda t: t("a", truncation="do_not_truncate"), "expected True or False"),
+        (lambda t: t("a", truncation="both"), "expected True or False"),
         (lambda t: t([3]), "expected strings, found int"),
         (lambda t: t(["a", None]), "expected strings, found NoneType"),
         (lambda t: t(None), "expected a string or a list of them, found NoneType"),

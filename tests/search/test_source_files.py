@@ -14,6 +14,7 @@ from align_tf import AlignImageProcessor, AlignProcessor
 from align_tf.cli.main import main
 from align_tf.search import build_index, embed, embedding, own_pictures, ray_engine
 from align_tf.search.collection import Collection
+from align_tf.search.source_files import check_own
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -250,3 +251,29 @@ def test_a_search_tells_of_pictures_that_are_gone(embedded, folder, tmp_path, ca
         for name in gone
     ]
     assert page.read_text().count("no picture file") == 2
+
+
+def test_what_holds_other_files_is_left_as_it_is(folder, tmp_path, capsys):
+    names = {path.name for path in folder.iterdir()}
+    for output, told in (
+        (
+            folder,
+            f"{folder}: not empty, and no collection, but a.png; expected a folder of its own",
+        ),
+        (folder / "a.png", f"{folder}/a.png: a file; expected a folder for the shards"),
+    ):
+        capsys.readouterr()
+        assert main(["embed", str(folder), "--output", str(output), "--model", "./nowhere"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"align-tf: error: {told}")
+    assert {path.name for path in folder.iterdir()} == names
+    (tmp_path / ".DS_Store").touch()
+    check_own(tmp_path)
+
+
+def test_an_index_may_take_an_empty_folder(embedded, tmp_path):
+    (tmp_path / "index").mkdir()
+    build_index(embedded, tmp_path / "index")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="other: there already, and no index"):
+        build_index(embedded, tmp_path / "other")

@@ -114,8 +114,8 @@ def test_example_recipes_are_read():
         ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean 'learning_rate'?"),
         ({"lr_scheduler": 1}, "unknown key 'lr_scheduler'; did you mean 'schedule'?"),
         ({"steps": 0}, "steps=0: expected a whole number of 1 or more"),
-        ({"steps": None}, "expected steps or epochs, and one of them"),
-        ({"epochs": 2}, "expected steps or epochs, and one of them"),
+        ({"steps": None}, "expected steps or epochs (--steps, --epochs), and one of them; found n"),
+        ({"epochs": 2}, "expected steps or epochs (--steps, --epochs), and one of them; found b"),
         ({"data": None}, "data: missing"),
         ({"batch_size": 1}, "batch_size=1: expected a whole number of 2 or more, since a pair is"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
@@ -169,6 +169,47 @@ def test_mistakes_are_named(change, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--batch-size", "0"], "error: --batch-size 0: expected a whole number of 2 or more"),
+        (["--batch-size", "["], "error: --batch-size '[', line 1: not valid YAML"),
+        (["--accumulation", "5"], "error: --accumulation 5: expected a divisor of --batch-size 64"),
+        (["--epochs", "5"], "error: expected steps or epochs (--steps, --epochs), and one of them"),
+        (["--output", ""], "error: --output: an empty name; expected a path"),
+        (["recipe.yaml"], "error: recipe.yaml: accumulation=3: expected a divisor of batch_size"),
+        (["recipe.yaml", "--accumulation", "5"], "error: --accumulation 5: expected a divisor"),
+    ],
+)
+def test_a_flag_is_told_by_its_name(tmp_path, monkeypatch, capsys, given, expected):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, "accumulation: 3\n")
+    least = [word for key, value in LEAST.items() for word in (f"--{key}", str(value))]
+    place = 1 if given[0].endswith(".yaml") else 0
+    assert main(["train", *given[:place], *least, *given[place:]]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_what_is_missing_is_told_with_its_flag(capsys):
+    assert main(["train", "--model", "align-tiny", "--data", "x", "--steps", "1"]) == 2
+    assert capsys.readouterr().err == (
+        "align-tf: error: output: missing; the recipe has to state it, or --output\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nsteps: 2\n", "line 2: the key 'steps' comes twice"),
+        ("freeze:\n  text: [0]\n  text: [1]\n", "line 3: the key 'text' comes twice"),
+        ("a: &a {b: 1, b: 2}\nc: *a\n", "line 1: the key 'b' comes twice"),
+    ],
+)
+def test_a_key_that_comes_twice_is_told(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: not valid YAML: {message}$"):
+        read_recipe(written(tmp_path, text))
+
+
 def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such recipe file"):
         read_recipe(tmp_path / "none.yaml")
@@ -180,3 +221,22 @@ def test_a_broken_file_is_named(tmp_path):
         read_recipe(written(tmp_path, "model"))
     with pytest.raises(ValueError, match=r"recipe\.yaml: data: missing"):
         read_recipe(written(tmp_path, "model: align-tiny"))
+
+
+def test_texts_have_one_length_on_a_tpu_unless_the_recipe_states_several():
+    recipe = Recipe(**LEAST)
+    assert recipe.lengths(on_tpu=False) == [8, 16, 32, 64]
+    assert recipe.lengths(on_tpu=True) == [64]
+    flags = {**LEAST, "length_buckets": "[32, 16]"}
+    assert read_recipe(flags=flags).lengths(on_tpu=True) == [16, 32]
+    assert read_recipe(flags={**LEAST, "length_buckets": "32"}).lengths(on_tpu=False) == [32]
+    for wrong in ("[]", "[1]", "[8, x]", "0", "true", "x", "{8: 16}"):
+        with pytest.raises(ValueError, match="length_buckets"):
+            read_recipe(flags={**LEAST, "length_buckets": wrong})
+
+
+def test_settings_that_nobody_states_are_taken_where_no_alternative_is():
+    silent = {"data": "none", "output": "none", "steps": 1000}
+    assert read_recipe(flags={"model": "align-tiny"}, silent=silent).steps == 1000
+    recipe = read_recipe(flags={"model": "align-tiny", "epochs": "2", "data": "x"}, silent=silent)
+    assert (recipe.steps, recipe.epochs, recipe.data) == (None, 2, "x")

@@ -115,7 +115,7 @@ def traced_once():
 
     All that a step depends on is set to what it was when the model was made.
     """
-    make_model, made = run._make_model, {}
+    make_model, made = run.make_model, {}
     irrelevant = {*run.FREE_SETTINGS, "data"}
     names = [field.name for field in dataclasses.fields(Recipe) if field.name not in irrelevant]
 
@@ -134,7 +134,7 @@ def traced_once():
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_make_model", make_once)
+        patch.setattr(run, "make_model", make_once)
         yield
 
 
@@ -388,14 +388,14 @@ def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings, traced_once, monkeypatch):
-    make_model = run._make_model
+    make_model = run.make_model
 
     def make_broken_model(*arguments):
         model = make_model(*arguments)
         model.temperature.assign(np.nan)
         return model
 
-    monkeypatch.setattr(run, "_make_model", make_broken_model)
+    monkeypatch.setattr(run, "make_model", make_broken_model)
     with pytest.raises(ValueError, match=r"step 6: the loss is nan"):
         train(Recipe(**settings))
     assert not list(pathlib.Path(settings["output"]).glob("*checkpoint-*"))

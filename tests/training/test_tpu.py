@@ -52,8 +52,11 @@ def test_what_has_no_place_on_a_tpu_is_named(line, found):
     [
         (["--topology", "v5e"], "topology 'v5e': expected a generation of v5e, v5p, v6e and a"),
         (["--topology", "v9:2x2"], "topology 'v9:2x2': expected a generation"),
-        (["--tokens", "0"], "--tokens 0: expected 1 or more"),
-        (["--batch-size", "1"], "batch_size"),
+        (
+            ["--length-buckets", "[1, 8]"],
+            "--length-buckets [1, 8]: expected whole numbers of 2 or more",
+        ),
+        (["--batch-size", "1"], "--batch-size 1: expected"),
         (["--preset", "align-base"], "expected model, a checkpoint to fine-tune, or preset"),
     ],
 )
@@ -80,7 +83,7 @@ def check():
 
 @pytest.mark.slow
 def test_step_compiles_for_one_chip(check):
-    code, out, err = check("--topology", "v5e:1x1", "--batch-size", "16", "--tokens", "8")
+    code, out, err = check("--topology", "v5e:1x1", "--batch-size", "16", "--length-buckets", "8")
     assert code == 0, err
     [program] = json.loads(out)
     assert program["collectives"] == []
@@ -94,7 +97,16 @@ def test_step_compiles_for_one_chip(check):
 @pytest.mark.slow
 def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path):
     text = tmp_path / "program.txt"
-    flags = ("--topology", "v6e:2x4", "--batch-size", "32", "--tokens", "8", "--program", str(text))
+    flags = (
+        "--topology",
+        "v6e:2x4",
+        "--batch-size",
+        "32",
+        "--length-buckets",
+        "8",
+        "--program",
+        str(text),
+    )
     code, out, err = check(*flags)
     assert code == 0, err
     [program] = json.loads(out)
@@ -111,6 +123,6 @@ def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path)
 
 @pytest.mark.slow
 def test_a_step_that_no_chip_holds_is_one_line(check):
-    code, _, err = check("--topology", "v5e:1x1", "--batch-size", "262144", "--tokens", "8")
+    code, _, err = check("--topology", "v5e:1x1", "--batch-size", "262144", "--length-buckets", "8")
     assert code == 2
     assert "v5e:1x1: the step takes" in err.splitlines()[-1]
