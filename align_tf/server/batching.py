@@ -148,13 +148,14 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Runs what is queued and ends the threads."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Runs what is queued and ends the threads, which are waited for, so long at most."""
+        end = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(end and max(0, end - time.monotonic()))
 
     def run(
         self,
