@@ -201,7 +201,10 @@ def _from_columns(inputs: Any, dtypes: Mapping[str, tf.DType]) -> dict[str, np.n
         values = _leaves(inputs[name], shape, dtypes[name])
         if values is None:
             values = []
-            _fill(inputs[name], 0, shape, dtypes[name], values)
+            try:
+                _fill(inputs[name], 0, shape, dtypes[name], values)
+            except RequestError as error:
+                raise RequestError(error.code, f"{error.message}, in input: {name}") from None
         arrays[name] = _array(name, values, shape, dtypes[name])
     return arrays
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import socket
 import threading
+import time
 
 import grpc
 import tensorflow as tf
@@ -83,3 +84,11 @@ def received(connection):
         while part := connection.recv(65536):
             parts.append(part)
     return b"".join(parts)
+
+
+def wait_for_no_memory(server):
+    """Waits until no request takes any: an answer's is given back once it has been sent."""
+    deadline = time.monotonic() + 60
+    while server._gate.memory.taken:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -25,6 +25,7 @@ from asking import (
     predict,
     received,
     stub,
+    wait_for_no_memory,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import predict_pb2
@@ -124,13 +125,6 @@ def test_answers_are_counted(bounded):
     assert (status, answer["error"][:26]) == (429, "The request takes about 62")
     assert predict(bounded.rest_port) == (200, ANSWER)
     wait_for_no_memory(bounded)
-
-
-def wait_for_no_memory(server):
-    deadline = time.monotonic() + 60
-    while server._gate.memory.taken:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 LONG = b'{"signature_name": "text", "inputs": "%s"}' % (b"x" * 2**24)

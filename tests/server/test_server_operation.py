@@ -33,6 +33,7 @@ from asking import (
     predict,
     received,
     stub,
+    wait_for_no_memory,
 )
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -118,9 +119,29 @@ def test_label_lists_of_different_lengths_share_a_batch(batched):
         assert all(callers.map(one, [1, 2, 3, 4] * 6))
 
 
+def test_an_output_filter_computes_nothing_else_anew(server, monkeypatch):
+    servable = server._servables.find(grpc_request(0.0).model_spec)
+    fetched, run = set(), servable._run
+
+    def noted(signature, names, inputs):
+        fetched.add(names)
+        return run(signature, names, inputs)
+
+    monkeypatch.setattr(servable, "_run", noted)
+    with stub(server) as predictions:
+        request = grpc_request(np.array([b"ab"], object), "text", "texts")
+        for names in ([], ["length"], ["echo", "length"]):
+            request.ClearField("output_filter")
+            request.output_filter.extend(names)
+            outputs = predictions.Predict(request).outputs
+            assert set(outputs) == set(names or ["echo", "echo_bytes", "length"])
+            assert outputs["length"].int_val == [2]
+    assert fetched == {("echo", "echo_bytes", "length")}
+
+
 def test_what_cannot_be_batched_is_refused(batched):
     body = b'{"signature_name": "scalar", "inputs": 1}'
-    error = "Batching Run() input tensors must have at least one dimension"
+    error = "Batching Run() input tensors must have at least one dimension: t"
     assert predict(batched.rest_port, body=body) == (400, {"error": error})
     error = "Task size 9 is larger than maximum input batch size 8"
     body = json.dumps({"instances": [[1, 2, 3, 4]] * 9})
@@ -322,7 +343,7 @@ def test_memory_is_bounded_by_what_a_request_becomes(bounded, body, status, erro
         answer = json.loads(response.read())
     assert response.status == status
     assert error is None or re.search(error, answer["error"])
-    assert bounded._gate.memory.taken == 0
+    wait_for_no_memory(bounded)
 
 
 @pytest.fixture(scope="module")
