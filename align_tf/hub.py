@@ -131,7 +131,10 @@ def resolve_folder(
     if original_index(folder):
         return folder.parent
     if folder.is_file():
-        raise FileNotFoundError(f"{folder}: a file; expected the folder it lies in")
+        way = "the folder it lies in"
+        if folder.suffix == ".keras":
+            way = "a checkpoint's folder; keras.saving.load_model reads this, and align-tf convert"
+        raise FileNotFoundError(f"{folder}: a file; expected {way}")
     if name in BUNDLED:
         return BUNDLED[name]
     if not HUB_ID.fullmatch(name):
