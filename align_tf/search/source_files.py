@@ -1,14 +1,13 @@
 """Whether the files of a collection's source are still those it was begun with."""
 
-import pathlib
-
+from align_tf.addresses import Place
 from align_tf.data.listing import Listing
 from align_tf.search.collection import Settings, read_header, shard_files
 
 LISTING_NAME = "_listing.npz"  # which those who read the folder as one table leave out
 
 
-def claim(output: pathlib.Path, settings: Settings, listing: Listing | None) -> None:
+def claim(output: Place, settings: Settings, listing: Listing | None) -> None:
     """Keeps the listing of a collection that is begun, or holds it to that of one gone on with.
 
     Args:
@@ -43,7 +42,7 @@ def check_unchanged(settings: Settings, before: Listing, now: Listing) -> None:
         )
 
 
-def check_listed(output: pathlib.Path, settings: Settings, listing: Listing) -> None:
+def check_listed(output: Place, settings: Settings, listing: Listing) -> None:
     """Checks files that another process lists.
 
     Raises:
@@ -53,7 +52,7 @@ def check_listed(output: pathlib.Path, settings: Settings, listing: Listing) -> 
 
 
 def _check_same(
-    output: pathlib.Path, theirs: Settings, settings: Settings, listing: Listing | None
+    output: Place, theirs: Settings, settings: Settings, listing: Listing | None
 ) -> None:
     if theirs.listing is None:
         raise ValueError(

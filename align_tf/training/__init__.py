@@ -7,6 +7,7 @@ callbacks       evaluation, checkpoints and compilations counted, within `fit`
 resume          the state of a training, saved and restored
 optimization    LAMB and AdamW with a rate a tower and depth, and the schedule
 devices         the devices there are, and a batch spread over them
+hosts           the processes of one training, on one host or many
 """
 
 import lazy_loader
