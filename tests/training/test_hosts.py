@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,8 +21,46 @@ STEPS = 20
 WEIGHTS = ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors")
 
 
-def start(count: int, devices: int, settings: dict) -> list[subprocess.Popen]:
+# Two epochs of `fit`, and the validation of each; the first process writes.
+FIT = """
+import json, os, sys
+import jax, keras
+if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    keras.distribution.initialize()
+from align_tf import AlignModel, AlignProcessor
+from align_tf.data import make_dataset
+from align_tf.training import ResumableCheckpoint, RetrievalEvaluation, data_parallel
+
+place, output = sys.argv[1:]
+index, count = jax.process_index(), jax.process_count()
+processor = AlignProcessor.from_pretrained(place + "/tiny")
+options = {"batch_size": 8 // count, "shard": (index, count)}
+keras.utils.set_random_seed(0)
+with data_parallel().scope():
+    model = AlignModel.from_pretrained(place + "/tiny")
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    checkpoints = ResumableCheckpoint(output, processor)
+    assert checkpoints.restore(model) == 0
+    history = model.fit(
+        make_dataset(place + "/pairs", processor, training=True, **options),
+        steps_per_epoch=3, epochs=2, shuffle=False, verbose=0,
+        validation_data=make_dataset(place + "/pairs", processor, **options),
+        callbacks=[
+            RetrievalEvaluation(make_dataset(place + "/pairs", processor, batch_size=8)),
+            checkpoints,
+        ],
+    ).history
+if index == 0:
+    print(json.dumps(history))
+"""
+
+
+def start(
+    count: int, devices: int, settings: dict, command: list[str] | None = None
+) -> list[subprocess.Popen]:
     """Starts the processes of a training, each with so many devices."""
+    command = command or ["-m", "align_tf", "train", *flags(settings)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -37,7 +76,7 @@ def start(count: int, devices: int, settings: dict) -> list[subprocess.Popen]:
         }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "align_tf", "train", *flags(settings)],
+            [sys.executable, *command],
             env={**environment, "KERAS_DISTRIBUTION_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -58,13 +97,14 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
     return said
 
 
-def apart(one, other) -> float:
+def apart(one, other, left_out: str = "seed") -> float:
     """How far the weights and states of two trainings are from each other."""
     found = 0.0
     for name in WEIGHTS:
         ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (one, other))
         assert ours.keys() == theirs.keys()
-        found = max(found, *(np.abs(ours[k] - theirs[k]).max() for k in ours if "seed" not in k))
+        names = [name for name in ours if not re.search(left_out, name)]
+        found = max(found, *(np.abs(ours[name] - theirs[name]).max() for name in names))
     return found
 
 
@@ -102,7 +142,8 @@ def figures(output) -> list[dict]:
 
 
 def assert_alike(output, of_one) -> None:
-    assert apart(output, of_one) < 1e-4
+    # Attention does not depend on its keys' bias: the gradient is rounding, which LAMB makes large.
+    assert apart(output, of_one, r"seed|key.bias") < 1e-5
     found, expected = figures(output), figures(of_one)
     assert [line.keys() for line in found] == [line.keys() for line in expected]
     assert sum("val_r1_i2t" in line for line in found) == 4
@@ -113,7 +154,6 @@ def assert_alike(output, of_one) -> None:
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(of_one, of_two):
     assert_alike(of_two, of_one)
-    print("apart", apart(of_two, of_one))
 
 
 @pytest.mark.slow
@@ -121,7 +161,27 @@ def test_two_processes_take_the_steps_of_one(of_one, of_two):
 def test_more_processes_and_devices_take_them_too(settings, of_one, tmp_path, count, devices):
     run(settings, tmp_path / "out", count, devices)
     assert_alike(tmp_path / "out", of_one)
-    print("apart", apart(tmp_path / "out", of_one))
+
+
+@pytest.mark.slow
+def test_fit_by_two_processes_is_that_of_one(place, tmp_path):  # noqa: F811
+    pytest.importorskip("jax")
+    histories = []
+    for count in (1, 2):
+        processes = start(count, 1, {}, ["-c", FIT, str(place), str(tmp_path / str(count))])
+        outs = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, outs
+        histories.append(json.loads(outs[0][0].splitlines()[-1]))
+    assert histories[1].keys() == histories[0].keys() >= {"val_loss", "val_r1_i2t"}
+    for name, values in histories[0].items():
+        assert histories[1][name] == pytest.approx(values, abs=1e-5), name
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / name / "checkpoint-6" / "training_state.safetensors")
+        for name in ("1", "2")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -141,7 +201,7 @@ def test_after_a_kill_of_one_all_go_on_to_the_weights_of_an_unbroken_run(
     assert not (tmp_path / "out" / "model.safetensors").exists()
     said = run(settings, tmp_path / "out", 2)
     assert "Going on from step 6, " in said[0]
-    assert apart(tmp_path / "out", of_two) == 0.0
+    assert apart(tmp_path / "out", of_two, "$^") == 0.0
     assert figures(tmp_path / "out") == figures(of_two)
 
 
