@@ -56,8 +56,9 @@ def count_shards(
     new = [file for file in files if known.get(str(file), (None,))[0] != states[str(file)]]
     found = counted(addresses.each(count, new), f"Counting {name}", "files")
     for file, one in zip(new, found, strict=True):
-        known[str(file)] = _of_this_process[str(file)] = (states[str(file)], one)
+        known[str(file)] = (states[str(file)], one)
     of_these = {file: known[file] for file in states}
+    _of_this_process.update(of_these)
     if index is not None and {**kept, **of_these} != kept:
         write_text(index, json.dumps({**kept, **of_these}, ensure_ascii=False) + "\n")
     return [of_these[str(file)][1] for file in files]

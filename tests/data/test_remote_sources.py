@@ -1,6 +1,7 @@
 """Sources at addresses give the records of the same files on this machine; counts are kept."""
 
 import json
+import threading
 
 import fsspec
 import pytest
@@ -13,7 +14,7 @@ from test_dataset import (
     write_tfrecord,
 )
 
-from align_tf import terminal
+from align_tf import addresses, terminal
 from align_tf.data import counting, records, streams, write_tfrecords
 from align_tf.data.readers import list_files, open_source
 
@@ -85,6 +86,26 @@ def test_a_table_on_this_machine_may_name_addresses(tmp_path, bucket):
         b"",
         b"",
     ]
+
+
+@pytest.mark.parametrize(("suffix", "write"), [("tar", write_tar), ("tfrecord", write_tfrecord)])
+def test_the_next_shard_is_fetched_while_one_is_read(tmp_path, bucket, monkeypatch, suffix, write):
+    for number in range(3):
+        write(tmp_path / f"{number}.{suffix}")
+    send(tmp_path, bucket)
+    opened, fetch = open_source(ADDRESS), addresses._fetch
+    fetched, second = [], threading.Event()
+
+    def note(path, target):
+        fetched.append(path.name)
+        if len(fetched) == 2:
+            second.set()
+        fetch(path, target)
+
+    monkeypatch.setattr(addresses, "_fetch", note)
+    next(iter(opened.elements(None)))
+    assert second.wait(60)
+    assert len(set(fetched)) > 1
 
 
 @pytest.mark.parametrize(
@@ -163,6 +184,7 @@ def test_each_shard_is_read_through_once(tmp_path, bucket, walked, suffix, write
 
     counting._of_this_process.clear()  # as a process that goes on
     assert open_source(source, index=index).count == 30
+    assert open_source(source).count == 30  # as `make_dataset` opens it after that
     assert len(walked) == 3
     assert sorted(json.loads(index.read_text())) == [f"{source}/{name}" for name in names]
 
