@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from keras import ops
 
-from align_tf import files, hub
+from align_tf import addresses, files, hub
 from align_tf.cards import CARD_NAME, make_card
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
@@ -212,7 +212,7 @@ class Pretrained:
         floating point. NaN is written as it is: what a training went wrong by is to be seen.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it is not there; also a remote one, such as `gs://bucket/align`.
             dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
 
         Raises:
@@ -229,7 +229,7 @@ class Pretrained:
         }
         extra = {"architectures": [type(self).__name__], "dtype": dtype or self.variable_dtype}
         config = dataclasses.replace(self.config, extra={**self.config.extra, **extra})
-        folder = pathlib.Path(folder)
+        folder = addresses.place(folder)
         write_tensors(folder, tensors, dtype)
         config.save_pretrained(folder)
 
