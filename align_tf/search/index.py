@@ -137,8 +137,8 @@ def build_index(
 
 def _is_taken(output: Place) -> bool:
     """Whether there is something that is no index."""
-    if is_local(output):
-        return output.exists() and not (output / ABOUT_NAME).is_file()
+    if is_local(output) and output.exists() and not output.is_dir():
+        return True
     there = names(output)
     return bool(there) and ABOUT_NAME not in there
 
