@@ -1,11 +1,14 @@
-"""The Python examples of the README run, in their order, on align-tiny."""
+"""The examples and commands of the README run, on align-tiny."""
 
+import json
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import keras
 import pytest
@@ -102,3 +105,35 @@ def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):
         assert (program, main(arguments)) == ("align-tf", 0), command
     assert "panda" in capsys.readouterr().out
     assert pathlib.Path("found.png").is_file()
+
+
+def test_the_command_that_serves_runs(tmp_path, monkeypatch, keep_port):
+    """It listens on loopback with the files, metrics, health and limits that are told of it."""
+    from align_tf.server import ModelServer
+
+    section = README.read_text(encoding="utf-8").partition("`align-tf serve` is for one machine")[2]
+    command = section.partition("```sh\n")[2].partition("```")[0].replace("\\\n", " ")
+    program, *arguments = shlex.split(command)
+    ports = ["--grpc-port", str(keep_port()), "--rest-port", str(keep_port())]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pathlib.Path(__file__).parent / "goldens/tf_serving/probe", "models/align")
+    pathlib.Path("batching.txt").write_text("max_batch_size { value: 2 }")
+    pathlib.Path("monitoring.txt").write_text("prometheus_config { enable: true }")
+    seen = []
+
+    def wait(server, announce):
+        url = f"http://127.0.0.1:{server.rest_port}"
+        with urllib.request.urlopen(f"{url}/monitoring/prometheus/metrics") as answer:
+            seen.append(answer.status)
+        with urllib.request.urlopen(f"{url}/v1/models/align") as answer:
+            seen.append("AVAILABLE" in answer.read().decode())
+        rows = {"instances": [[1, 2, 3, 4]] * 3}
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(f"{url}/v1/models/align:predict", json.dumps(rows).encode())
+        seen.append(json.loads(error.value.read())["error"])
+        seen.append(server._gate.limits.max_concurrent_requests)
+
+    monkeypatch.setattr(ModelServer, "wait", wait)
+    assert (program, main([*arguments, *ports])) == ("align-tf", 0)
+    too_large = "Task size 3 is larger than maximum input batch size 2"
+    assert seen == [200, True, too_large, 64]

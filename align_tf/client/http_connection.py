@@ -1,4 +1,7 @@
-"""HTTP over a socket that gives up at one moment, however often it has to wait until then."""
+"""HTTP over a socket that gives up at one moment, however often it has to wait until then.
+
+The timeouts of urllib3 and httpx begin anew with each part that comes: they bound no answer.
+"""
 
 import http.client
 import socket

@@ -26,7 +26,7 @@ class BatchingParameters:
         max_enqueued_batches: that wait for a thread, per signature of a version; a request that
             needs one more is refused.
         num_batch_threads: batches that run at once, of all models together.
-        thread_pool_name: their name in the metrics.
+        thread_pool_name: the name of their threads.
         allowed_batch_sizes: a batch is filled up to one of them with copies of a row; the last is
             max_execution_batch_size.
         pad_variable_length_inputs: merge inputs that differ in dimensions which the signature
@@ -138,7 +138,9 @@ class Batcher:
         self._changed = threading.Condition()
         self._stopped = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"batch-{number}", daemon=True)
+            threading.Thread(
+                target=self._work, name=f"{parameters.thread_pool_name}-{number}", daemon=True
+            )
             for number in range(parameters.num_batch_threads)
         ]
 
@@ -243,9 +245,9 @@ class Batcher:
             del batch  # or its arrays would stay until the next one
 
     def _observe(self, batch: _Batch) -> None:
-        now, pool = time.monotonic(), self.parameters.thread_pool_name
-        for task in batch.tasks:
-            self.metrics.observe("batching_session:queuing_latency", now - task.queued, pool)
+        now = time.monotonic()
+        for task in batch.tasks:  # as there: the label thread_pool_name is empty, whatever is set
+            self.metrics.observe("batching_session:queuing_latency", now - task.queued, "")
 
     def _next(self) -> _Batch | None:
         """Waits for a batch that is due; None when there is no more to come."""

@@ -24,8 +24,9 @@ from align_tf.server.limits import Gate, Share
 from align_tf.server.prometheus import Metrics
 from align_tf.server.servable import DEFAULT_SIGNATURE
 from align_tf.server.servables import Servables
-from align_tf.server.status_codes import RequestError, invalid_argument
+from align_tf.server.status_codes import Overloaded, RequestError, invalid_argument
 
+MAX_WATCHES = 1000  # of health, at once: each stays open
 BYTES_A_NUMBER, BYTES_A_STRING = 64, 128  # that a value takes while an answer is written
 ANSWER_COPIES = 2  # of an answer, while it is sent
 HEALTH_SERVICES = (  # of grpc.health.v1; "" is the server as a whole
@@ -203,6 +204,8 @@ class HealthService:
     ) -> None:
         try:
             request = self.calls.small_message(messages, context, health_pb2.HealthCheckRequest)
+            if len(self.streams) >= MAX_WATCHES:
+                raise Overloaded(f"{MAX_WATCHES} watch the health already: try again later")
         except RequestError as error:
             context.set_code(grpc.StatusCode[error.code])
             context.set_details(error.message)

@@ -9,6 +9,7 @@ from typing import Any
 from align_tf.server.status_codes import Overloaded, RequestError, invalid_argument
 
 LEAST_BYTES_PER_SECOND = 2**16  # that a client sends or takes, once its timeout has passed
+LONGEST_SECONDS = 10**9  # that a lock can be waited for
 _MAY_BE_NOTHING = ("max_queued_requests", "grace_seconds")
 
 
@@ -49,6 +50,8 @@ class Limits:
         for name, value in dataclasses.asdict(self).items():
             if not value >= 0 or (value == 0 and name not in _MAY_BE_NOTHING):
                 raise ValueError(f"{name} is {value}, expected a positive number")
+            if isinstance(value, float) and value > LONGEST_SECONDS:
+                raise ValueError(f"{name} is {value}, expected {LONGEST_SECONDS} seconds at most")
 
     @property
     def threads(self) -> int:

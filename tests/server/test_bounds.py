@@ -192,6 +192,17 @@ def test_a_message_that_does_not_come_is_not_waited_for(hasty):
             assert next(iter(checks.Watch(health))).status == 1
 
 
+def test_who_watches_the_health_is_counted(monkeypatch):
+    monkeypatch.setattr(grpc_services, "MAX_WATCHES", 2)
+    health = health_pb2.HealthCheckRequest()
+    with ModelServer(PROBE) as server, stub(server, health_pb2_grpc.HealthStub) as checks:
+        watches = [checks.Watch(health) for _ in range(2)]
+        assert [next(watch).status for watch in watches] == [1, 1]
+        with pytest.raises(grpc.RpcError, match="2 watch the health already") as error:
+            next(checks.Watch(health))
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_messages_that_come_wait_for_those_that_came_before(monkeypatch):
     limits = Limits(max_request_bytes=10**8, max_memory_bytes=10**8)
     rooms = []

@@ -119,3 +119,22 @@ def test_the_server_outlives_every_request(tiny_server):
             for key, value in over_grpc(name, inputs).items():
                 np.testing.assert_allclose(value, answers[name][key], atol=1e-5)
     assert results["INVALID_ARGUMENT"] > COUNT / 3
+
+
+def test_of_no_images_there_is_a_classification_over_grpc_alone(tiny_server):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "align"
+    for name, shape in (("image_bytes", (0,)), ("labels", (0, 3))):
+        request.inputs[name].CopyFrom(tf.make_tensor_proto([], tf.string, shape))
+    with grpc.insecure_channel(f"127.0.0.1:{tiny_server.grpc_port}") as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        outputs = stub.Predict(request, timeout=300).outputs
+    assert tf.make_ndarray(outputs["probs"]).shape == (0, 3)
+    rest = http.client.HTTPConnection("127.0.0.1", tiny_server.rest_port, timeout=300)
+    with contextlib.closing(rest):
+        for labels in ([], [[]]):
+            body = json.dumps({"inputs": {"image_bytes": [], "labels": labels}})
+            rest.request("POST", "/v1/models/align:predict", body)
+            answer = rest.getresponse()
+            error = json.loads(answer.read())["error"]
+            assert answer.status == 400 and "labels" in error
