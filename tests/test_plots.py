@@ -224,7 +224,7 @@ def test_the_commands(tmp_path, capsys):
         (["curves", ".", "--output", "a.jpg"], "a.jpg: expected a name that ends in .png or .svg"),
         (["heatmap", "--images", "no.png", "--texts", "a", "--output", "a.png"], "no.png: no such"),
         (["embeddings", "nowhere", "--output", "a.png"], "nowhere: no embeddings"),
-        (["curves", "nowhere", "--output", "."], ".: expected a name that ends in .png or .svg"),
+        (["curves", "nowhere", "--output", "."], ".: a folder; expected a .png or .svg file"),
     ],
 )
 def test_a_mistake_ends_in_one_line(capsys, arguments, message):

@@ -8,11 +8,11 @@ from typing import Any
 
 from align_tf.cli.common import (
     add_model_argument,
-    check_files,
     count,
     load,
     say,
 )
+from align_tf.cli.pictures import find_pictures
 from align_tf.terminal import literal
 
 PICTURE_SIDE = 96  # pixels, of an image beside its row
@@ -52,18 +52,17 @@ def run(arguments: Any) -> int:
 
 
 def _plot_heatmap(arguments: Any) -> int:
-    check_files(arguments.images)
     plots = open_plots(arguments.output)
+    images = find_pictures(arguments.images)
     model, processor = load(arguments.model)
     from align_tf.search.encoder import Encoder
 
     encoder = Encoder(model, processor)
-    images = encoder.embed_images(arguments.images)
-    similarities = images @ encoder.embed_texts(arguments.texts).T
+    similarities = encoder.embed_images(images) @ encoder.embed_texts(arguments.texts).T
     from align_tf.search.thumbnail import thumbnail
 
-    pictures = [thumbnail(path, PICTURE_SIDE) for path in arguments.images]
-    names = [pathlib.Path(path).stem for path in arguments.images]
+    pictures = [thumbnail(path, PICTURE_SIDE) for path in images]
+    names = [pathlib.Path(path).stem for path in images]
     figure = plots.heatmap(similarities, names, arguments.texts, pictures)
     return _save_plot(figure, arguments.output)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from align_tf.addresses import is_remote
 from align_tf.cli.common import (
+    check_files,
     count,
     import_tensorflow,
     print_table,
@@ -48,6 +49,7 @@ def run(arguments: Any) -> int:
     query = {name: getattr(arguments, name) for name in ("text", "image", "add", "subtract")}
     if arguments.text is None and arguments.image is None:
         raise ValueError("expected a TEXT or --image, or both")
+    check_files([arguments.image] if arguments.image else [])
     from align_tf.search import gallery
     from align_tf.search.index import Index
 

@@ -182,6 +182,11 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
             ["plot", "heatmap", "--images", "x", "--texts", "\udce9", "--output", "x.png"],
             "--texts: '\\udce9' is not UTF-8",
         ),
+        (["search", "x", "--image", "none.png"], "error: none.png: no such file"),
+        (
+            ["plot", "heatmap", "--images", str(SERVING), "--texts", "a", "--output", "x.png"],
+            "serving: no images; expected .jpg",
+        ),
         (["plot", "curves", "x", "--output", str(TESTS)], "tests: a folder; expected a .png or"),
         (["classify", "nowhere/*.png", "--labels", "a"], "nowhere/*.png: no such file"),
         (["classify", str(SERVING), "--labels", "a"], "serving: no images; expected .jpg"),
