@@ -5,20 +5,17 @@ import contextlib
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from align_tf import addresses
 
 # What is halves of surrogate pairs in a text: those that stand for bytes are read as Windows-1252,
 # others, such as that of an emoji that was cut, say nothing.
 _HALVES = dict.fromkeys(range(0xD800, 0xE000)) | {
     0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)
 }
-
-
-# The address of what is not on this machine; a drive of Windows has one letter.
-REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class CheckpointError(ValueError):
@@ -31,10 +28,10 @@ def check_local(path: str | os.PathLike) -> None:
     Raises:
         ValueError: it is.
     """
-    if REMOTE.match(os.fspath(path)):
+    if addresses.is_remote(path):
         raise ValueError(
-            f"{path}: remote folders are not supported; copy a source to this machine first and "
-            "results there afterwards, or mount the folder, and name the local path"
+            f"{path}: remote folders are not supported here; copy a source to this machine first "
+            "and results there afterwards, or mount the folder, and name the local path"
         )
 
 
@@ -43,7 +40,11 @@ def check_writable(path: str | os.PathLike) -> None:
 
     Raises:
         OSError: what is there already, or the nearest folder above, takes no files.
+        ValueError, ModuleNotFoundError: as `addresses.check_writable`, of an address.
     """
+    if addresses.is_remote(path):
+        addresses.check_writable(path)
+        return
     place = pathlib.Path(path).absolute()
     place = place if place.is_dir() else place.parent
     while not place.exists():
@@ -154,12 +155,17 @@ def read_lines(file: Any) -> list[str]:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path beside `path`, renamed to it if the block ends well.
+    """Gives a temporary path, which takes the place of `path` if the block ends well.
 
-    Raises:
-        ValueError: the path is a remote one.
+    Args:
+        path: as `addresses.place` returns it. Of one on this machine the temporary path lies
+            beside it; a remote one is sent.
     """
-    check_local(path)
+    if not addresses.is_local(path):
+        with tempfile.TemporaryDirectory(prefix="align_tf-") as folder:
+            yield pathlib.Path(folder, path.name)
+            addresses.send(pathlib.Path(folder, path.name), path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

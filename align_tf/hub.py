@@ -1,5 +1,6 @@
 """The name of a checkpoint to a local folder: a path, the bundled model, or Hugging Face's hub."""
 
+import contextlib
 import functools
 import http.client
 import inspect
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+from align_tf import addresses
 from align_tf.files import CheckpointError, read_json
 
 BUNDLED = {"align-tiny": pathlib.Path(__file__).parent / "pretrained" / "align-tiny"}
@@ -36,6 +38,10 @@ OF_TRAINING = (
     *("checkpoint-*/*", ".*", "metrics.jsonl", "data_listing*", "tensorboard/*"),
     *(RECIPE_NAME, "training_state.*"),  # a recipe names places of the machine
 )
+
+# Of a remote folder: what is small, and the formats of weights in the order of preference.
+SMALL = (".json", ".txt", ".index")
+WEIGHTS = (r"model.*\.safetensors", r"pytorch_model.*\.bin", r".*\.data-\d+-of-\d+")
 
 _DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
 _PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"
@@ -106,8 +112,8 @@ def resolve_folder(
     """Turns the name of a checkpoint into a local folder.
 
     Args:
-        name_or_path: a folder, the prefix of a TensorFlow checkpoint in it, `align-tiny`, or a
-            Hugging Face id.
+        name_or_path: a folder, also a remote one such as `gs://bucket/align`, the prefix of a
+            TensorFlow checkpoint in it, `align-tiny`, or a Hugging Face id.
         revision: branch, tag or commit on the hub.
         token: access token of the hub.
         cache_dir: the hub's cache folder.
@@ -121,7 +127,12 @@ def resolve_folder(
     Raises:
         FileNotFoundError: there is no such folder and no such id, or it is a file.
         CheckpointError: the hub's index of shards is broken.
+        AddressError: a remote folder cannot be reached.
     """
+    if addresses.is_remote(name_or_path):
+        if local_files_only:
+            raise FileNotFoundError(f"{name_or_path}: not on this machine, which alone is asked")
+        return _fetched(addresses.place(name_or_path), weights)
     folder = pathlib.Path(name_or_path).expanduser()
     name = os.fspath(name_or_path)
     if folder.is_dir():
@@ -131,7 +142,10 @@ def resolve_folder(
     if original_index(folder):
         return folder.parent
     if folder.is_file():
-        raise FileNotFoundError(f"{folder}: a file; expected the folder it lies in")
+        way = "the folder it lies in"
+        if folder.suffix == ".keras":
+            way = "a checkpoint's folder; keras.saving.load_model reads this, and align-tf convert"
+        raise FileNotFoundError(f"{folder}: a file; expected {way}")
     if name in BUNDLED:
         return BUNDLED[name]
     if not HUB_ID.fullmatch(name):
@@ -169,6 +183,17 @@ def _tell_taken(name: str, folder: pathlib.Path) -> None:
     logger.warning("%s: taken from %s, not the bundled one of that name", name, folder)
 
 
+def _fetched(folder: addresses.Place, weights: bool) -> pathlib.Path:
+    """Copies what a remote checkpoint is read from; of several formats of weights the first."""
+    names = addresses.names(folder)
+    wanted = [name for name in names if name.endswith(SMALL)]
+    for kind in WEIGHTS if weights else ():
+        if found := [name for name in names if re.fullmatch(kind, name)]:
+            wanted += found
+            break
+    return addresses.fetched_folder(folder, wanted)
+
+
 def is_available(name_or_path: str | os.PathLike, timeout: float = 5.0) -> bool:
     """Says at once whether a checkpoint can be had: it is here, or the hub has it and answers.
 
@@ -176,6 +201,10 @@ def is_available(name_or_path: str | os.PathLike, timeout: float = 5.0) -> bool:
         name_or_path: as `resolve_folder` takes it.
         timeout: seconds that the hub has for its answer.
     """
+    if addresses.is_remote(name_or_path):
+        with contextlib.suppress(addresses.AddressError):
+            return bool(addresses.names(addresses.place(name_or_path)))
+        return False
     try:
         resolve_folder(name_or_path, local_files_only=True, weights=True)
         return True
@@ -297,6 +326,8 @@ def resolve_settings(
 
 def original_index(path: str | os.PathLike) -> pathlib.Path | None:
     """Finds the `.index` file of the TensorFlow checkpoint whose prefix, or index, a path is."""
+    if addresses.is_remote(path):
+        return None
     path = pathlib.Path(path).expanduser()
     beside = path.with_name(f"{path.name}.index") if path.name else path
     return next((p for p in (path, beside) if p.suffix == ".index" and p.is_file()), None)

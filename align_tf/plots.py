@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf import files, fonts
+from align_tf import addresses, files, fonts
 from align_tf.extras import extra
 from align_tf.terminal import literal
 
@@ -367,7 +367,7 @@ def save(figure: Any, path: str | os.PathLike) -> None:
     Raises:
         ValueError: it is another suffix.
     """
-    path = pathlib.Path(path)
+    path = addresses.place(path)
     check_suffix(path)
     with files.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # told when it was drawn
@@ -377,7 +377,7 @@ def save(figure: Any, path: str | os.PathLike) -> None:
 
 def check_suffix(path: str | os.PathLike) -> None:
     """Raises a ValueError where a plot cannot be written under a name."""
-    if pathlib.Path(path).suffix.lower() not in SUFFIXES:
+    if os.path.splitext(str(path))[1].lower() not in SUFFIXES:
         raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
 
 

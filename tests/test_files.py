@@ -7,7 +7,6 @@ import pytest
 
 from align_tf import AlignTokenizer, files
 from align_tf.data import records, write_tfrecords
-from align_tf.export.temporary import temporary_folder
 from align_tf.training import Recipe, train
 
 
@@ -27,9 +26,7 @@ def recipe(**settings):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda path: files.check_local(path),
-        lambda path: files.write_text(pathlib.Path(path), "x"),
-        lambda path: temporary_folder(pathlib.Path(path), "x").__enter__(),
+        lambda path: files.check_writable(path),
         lambda path: records(path),
         lambda path: records(["a.png", path]),
         lambda path: write_tfrecords([], path),
@@ -40,12 +37,17 @@ def recipe(**settings):
         lambda path: train(recipe(data=path)),
     ],
 )
-def test_remote_paths_are_refused_before_anything_is_made(tmp_path, monkeypatch, call):
+def test_addresses_of_other_kinds_are_refused_before_anything_is_made(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match=r"^gs:/+bucket/x.*: remote folders are not supported"):
-        call("gs://bucket/x")
+    with pytest.raises(ValueError, match=r"^ftp://bucket/x: not an address that is read or writ"):
+        call("ftp://bucket/x")
     assert os.listdir(tmp_path) == ["a.png"]
+
+
+def test_what_stays_on_this_machine_refuses_addresses():
+    with pytest.raises(ValueError, match=r"^gs://bucket/x: remote folders are not supported here"):
+        files.check_local("gs://bucket/x")
 
 
 @pytest.mark.parametrize("path", ["a/b", "C:/a", "C:\\a", "a:b/c", "./gs://x", "x/gs://y", "12:/x"])

@@ -160,7 +160,10 @@ def _print_probabilities(results: list[dict], label_count: int, shown: int) -> N
 def _say_limits(model: str, labels: list[str], results: list[dict]) -> None:
     """Says where the figures tell less than they seem to."""
     if len(set(labels)) == 1:
-        say("Note: one label alone always has 100 %; give others to choose from")
+        way = "give others to choose from"
+        if "," in labels[0]:
+            way = 'spaces set labels apart, not commas: "a cat" "a dog"'
+        say(f"Note: one label alone always has 100 %; {way}")
     if model != "align-tiny":
         return
     looked_at = [result["image"] for result in results[:IMAGES_AT_ONCE]]

@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
+import re
 import shlex
 import signal
 import sys
@@ -133,12 +135,18 @@ def check_files(paths: list[str]) -> None:
 
 def count(text: str) -> int:
     """A whole number of 1 or more, as the type of an argument."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
+    return _whole(text, 1, math.inf, "1 or more")
+
+
+def port(text: str) -> int:
+    """The number of a port, as the type of an argument; 0 takes one that is free."""
+    return _whole(text, 0, 65535, "0 to 65535")
+
+
+def _whole(text: str, least: int, most: float, expected: str) -> int:
+    number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
     return number
 
 

@@ -4,7 +4,7 @@ import argparse
 import threading
 from typing import Any
 
-from align_tf.cli.common import add_model_argument, import_tensorflow, load, say
+from align_tf.cli.common import add_model_argument, import_tensorflow, load, port, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the pictures below it (the folder that was embedded, of an index of yours)",
     )
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=port, default=7860)
 
 
 def run(arguments: Any) -> int:

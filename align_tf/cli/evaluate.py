@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import pathlib
 from typing import Any
 
+from align_tf.addresses import is_local, place
 from align_tf.cli.common import (
     add_model_argument,
     import_tensorflow,
@@ -95,8 +95,8 @@ def run(arguments: Any) -> int:
                 f"--{option.replace('_', '-')}: of no use to --task {arguments.task}, "
                 f"but to {' and '.join(tasks)}"
             )
-    output = arguments.output and pathlib.Path(arguments.output)
-    if output and output.is_dir():
+    output = arguments.output and place(arguments.output)
+    if output and is_local(output) and output.is_dir():
         raise ValueError(f"--output {output}: a folder, expected a file")
     opened = _open_early(arguments)
     model, processor = load(arguments.model)

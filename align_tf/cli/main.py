@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from align_tf import addresses
 from align_tf.cli import (
     classify,
     convert,
@@ -39,6 +40,9 @@ PATHS = (
     *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
     *("html", "montage", "plot", "log", "program", "directory", "model_config_file", "config"),
 )
+
+# Those that may be addresses, such as gs://bucket/x.
+ADDRESSES = ("output", "source", "data", "embeddings", "index", "recipe")
 
 # Those that are written, and of these the ones that are a file each.
 FILES = ("html", "montage", "plot", "program")
@@ -118,7 +122,7 @@ def _check_paths(arguments: Any) -> None:
         for path in [given] if isinstance(given, str) else given or []:
             if not path:
                 raise ValueError(f"{name}: an empty name; expected a path")
-            check_local(path)
+            (addresses.check if name in ADDRESSES else check_local)(path)
             if name in WRITTEN:
                 check_writable(path)
             if name in FILES and os.path.isdir(path):

@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from align_tf.addresses import is_remote
 from align_tf.cli.common import (
     count,
     import_tensorflow,
@@ -88,7 +89,11 @@ def _say_outside(hits: list) -> None:
 
 
 def _say_gone(hits: list) -> None:
-    gone = [hit.path for hit in hits if hit.path and not os.path.isfile(hit.path)]
+    gone = [
+        hit.path
+        for hit in hits
+        if hit.path and not (is_remote(hit.path) or os.path.isfile(hit.path))
+    ]
     if gone:
         say(
             f"align-tf: warning: {len(gone)} of {len(hits)} pictures are gone, such as {gone[0]}; "
@@ -104,4 +109,6 @@ def _cut(caption: str) -> str:
 
 def _short(path: str) -> str:
     """Writes a path as seen from here, where that is shorter."""
-    return min(path, os.path.relpath(path), key=len) if path else ""
+    if not path or is_remote(path):
+        return path
+    return min(path, os.path.relpath(path), key=len)

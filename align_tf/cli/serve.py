@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import os
 from typing import Any
 
-from align_tf.cli.common import import_tensorflow, setting_help
+from align_tf.cli.common import import_tensorflow, port, setting_help
 from align_tf.server.limits import Limits
+from align_tf.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", default="align")
     parser.add_argument("--model-config-file", metavar="FILE", help="a model_config_list")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--grpc-port", type=int, default=8500)
-    parser.add_argument("--rest-port", type=int, default=8501)
+    parser.add_argument("--grpc-port", type=port, default=8500)
+    parser.add_argument("--rest-port", type=port, default=8501)
     parser.add_argument(
         "--enable-batching", action="store_true", help="merge requests of different callers"
     )
@@ -63,5 +65,8 @@ def run(arguments: Any) -> int:
         limits=limits,
         metrics_path=metrics_path,
     )
-    serve(model_server)
+    if at_work := serve(model_server):
+        left = " and ".join(at_work)
+        say(f"align-tf: broken off {limits.grace_seconds:g} s after the signal to stop: {left}")
+        os._exit(0)  # Python would wait for their threads
     return 0

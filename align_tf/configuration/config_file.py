@@ -4,11 +4,10 @@ import copy
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from align_tf import files, hub
+from align_tf import addresses, files, hub
 from align_tf.configuration.checks import require
 
 CONFIG_NAME = "config.json"
@@ -107,7 +106,7 @@ class ConfigFile:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes `config.json` into `folder`, which is made if it is not there."""
-        files.write_text(pathlib.Path(folder) / CONFIG_NAME, self.to_json_string())
+        files.write_text(addresses.place(folder) / CONFIG_NAME, self.to_json_string())
 
     def to_json_string(self) -> str:
         """Returns the configuration as the text of `config.json`."""

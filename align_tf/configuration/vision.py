@@ -33,13 +33,15 @@ STAGE_LISTS = (
 class AlignVisionConfig(ConfigFile):
     """Configuration of the image tower, an EfficientNet.
 
-    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`, and two more:
+    Arguments and defaults are those of Hugging Face's `AlignVisionConfig`, and three more:
     `freeze_batch_norm` says whether BatchNorm trains; None leaves it to train in a new model and
     not in one from a checkpoint. `first_block_residual` gives the first block of a stage a
     residual too where its stride is 1 and its channels stay as many, as the original
     implementation does. It makes no difference to EfficientNet-B0 to B7, only to much narrower
-    towers. The lists hold one value for each stage, before scaling by width and depth. `extra`
-    holds the keys this package does not know.
+    towers. `virtual_batch_size` has BatchNorm train by the statistics of so many images of a
+    device's at a time (`GhostBatchNormalization`), 16 in the original. The lists hold one value
+    for each stage, before scaling by width and depth. `extra` holds the keys this package does
+    not know.
     """
 
     model_type: ClassVar[str] = "align_vision_model"
@@ -72,6 +74,7 @@ class AlignVisionConfig(ConfigFile):
     drop_connect_rate: float = 0.2
     first_block_residual: bool = False
     freeze_batch_norm: bool | None = None
+    virtual_batch_size: int | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,13 @@ class AlignVisionConfig(ConfigFile):
         require_rates(self, ("drop_connect_rate",))
         valid = self.freeze_batch_norm in (None, True, False)
         require(valid, "freeze_batch_norm", self.freeze_batch_norm, "true, false or nothing")
+        size = self.virtual_batch_size
+        require(
+            size is None or is_positive_integer(size),
+            "virtual_batch_size",
+            size,
+            "a positive integer or nothing",
+        )
         require_activation(self.hidden_act, VISION_ACTIVATIONS)
         require(
             self.pooling_type in POOLING_TYPES,
@@ -178,4 +188,6 @@ class AlignVisionConfig(ConfigFile):
             del values["first_block_residual"]
         if self.freeze_batch_norm is None:
             del values["freeze_batch_norm"]
+        if self.virtual_batch_size is None:
+            del values["virtual_batch_size"]
         return values

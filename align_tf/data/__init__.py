@@ -7,6 +7,7 @@ tables, tars    the rows of a .csv, .tsv, .jsonl or .parquet; the members of a t
 folders         which files of a folder are data
 patterns        names with wildcards and braces
 sources         what a source of records is
+counting        how many records each shard holds, counted once
 listing         a source's files, and what has changed of them
 label_files     the labels of classes
 left_out, limit records that are no pairs: why, and how many are too many

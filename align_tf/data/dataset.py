@@ -87,8 +87,9 @@ def make_dataset(
             .tar.gz); TFRecord files of img2dataset (.tfrecord, .tfrecord.gz); tables of image
             paths, relative to the table's folder, and captions (.csv, .tsv, .jsonl, .parquet;
             rows of one path are captions of one image); Parquet with the images in it; a folder
-            of shards, a glob, or a list of files of one kind; or a tf.data.Dataset of dicts, as
-            TensorFlow Datasets gives them.
+            of shards, a glob, or a list of files of one kind, on this machine or at an address
+            such as `gs://bucket/pairs`; or a tf.data.Dataset of dicts, as TensorFlow Datasets
+            gives them.
         processor: prepares images and texts.
         batch_size: pairs in a batch, of this worker.
         training: shuffles, draws among an image's captions, and augments.
@@ -120,9 +121,9 @@ def make_dataset(
 
     Raises:
         FileNotFoundError: there is no such source.
-        ValueError: it is empty, of no known kind, has no captions, or has fewer records than a
-            training batch; or an argument is out of range, such as a batch_size of 1 in training,
-            where a pair has no other to be told from.
+        ValueError: it is remote and cannot be reached, empty, of no known kind, has no captions,
+            or has fewer records than a training batch; or an argument is out of range, such as a
+            batch_size of 1 in training, where a pair has no other to be told from.
         ModuleNotFoundError: Parquet without pyarrow; the message names the pip command.
         tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out,
             or no record of a pass is a pair.

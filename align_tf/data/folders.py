@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from align_tf import addresses
 from align_tf.data.sources import IMAGE
 from align_tf.files import readable
 from align_tf.terminal import say_once
@@ -29,7 +30,7 @@ def is_hidden(name: str) -> bool:
 
 def ends(path: str | os.PathLike, suffixes: tuple[str, ...]) -> bool:
     """Says whether a path is that of a file of some suffixes, in lower or upper case."""
-    name = os.path.basename(path)
+    name = os.path.basename(str(path))
     return name.lower().endswith(suffixes) and not is_hidden(name)
 
 
@@ -39,13 +40,14 @@ def pictures(folder: str | os.PathLike) -> Iterator[tuple[str, set[str]]]:
     Hidden files and folders are left out; a line on stderr tells of those that are not read.
     """
     unread = collections.Counter()
-    for root, files in _walk(os.fspath(folder)):
+    walk = _walk_address if addresses.is_remote(folder) else _walk
+    for root, files in walk(str(folder)):
         beside = set(files)
         unread.update(os.path.splitext(file)[1].lower() for file in files if ends(file, UNREAD))
         for file in sorted(files):
             if ends(file, IMAGE):
                 yield os.path.join(root, file), beside
-    tell_unread(os.fspath(folder), unread)
+    tell_unread(str(folder), unread)
 
 
 def tell_unread(name: str, unread: collections.Counter) -> None:
@@ -78,6 +80,17 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
         )
         above |= dict.fromkeys((os.path.join(root, name) for name in folders), within)
         yield root, files
+
+
+def _walk_address(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Does the same at an address, from one listing of it."""
+    found = collections.defaultdict(list)
+    for path in addresses.listed(addresses.place(folder)):
+        *within, name = path.removeprefix(folder).strip("/").split("/")
+        if not any(map(is_hidden, within)):
+            found[tuple(within)].append(name)
+    for within in sorted(found):
+        yield "/".join((folder, *within)), found[within]
 
 
 def _identity(folder: str) -> tuple[int, int] | None:

@@ -3,12 +3,12 @@
 import array
 import hashlib
 import os
-import pathlib
 import zipfile
 import zlib
 
 import numpy as np
 
+from align_tf import addresses
 from align_tf.files import replacing
 
 NAMED = 3  # of the files that have changed
@@ -26,7 +26,8 @@ class Listing:
     Attributes:
         paths: of the files.
         sizes: in bytes; -1 of a file that is not there.
-        times: of their last change, in nanoseconds; 0 where the time does not count.
+        times: of their last change, in nanoseconds, or of a remote one what tells its content; 0
+            where the time does not count.
     """
 
     def __init__(self) -> None:
@@ -36,25 +37,22 @@ class Listing:
     def add(self, path: str | os.PathLike, timed: bool = True) -> None:
         """Looks at one more file; without `timed` its time does not count."""
         self.paths.append(os.fspath(path))
-        try:
-            found = os.stat(path)
-        except (OSError, ValueError):  # a name that no file can have
-            found = None
-        self.sizes.append(-1 if found is None else found.st_size)
-        self.times.append(found.st_mtime_ns if timed and found is not None else 0)
+        size, time = addresses.state(os.fspath(path)) or (-1, 0)
+        self.sizes.append(size)
+        self.times.append(time if timed else 0)
 
-    def save(self, path: pathlib.Path) -> None:
+    def save(self, path: addresses.Place) -> None:
         """Writes the listing as a file that `read` takes."""
         paths = np.frombuffer(b"\0".join(map(os.fsencode, self.paths)), np.uint8)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, paths=paths, sizes=self.sizes, times=self.times)
 
     @classmethod
-    def read(cls, path: pathlib.Path) -> "Listing | None":
+    def read(cls, path: addresses.Place) -> "Listing | None":
         """Reads what `save` wrote; None where it is gone or broken."""
         listing = cls()
         try:
-            with np.load(path) as columns:
+            with addresses.fetched(path) as file, np.load(file) as columns:
                 listing.paths = [os.fsdecode(p) for p in columns["paths"].tobytes().split(b"\0")]
                 listing.sizes.extend(columns["sizes"])
                 listing.times.extend(columns["times"])

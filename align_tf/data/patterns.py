@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterator
 
+from align_tf import addresses
+
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MOST_NAMES = 1_000_000  # of one range
@@ -15,7 +17,7 @@ def matching(pattern: str) -> list[str]:
     """Finds what a pattern stands for, such as `shards/{00000..00010}.tar` or `a/**/*.{jpg,png}`.
 
     Args:
-        pattern: a path; what is there by this very name is that alone.
+        pattern: a path or an address; what is there by this very name is that alone.
 
     Returns:
         Files and folders, those of each wildcard sorted; none where there is nothing.
@@ -24,11 +26,14 @@ def matching(pattern: str) -> list[str]:
         FileNotFoundError: some of those that braces name are not there, and others are.
         ValueError: braces name too many.
     """
-    if os.path.exists(pattern):
+    exists, those_like = os.path.exists, lambda name: sorted(glob.glob(name, recursive=True))
+    if addresses.is_remote(pattern):
+        exists, those_like = addresses.state, addresses.matching
+    if exists(pattern):
         return [pattern]
     found, missing = [], []
     for name in _expanded(pattern):
-        there = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        there = [name] if exists(name) else those_like(name)
         found += there
         missing += [] if there or glob.has_magic(name) else [name]
     if found and missing:

@@ -7,8 +7,10 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from align_tf import addresses
 from align_tf.data.folders import ends, pictures
 from align_tf.data.listing import Listing
 from align_tf.data.patterns import matching
@@ -21,7 +23,7 @@ from align_tf.data.streams import (
     open_tfrecords,
 )
 from align_tf.data.tables import image_rows
-from align_tf.files import check_local, readable
+from align_tf.files import readable
 from align_tf.progress import counted
 from align_tf.terminal import say_once
 
@@ -29,6 +31,7 @@ TFRECORD = (".tfrecord", ".tfrecord.gz", ".tfrecords", ".tfrecords.gz")
 TAR = (".tar", ".tar.gz", ".tgz")
 TABLE = (".csv", ".tsv", ".jsonl", ".parquet")
 KINDS = {"tfrecord": TFRECORD, "tar": TAR, "table": TABLE}
+CAPTIONS_AT_A_TIME = 256  # files
 ONE_KIND = "expected one kind of file"
 PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
 EXPECTED = (
@@ -42,6 +45,7 @@ def open_source(
     image_key: str | None = None,
     caption_key: str | None = None,
     need_captions: bool = True,
+    index: addresses.Place | None = None,
 ) -> Source:
     """Finds out what a source is and lists or counts its records.
 
@@ -50,13 +54,17 @@ def open_source(
         image_key: name of the image's column, feature or key; None looks for the usual ones.
         caption_key: name of the caption's.
         need_captions: False opens images alone too.
+        index: a file that keeps how many records each shard holds, so that those that have not
+            changed are not counted again; None keeps that in this process alone.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, of no known kind, or has no captions that are needed.
+        ValueError: it is empty, of no known kind, or has no captions that are needed; or it is
+            remote and cannot be reached.
         ModuleNotFoundError: a Parquet file, and pyarrow is not installed.
     """
-    keys = Keys(image_key, caption_key, need_captions)
+    keys = Keys(image_key, caption_key, need_captions, index)
+    addresses.look_again()
     if isinstance(source, tf.data.Dataset):
         return open_dataset(source, keys)
     name, kind, paths = _found(source, keys)
@@ -80,6 +88,7 @@ def list_files(source: PathOrPaths, image_key: str | None = None) -> Listing:
         FileNotFoundError, ValueError, ModuleNotFoundError: as `open_source`.
     """
     keys = Keys(image_key, None, False)
+    addresses.look_again()
     name, kind, paths = _found(source, keys)
     listing = Listing()
     for file, timed in counted(_files(kind, paths, keys), f"Listing {name}", "files"):
@@ -87,7 +96,7 @@ def list_files(source: PathOrPaths, image_key: str | None = None) -> Listing:
     return listing
 
 
-def _files(kind: str, paths: list[pathlib.Path], keys: Keys) -> Iterator[tuple[str, bool]]:
+def _files(kind: str, paths: list[addresses.Place], keys: Keys) -> Iterator[tuple[str, bool]]:
     """Yields the files of a source, each with whether its time counts."""
     if kind == "folder":
         for folder in paths:
@@ -103,7 +112,7 @@ def _files(kind: str, paths: list[pathlib.Path], keys: Keys) -> Iterator[tuple[s
 # --- finding files -------------------------------------------------------------------------
 
 
-def _found(source: Any, keys: Keys) -> tuple[str, str, list[pathlib.Path]]:
+def _found(source: Any, keys: Keys) -> tuple[str, str, list[addresses.Place]]:
     """Returns the name of a source for messages, a key of OPENERS, and its files or folders."""
     paths = _find(source)
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
@@ -116,7 +125,7 @@ def _found(source: Any, keys: Keys) -> tuple[str, str, list[pathlib.Path]]:
     return name, kind, paths
 
 
-def _find(source: Any) -> list[pathlib.Path]:
+def _find(source: Any) -> list[addresses.Place]:
     """Takes a path, a glob or a list of them to files, or to folders of images."""
     if isinstance(source, list | tuple):
         if not source:
@@ -127,19 +136,18 @@ def _find(source: Any) -> list[pathlib.Path]:
             f"source: expected a path, a list of paths or a tf.data.Dataset, found "
             f"{type(source).__name__}"
         )
-    check_local(source)
-    path = pathlib.Path(source)
-    if path.is_dir():
+    path = addresses.place(source)
+    if _is_folder(path):
         return _find_in(path)
-    matches = [pathlib.Path(match) for match in matching(str(source))]
+    matches = [addresses.place(match) for match in matching(str(source))]
     if not matches:
         raise FileNotFoundError(f"{source}: no such file or folder; expected {EXPECTED}")
     return matches
 
 
-def _find_in(folder: pathlib.Path) -> list[pathlib.Path]:
+def _find_in(folder: addresses.Place) -> list[addresses.Place]:
     """Takes a folder to itself, where it has images, or to the shards that lie in it."""
-    files = sorted(folder.iterdir())
+    files = [folder / name for name in addresses.names(folder)]
     beside = {kind: [file for file in files if ends(file, KINDS[kind])] for kind in KINDS}
     if any(True for _ in pictures(folder)):
         named = [readable(file.name) for found in beside.values() for file in found]
@@ -161,8 +169,16 @@ def _find_in(folder: pathlib.Path) -> list[pathlib.Path]:
     return beside[found[0]]
 
 
-def _kind(path: pathlib.Path) -> str:
-    if path.is_dir():
+def _is_folder(path: addresses.Place) -> bool:
+    if addresses.is_local(path):
+        return path.is_dir()
+    # To ask of each of many shards would take long.
+    with addresses.told(path):
+        return not path.name.lower().endswith((*TFRECORD, *TAR, *TABLE)) and path.is_dir()
+
+
+def _kind(path: addresses.Place) -> str:
+    if _is_folder(path):
         return "folder"
     for kind, suffixes in KINDS.items():
         if path.name.lower().endswith(suffixes):
@@ -182,6 +198,7 @@ def _open_listed(
     if need_captions and not any(lengths):
         raise ValueError(f"{name}: no captions")
     names, paths = tf.constant(names), tf.constant([os.fsencode(file) for file in files])
+    read = _read_addresses if any(map(addresses.is_remote, files)) else _read_files
     flat = tf.constant(list(itertools.chain.from_iterable(captions)), tf.string)
     captions = tf.RaggedTensor.from_row_lengths(flat, tf.constant(lengths, tf.int64))
     count = len(lengths)
@@ -195,7 +212,7 @@ def _open_listed(
     def load(rows: tf.Tensor) -> dict[str, Any]:
         return {
             "key": tf.gather(names, rows),
-            "image_bytes": _read_files(tf.gather(paths, rows)),
+            "image_bytes": read(tf.gather(paths, rows)),
             "captions": tf.gather(captions, rows),
         }
 
@@ -217,13 +234,36 @@ def _read_files(paths: tf.Tensor) -> tf.Tensor:
     return tf.tensor_scatter_nd_update(tf.fill(tf.shape(paths), ""), row[:, None], content)
 
 
-def _open_folders(name: str, folders: list[pathlib.Path], keys: Keys) -> Source:
+def _read_addresses(paths: tf.Tensor) -> tf.Tensor:
+    """Does the same where some of the files are remote."""
+
+    def read(paths: np.ndarray) -> np.ndarray:
+        names = [os.fsdecode(path) for path in paths]
+        found = iter(addresses.contents([name for name in names if addresses.is_remote(name)]))
+        read = [next(found) if addresses.is_remote(name) else _content(name) for name in names]
+        return np.array([content or b"" for content in read], object)
+
+    return tf.ensure_shape(tf.numpy_function(read, [paths], tf.string), paths.shape)
+
+
+def _content(path: str) -> bytes | None:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError:
+        return None
+
+
+def _open_folders(name: str, folders: list[addresses.Place], keys: Keys) -> Source:
     names, paths, captions, foreign = [], [], [], []
     for folder in folders:
-        for image, beside in counted(pictures(folder), f"Listing {folder}", "images"):
-            names.append(readable(os.path.splitext(os.path.relpath(image, folder))[0]))
-            paths.append(image)
-            captions.append(_captions_beside(image, beside, keys.caption, foreign))
+        found = counted(pictures(folder), f"Listing {folder}", "images")
+        while some := list(itertools.islice(found, CAPTIONS_AT_A_TIME)):
+            images = [image for image, _ in some]
+            names += [
+                readable(os.path.splitext(os.path.relpath(i, str(folder)))[0]) for i in images
+            ]
+            paths += images
+            captions += _captions_beside(some, keys.caption, foreign)
     tell_foreign(name, foreign)
     if keys.need_captions and names and not any(captions):
         raise ValueError(f"{name}: no captions: expected a .txt or a .json beside each image")
@@ -239,18 +279,20 @@ def _caption_file(image: str, beside: set[str]) -> str | None:
 
 
 def _captions_beside(
-    image: str, beside: set[str], caption_key: str | None, foreign: list[str]
-) -> list[str]:
-    path = _caption_file(image, beside)
-    if path is None:
-        return []
-    with open(path, "rb") as file:
-        return read_captions(path, file.read(), caption_key, foreign)
+    images: list[tuple[str, set[str]]], caption_key: str | None, foreign: list[str]
+) -> list[list[str]]:
+    """Reads the captions of images, each given with the names beside it."""
+    files = [_caption_file(image, beside) for image, beside in images]
+    found = iter(addresses.contents([file for file in files if file]))
+    return [
+        read_captions(file, next(found) or b"", caption_key, foreign) if file else []
+        for file in files
+    ]
 
 
 def _open_tables(
     name: str,
-    files: list[pathlib.Path],
+    files: list[addresses.Place],
     keys: Keys,
 ) -> Source:
     captions: dict[str, list[str]] = {}  # of each path, in the order of its first row
@@ -263,7 +305,7 @@ def _open_tables(
     opened = _open_listed(
         name, list(names.values()), list(captions), list(captions.values()), keys.need_captions
     )
-    folders = ", ".join(dict.fromkeys(os.path.abspath(file.parent) for file in files))
+    folders = ", ".join(dict.fromkeys(addresses.absolute(file.parent) for file in files))
     cause = f"paths are taken relative to the folder of the table, {folders}"
     return dataclasses.replace(opened, image_cause=cause)
 

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from align_tf import addresses
+from align_tf.addresses import Place
 from align_tf.extras import extra
 from align_tf.files import decode_text, readable
 from align_tf.terminal import say_once
@@ -24,11 +25,15 @@ JSON_KEYS = ("caption", "captions", "text")
 
 
 class Keys(NamedTuple):
-    """The names of images and of captions to look for; None finds the usual ones."""
+    """The names of images and of captions to look for; None finds the usual ones.
+
+    `index` is the file that keeps how many records each shard holds, if one does.
+    """
 
     image: str | None
     caption: str | None
     need_captions: bool
+    index: Place | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +122,18 @@ def strings_in(value: Any) -> list[str]:
     return [readable(text).strip() for text in values if isinstance(text, str)]
 
 
-def open_parquet(file: pathlib.Path) -> Any:
+def open_parquet(file: Place) -> Any:
     """Opens a Parquet file as a `pyarrow.parquet.ParquetFile`."""
     with extra("data", f"{file.name} needs pyarrow to be read"):
         import pyarrow.parquet
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(addresses.opened(file))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a whole Parquet file: {error}") from error
 
 
 def parquet_rows(
-    file: pathlib.Path, batch_size: int, columns: list[str] | None = None
+    file: Place, batch_size: int, columns: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of a Parquet file, of which so many are in memory at a time.
 

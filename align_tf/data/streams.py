@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from align_tf.addresses import Place, fetched, is_local, place
+from align_tf.data.counting import Count, count_shards
 from align_tf.data.folders import tell_unread
 from align_tf.data.sources import (
     CAPTION_KEYS,
@@ -27,7 +29,6 @@ from align_tf.data.sources import (
 )
 from align_tf.data.tars import READ_ERRORS, count_tar, tar_records
 from align_tf.files import decode_text, readable
-from align_tf.progress import counted
 from align_tf.terminal import say_once
 
 FILES_AT_A_TIME = 4  # of a shuffled stream, read in turn
@@ -42,7 +43,7 @@ CHUNK_BYTES = 1 << 24  # of such records: those that have more come alone
 
 def _stream(
     name: str,
-    files: list[pathlib.Path],
+    files: list[Place],
     counts: list[int],
     read: Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset],
     load: Callable[[Any], dict[str, Any]],
@@ -61,7 +62,7 @@ def _stream(
         raise ValueError(f"{name}: empty, expected one record or more")
     ends = np.cumsum(counts)
     names, counts = (
-        tf.constant([os.fsencode(file) for file in files]),
+        tf.constant([os.fsencode(str(file)) for file in files]),
         tf.constant(counts, tf.int64),
     )
 
@@ -96,19 +97,22 @@ def _shuffled(dataset: tf.data.Dataset, seed: tf.Tensor | None) -> tf.data.Datas
 
 def open_tfrecords(
     name: str,
-    files: list[pathlib.Path],
+    files: list[Place],
     keys: Keys,
 ) -> Source:
     """Opens TFRecord files of tf.train.Example."""
-    counts = [_count_tfrecord(file) for file in counted(files, f"Counting {name}", "files")]
+    way = ["tfrecord"]
+    counts = [one.records for one in count_shards(name, files, way, _count_tfrecord, keys.index)]
     first = next((file for file, count in zip(files, counts, strict=True) if count), None)
     if first is None:
         raise ValueError(f"{name}: empty, expected one record or more")
-    features = _features(first)
+    with fetched(first) as local:
+        features = _features(local, str(first))
     image = choose_key(str(first), "image", keys.image, IMAGE_KEYS, features)
     caption = choose_key(
         str(first), "caption", keys.caption, CAPTION_KEYS, features, keys.need_captions
     )
+    remote = not all(map(is_local, files))
     spec = {
         "key": tf.io.FixedLenFeature([], tf.string, ""),
         image: tf.io.FixedLenFeature([], tf.string, ""),
@@ -123,14 +127,30 @@ def open_tfrecords(
 
     def read(file: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         zipped = tf.strings.regex_full_match(file, r".*\.gz")
-        records = tf.data.TFRecordDataset(file, tf.where(zipped, "GZIP", "")).ignore_errors()
-        numbered = tf.data.Dataset.zip(tf.data.Dataset.range(count), records)
-        records = numbered.map(lambda number, record: parse(_place(file, number), record))
+
+        def parsed(local: tf.Tensor) -> tf.data.Dataset:
+            records = tf.data.TFRecordDataset(local, tf.where(zipped, "GZIP", "")).ignore_errors()
+            numbered = tf.data.Dataset.zip(tf.data.Dataset.range(count), records)
+            records = numbered.map(lambda number, record: parse(_place(file, number), record))
+            return records.ignore_errors()
+
+        found = _copy(file).flat_map(parsed) if remote else parsed(file)
         none = tf.boolean_mask([""], [False])  # of a length that is not known in the graph
         damaged = tf.data.Dataset.range(count).map(lambda i: (_damaged(file, i), "", none))
-        return records.ignore_errors().concatenate(damaged).take(count)
+        return found.concatenate(damaged).take(count)
 
     return _stream(name, files, counts, read, _load_any_text(name))
+
+
+def _copy(file: tf.Tensor) -> tf.data.Dataset:
+    """Takes the address of a file to the path of its copy, which is there until the next."""
+
+    def copy(file: bytes) -> Iterator[bytes]:
+        with fetched(place(os.fsdecode(file))) as local:
+            yield os.fsencode(local)
+
+    signature = tf.TensorSpec([], tf.string)
+    return tf.data.Dataset.from_generator(copy, args=(file,), output_signature=signature)
 
 
 def _place(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
@@ -143,8 +163,13 @@ def _damaged(file: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
     return tf.strings.join([file, ", lost record ", tf.strings.as_string(number + 1)])
 
 
-def _count_tfrecord(file: pathlib.Path) -> int:
+def _count_tfrecord(file: Place) -> Count:
     """Counts records by their headers; the one that a cut-off file ends in is a record too."""
+    with fetched(file) as local:
+        return Count(_headers(local))
+
+
+def _headers(file: pathlib.Path) -> int:
     count, zipped = 0, file.suffix == ".gz"
     left = float("inf") if zipped else file.stat().st_size
     open_file = gzip.open if zipped else open
@@ -158,7 +183,7 @@ def _count_tfrecord(file: pathlib.Path) -> int:
     return count
 
 
-def _features(file: pathlib.Path) -> list[str]:
+def _features(file: pathlib.Path, name: str) -> list[str]:
     """Returns the names of the features in a file's first record that is not broken."""
     compression = "GZIP" if file.suffix == ".gz" else ""
     records = tf.data.TFRecordDataset(os.fsencode(file), compression).ignore_errors()
@@ -166,7 +191,7 @@ def _features(file: pathlib.Path) -> list[str]:
         with contextlib.suppress(Exception):  # protobuf's own errors
             if features := tf.train.Example.FromString(record.numpy()).features.feature:
                 return sorted(features)
-    raise ValueError(f"{file}: not a TFRecord file of tf.train.Example")
+    raise ValueError(f"{name}: not a TFRecord file of tf.train.Example")
 
 
 # --- records that Python reads: tar and Parquet -----------------------------------------------
@@ -176,52 +201,48 @@ Record = tuple[str, bytes, list[str]]
 
 def open_tars(
     name: str,
-    files: list[pathlib.Path],
+    files: list[Place],
     keys: Keys,
 ) -> Source:
     """Opens webdataset shards."""
     images = IMAGE if keys.image is None else (f".{keys.image}",)
-    dotted, unread = [], collections.Counter()
-    opened = _open_files(
-        name,
-        files,
-        lambda file: count_tar(file, images, keys.need_captions, dotted, unread),
-        functools.partial(tar_records, images=images, caption_key=keys.caption),
+    count = functools.partial(count_tar, images=images, need_captions=keys.need_captions)
+    counts = count_shards(name, files, ["tar", keys.image, keys.need_captions], count, keys.index)
+    records = functools.partial(tar_records, images=images, caption_key=keys.caption)
+    opened = _open_files(name, files, counts, records)
+    tell_unread(
+        name, sum((collections.Counter(one.unread) for one in counts), collections.Counter())
     )
-    tell_unread(name, unread)
-    if dotted:
+    if dotted := sum(one.dotted for one in counts):
+        example = next(one.example for one in counts if one.dotted)
         say_once(
-            f"{readable(name)}: left out {len(dotted):,} images with a dot before the last one, "
-            f"such as {readable(dotted[0])}: in webdataset a key ends at the first dot"
+            f"{readable(name)}: left out {dotted:,} images with a dot before the last one, "
+            f"such as {readable(example)}: in webdataset a key ends at the first dot"
         )
     return opened
 
 
 def open_image_tables(
     name: str,
-    files: list[pathlib.Path],
+    files: list[Place],
     keys: Keys,
 ) -> Source:
     """Opens Parquet files with the encoded images in them."""
-    return _open_files(
-        name,
-        files,
-        functools.partial(_count_parquet, keys=keys),
-        functools.partial(_parquet_records, keys=keys),
-    )
+    count = functools.partial(_count_parquet, keys=keys)
+    counts = count_shards(name, files, ["parquet", *keys[:3]], count, keys.index)
+    return _open_files(name, files, counts, functools.partial(_parquet_records, keys=keys))
 
 
 def _open_files(
     name: str,
-    files: list[pathlib.Path],
-    count: Callable[[pathlib.Path], int],
-    records: Callable[[pathlib.Path], Iterator[Record]],
+    files: list[Place],
+    counts: list[Count],
+    records: Callable[[Place], Iterator[Record]],
 ) -> Source:
-    counts = [count(file) for file in counted(files, f"Counting {name}", "files")]
     string = tf.TensorSpec([None], tf.string)
 
     def chunks(file: bytes) -> Iterator[tuple[Any, ...]]:
-        intact = _until_damage(records(pathlib.Path(os.fsdecode(file))))
+        intact = _until_damage(records(place(os.fsdecode(file))))
         for chunk in _chunks(intact):
             keys, images, captions = zip(*chunk, strict=True)
             flat = [text.encode() for texts in captions for text in texts]
@@ -250,7 +271,7 @@ def _open_files(
         )
         return found.concatenate(damaged).take(count)
 
-    return _stream(name, files, counts, read, _load_record)
+    return _stream(name, files, [one.records for one in counts], read, _load_record)
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -271,7 +292,7 @@ def _until_damage(records: Iterator[Record]) -> Iterator[Record]:
         yield from records
 
 
-def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
+def image_column(file: Place, image_key: str | None) -> str | None:
     """Returns the column of a Parquet file that holds encoded images, or structs with `bytes`."""
     if file.suffix.lower() != ".parquet":
         return None
@@ -284,28 +305,29 @@ def image_column(file: pathlib.Path, image_key: str | None) -> str | None:
     return None
 
 
-def _parquet_records(file: pathlib.Path, keys: Keys) -> Iterator[Record]:
+def _parquet_records(file: Place, keys: Keys) -> Iterator[Record]:
     names = open_parquet(file).schema_arrow.names
     image = image_column(file, keys.image)
     caption = choose_key(
         str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions
     )
     columns = [image, *({caption, "key"} & set(names))]
-    for number, row in enumerate(parquet_rows(file, CHUNK, columns)):
-        content, key = row[image], row.get("key")
-        if isinstance(content, dict):  # as Hugging Face's datasets writes them
-            key = key or os.path.splitext(content.get("path") or "")[0]
-            content = content["bytes"]
-        yield str(key or f"{file}[{number}]"), content or b"", strings_in(row.get(caption))
+    with fetched(file) as local:
+        for number, row in enumerate(parquet_rows(local, CHUNK, columns)):
+            content, key = row[image], row.get("key")
+            if isinstance(content, dict):  # as Hugging Face's datasets writes them
+                key = key or os.path.splitext(content.get("path") or "")[0]
+                content = content["bytes"]
+            yield str(key or f"{file}[{number}]"), content or b"", strings_in(row.get(caption))
 
 
-def _count_parquet(file: pathlib.Path, keys: Keys) -> int:
+def _count_parquet(file: Place, keys: Keys) -> Count:
     table = open_parquet(file)
     if image_column(file, keys.image) is None:
         raise ValueError(f"{file}: expected images in it, as in the files before")
     names = table.schema_arrow.names
     choose_key(str(file), "caption", keys.caption, CAPTION_KEYS, names, keys.need_captions)
-    return table.metadata.num_rows
+    return Count(table.metadata.num_rows)
 
 
 # --- a tf.data.Dataset ------------------------------------------------------------------------

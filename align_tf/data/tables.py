@@ -3,10 +3,10 @@
 import csv
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from align_tf.addresses import Place, fetched, is_remote
 from align_tf.data.sources import (
     CAPTION_KEYS,
     PATH_KEYS,
@@ -30,7 +30,7 @@ SEPARATED = {
 Row = tuple[int, dict[str, Any] | None]
 
 
-def image_rows(file: pathlib.Path, keys: Keys) -> Iterator[tuple[str, str, list[str]]]:
+def image_rows(file: Place, keys: Keys) -> Iterator[tuple[str, str, list[str]]]:
     """Yields the name, the path and the captions of each row of a table.
 
     Raises:
@@ -55,8 +55,12 @@ def image_rows(file: pathlib.Path, keys: Keys) -> Iterator[tuple[str, str, list[
         yield readable(os.path.splitext(path)[0]), _path(file.parent, path), texts
 
 
-def _path(folder: pathlib.Path, named: str) -> str:
-    """Returns the path of an image that a table names."""
+def _path(folder: Place, named: str) -> str:
+    """Returns the path or the address of an image that a table names."""
+    if is_remote(named):
+        return named
+    if is_remote(folder):
+        return f"{folder}/{named}"
     path = os.path.join(folder, named)
     try:
         os.fsencode(path)
@@ -67,17 +71,20 @@ def _path(folder: pathlib.Path, named: str) -> str:
     return path.replace("\0", "\\0")
 
 
-def _rows(file: pathlib.Path) -> Iterator[Row]:
+def _rows(file: Place) -> Iterator[Row]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        yield from enumerate(parquet_rows(file, ROWS_AT_A_TIME), 1)
+        with fetched(file) as local:
+            yield from enumerate(parquet_rows(local, ROWS_AT_A_TIME), 1)
         return
-    with open(file, "rb") as start:
-        encoding = text_format(start.read(2))
     foreign: list[str] = []
-    with open(file, newline="", **encoding) as text:
-        lines = _noted(text, foreign)
-        yield from _json_rows(file, lines) if suffix == ".jsonl" else _separated_rows(file, lines)
+    with fetched(file) as local:
+        with open(local, "rb") as start:
+            encoding = text_format(start.read(2))
+        with open(local, newline="", **encoding) as text:
+            lines = _noted(text, foreign)
+            rows = _json_rows if suffix == ".jsonl" else _separated_rows
+            yield from rows(file, lines)
     tell_foreign(str(file), foreign)
 
 
@@ -89,7 +96,7 @@ def _noted(lines: Iterable[str], foreign: list[str]) -> Iterator[str]:
         yield line
 
 
-def _json_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
+def _json_rows(file: Place, lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -107,7 +114,7 @@ def _json_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
         yield number, row
 
 
-def _separated_rows(file: pathlib.Path, lines: Iterable[str]) -> Iterator[Row]:
+def _separated_rows(file: Place, lines: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_VALUE)
     reader = csv.reader(lines, **SEPARATED[file.suffix.lower()])
     columns, start = None, 1  # the line that a row starts in

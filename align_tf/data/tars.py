@@ -3,13 +3,14 @@
 import collections
 import itertools
 import os
-import pathlib
 import shlex
 import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from align_tf.addresses import Place, fetched
+from align_tf.data.counting import Count
 from align_tf.data.folders import UNREAD, is_hidden
 from align_tf.data.sources import CAPTION, IMAGE, read_captions, tell_foreign
 from align_tf.files import readable
@@ -46,11 +47,11 @@ class _Member(tarfile.TarInfo):
 
 
 def tar_records(
-    file: pathlib.Path, images: tuple[str, ...], caption_key: str | None
+    file: Place, images: tuple[str, ...], caption_key: str | None
 ) -> Iterator[tuple[str, bytes, list[str]]]:
     """Yields the key, the image and the captions of each record of a shard."""
     foreign: list[str] = []
-    with tarfile.open(file, tarinfo=_Member) as tar:
+    with fetched(file) as local, tarfile.open(local, tarinfo=_Member) as tar:
         for key, members in _groups(tar):
             wanted = {
                 suffix: _content(tar, member, LARGEST[suffix in images])
@@ -72,33 +73,25 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, largest: int) -> byt
     return tar.extractfile(member).read()
 
 
-def count_tar(
-    file: pathlib.Path,
-    images: tuple[str, ...],
-    need_captions: bool,
-    dotted: list[str],
-    unread: collections.Counter,
-) -> int:
+def count_tar(file: Place, images: tuple[str, ...], need_captions: bool) -> Count:
     """Counts the records of a shard by the names of its members.
 
     Args:
         file: the shard.
         images: suffixes of images.
         need_captions: it has to have some.
-        dotted: gets the images whose suffix is none, since it begins at the first dot.
-        unread: counts the suffixes that are not read.
 
     Returns:
-        The number of records; the one that is cut off is a record too.
+        The count; the record that is cut off is one too.
 
     Raises:
         ValueError: it is no tar file, has no images or captions, or the members of a record do not
             lie side by side.
     """
-    keys, suffixes = set(), set()
+    keys, suffixes, dotted, unread = set(), set(), [], collections.Counter()
     cut_off = False
     try:
-        with tarfile.open(file, tarinfo=_Member) as tar:
+        with fetched(file) as local, tarfile.open(local, tarinfo=_Member) as tar:
             for key, members in _groups(tar):
                 of_record = _noted(members, images, dotted, unread)
                 suffixes |= of_record
@@ -118,7 +111,7 @@ def count_tar(
                 f"{file}: no {what}: expected members that end in {', '.join(expected)}, "
                 f"found {', '.join(sorted(suffixes))}"
             )
-    return len(keys) + cut_off
+    return Count(len(keys) + cut_off, len(dotted), next(iter(dotted), ""), dict(unread))
 
 
 def _noted(
@@ -134,7 +127,7 @@ def _noted(
     return suffixes
 
 
-def _apart(file: pathlib.Path, key: str) -> str:
+def _apart(file: Place, key: str) -> str:
     return (
         f"{file}: the files of {readable(key)} do not lie side by side, as webdataset has it; to "
         f"sort them: mkdir sorted && tar -xf {shlex.quote(str(file))} -C sorted && "

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-from align_tf.files import check_local, replacing
+from align_tf import addresses
+from align_tf.files import replacing
 from align_tf.progress import track
 
 PAIRS_PER_FILE = 4096
@@ -22,7 +23,7 @@ def write_tfrecords(
     *,
     pairs_per_file: int = PAIRS_PER_FILE,
     progress: bool = True,
-) -> list[pathlib.Path]:
+) -> list[addresses.Place]:
     """Writes images and their captions as TFRecord files, for `make_dataset(folder, ...)`.
 
     The images go in as they are encoded. Each file appears under its name when it is whole, and
@@ -31,7 +32,7 @@ def write_tfrecords(
     Args:
         pairs: (image, captions) one after the other: an image is a path or the bytes of a file,
             the captions are one string or several.
-        folder: where the files go, new or empty.
+        folder: where the files go, new or empty; also a remote one, such as `gs://bucket/pairs`.
         pairs_per_file: pairs in one file; training reads several files in turn.
         progress: show it on stderr.
 
@@ -44,11 +45,10 @@ def write_tfrecords(
         ValueError: there is no pair, or pairs_per_file is not a positive number.
         TypeError: an image or its captions are none of these.
     """
-    check_local(folder)
-    folder = pathlib.Path(folder)
+    folder = addresses.place(folder)
     if pairs_per_file < 1:
         raise ValueError(f"pairs_per_file={pairs_per_file}: expected a positive number")
-    if folder.exists() and any(folder.iterdir()):
+    if addresses.names(folder):
         raise FileExistsError(f"{folder}: not empty, expected a folder of its own for the files")
     records = enumerate(track(pairs, "Writing TFRecord", show=progress))
     files = []

@@ -26,7 +26,7 @@ from align_tf.evaluation import (
 )
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
-from align_tf.files import read_lines, readable
+from align_tf.files import check_local, read_lines, readable
 from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
 from align_tf.preprocessing.processor import AlignProcessor
@@ -307,6 +307,7 @@ def read_templates(name: str | None) -> list[str]:
 
 
 def _folder(source: str) -> pathlib.Path:
+    check_local(source)
     folder = pathlib.Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists():

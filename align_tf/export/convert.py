@@ -11,13 +11,13 @@ from typing import Any
 
 import keras
 
-from align_tf import hub
+from align_tf import addresses, hub
 from align_tf.checkpoints import import_plan, tensors
 from align_tf.configuration.blocks import block_table
 from align_tf.export.matching import check_fit
 from align_tf.export.saved_model import export_saved_model
-from align_tf.export.temporary import temporary_folder
-from align_tf.files import CheckpointError, check_local
+from align_tf.export.temporary import put, temporary_folder
+from align_tf.files import CheckpointError
 from align_tf.models.align import AlignModel
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.plain_copy import plain_copy
@@ -70,8 +70,7 @@ def convert(
         ValueError: the model cannot be had in that format or dtype, the processor does not fit
             it, or a setting is wrong.
     """
-    check_local(output)
-    output, notes = pathlib.Path(output).expanduser(), []
+    output, notes = _local_home(output), []
     _check_output(output, to, overwrite)
     model, found = _read(source, config)
     if to == "hf":
@@ -95,10 +94,10 @@ def convert(
     if not dry_run:
         output = _WRITERS[to](model, prepared, output, dtype)
     return {
-        "source": os.fspath(source),
+        "source": str(source),
         "source_format": found["format"],
         "to": to,
-        "output": os.fspath(output),
+        "output": str(output),
         "tensors": len(weights),
         "parameters": sum(math.prod(weight.shape) for weight in weights.values()),
         "dtype": dtype or model.variable_dtype,
@@ -129,13 +128,14 @@ def describe(summary: dict[str, Any]) -> str:
 
 def _read(source: str | os.PathLike, config: Any) -> tuple[AlignModel, dict[str, Any]]:
     """Reads a model, and says of what format it was, where from, and what was left out."""
-    path = pathlib.Path(source).expanduser()
+    path = _local_home(source)
     if path.suffix == ".keras":
         if config is not None:
             raise ValueError(f"{path}: a .keras file holds its configuration: give no config")
         found = {"format": "keras", "folder": None, "unused": collections.Counter()}
-        return _read_keras(path), found
-    index = hub.original_index(path)
+        with addresses.fetched(path) as file:
+            return _read_keras(file), found
+    index = hub.original_index(source)
     path = index or hub.resolve_folder(source, weights=True)
     # Of an adapter, those of the model that it is of.
     files = tensors.weight_files(hub.resolve_settings(path, hub.WHOLE, weights=True))
@@ -145,6 +145,12 @@ def _read(source: str | os.PathLike, config: Any) -> tuple[AlignModel, dict[str,
         "folder": path if hub.is_adapter(path) else files[0].parent,
         "unused": import_plan.unused_tensors(files),
     }
+
+
+def _local_home(path: str | os.PathLike) -> addresses.Place:
+    """Takes a path or an address to its place; `~` of a path is this user's home."""
+    there = addresses.place(path)
+    return there.expanduser() if addresses.is_local(there) else there
 
 
 def _read_keras(path: pathlib.Path) -> AlignModel:
@@ -214,7 +220,7 @@ def _first(half: type, folders: list) -> Any:
 # --- what cannot be had --------------------------------------------------------------------
 
 
-def _check_output(output: pathlib.Path, to: str, overwrite: bool) -> None:
+def _check_output(output: addresses.Place, to: str, overwrite: bool) -> None:
     if to not in _WRITERS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(_WRITERS)}")
     if to == "keras":
@@ -249,13 +255,16 @@ def _check_transformers_has(model: AlignModel, source: str | os.PathLike) -> Non
 
 
 def _write_hf(
-    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
-) -> pathlib.Path:
+    model: AlignModel, processor: AlignProcessor | None, output: addresses.Place, dtype: str | None
+) -> addresses.Place:
     with temporary_folder(output.parent, output.name) as temporary:
         folder = temporary / output.name
         model.save_pretrained(folder, dtype=dtype)
         if processor is not None:
             processor.save_pretrained(folder)
+        if not addresses.is_local(output):
+            put(folder, output, last=hub.WEIGHTS_NAME)
+            return output
         if not output.exists():
             folder.rename(output)
             return output
@@ -266,18 +275,18 @@ def _write_hf(
 
 
 def _write_keras(
-    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
-) -> pathlib.Path:
+    model: AlignModel, processor: AlignProcessor | None, output: addresses.Place, dtype: str | None
+) -> addresses.Place:
     with temporary_folder(output.parent, output.name) as temporary:
         file = temporary / output.name
         model.save(file)
-        file.replace(output)
+        put(file, output)
     return output
 
 
 def _write_saved_model(
-    model: AlignModel, processor: AlignProcessor | None, output: pathlib.Path, dtype: str | None
-) -> pathlib.Path:
+    model: AlignModel, processor: AlignProcessor | None, output: addresses.Place, dtype: str | None
+) -> addresses.Place:
     return export_saved_model(model, processor, output)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 import align_tf
+from align_tf import addresses
 from align_tf.export.matching import check_fit
-from align_tf.export.temporary import temporary_folder
+from align_tf.export.temporary import put, temporary_folder
 from align_tf.extras import extra
 from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel
@@ -34,7 +34,7 @@ def export_litert(
     *,
     quantize: str | None = None,
     progress: bool = False,
-) -> pathlib.Path:
+) -> addresses.Place:
     """Writes the towers as LiteRT files, with what an app needs to feed them.
 
     They hold built-in operations alone, so that any LiteRT runtime reads them. Batch and length
@@ -77,7 +77,7 @@ def export_litert(
             "align-tf export --format litert --model FOLDER"
         )
     check_fit(model, processor)
-    directory = pathlib.Path(directory)
+    directory = addresses.place(directory)
     with temporary_folder(directory, "litert") as new:
         towers = _towers(plain_copy(model, "float32"), processor)
         for row in track(towers, "Converting", show=progress):
@@ -88,7 +88,7 @@ def export_litert(
         settings = json.dumps(_settings(model, processor, quantize), indent=2)
         (new / SETTINGS_NAME).write_text(settings + "\n")
         for path in new.iterdir():
-            path.replace(directory / path.name)
+            put(path, directory / path.name)
     return directory
 
 
@@ -193,9 +193,9 @@ def compare_litert(
         (IMAGE_TOWER, pixels, "image_embeds"),
         (TEXT_TOWER, tokens, "text_embeds"),
     ):
-        path = pathlib.Path(directory) / file
-        runner = interpreter.Interpreter(os.fspath(path)).get_signature_runner()
-        embeds = runner(**{name: value.numpy() for name, value in values.items()})[output]
-        cosines = np.sum(embeds * expected[output].numpy(), axis=-1)
-        figures[file] = {"bytes": path.stat().st_size, "cosine": float(cosines.min())}
+        with addresses.fetched(addresses.place(directory) / file) as path:
+            runner = interpreter.Interpreter(os.fspath(path)).get_signature_runner()
+            embeds = runner(**{name: value.numpy() for name, value in values.items()})[output]
+            cosines = np.sum(embeds * expected[output].numpy(), axis=-1)
+            figures[file] = {"bytes": path.stat().st_size, "cosine": float(cosines.min())}
     return figures

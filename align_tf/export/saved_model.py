@@ -12,9 +12,10 @@ import keras
 import tensorflow as tf
 
 import align_tf
+from align_tf import addresses
 from align_tf.export.matching import check_fit
 from align_tf.export.signatures import make_signatures
-from align_tf.export.temporary import temporary_folder
+from align_tf.export.temporary import put, temporary_folder
 from align_tf.models.align import AlignModel
 from align_tf.models.inference_copy import inference_copy
 from align_tf.models.plain_copy import check_configured
@@ -50,7 +51,7 @@ def export_saved_model(
     *,
     version: int | None = None,
     dtype: str | None = None,
-) -> pathlib.Path:
+) -> addresses.Place:
     """Writes a SavedModel for TensorFlow Serving, warmup requests included.
 
     BatchNorm is folded into the convolutions, and texts go through their tower without padding.
@@ -96,12 +97,12 @@ def export_saved_model(
     dtype = model.dtype_policy.compute_dtype if dtype is None else dtype
     if dtype not in EXPORT_DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}")
-    directory = pathlib.Path(directory)
+    directory = addresses.place(directory)
     version = _next_version(directory) if version is None else version
     if version < 1:
         raise ValueError(f"version={version}: expected a positive number")
     target = directory / str(version)
-    if target.exists():
+    if target.name in addresses.names(directory):
         raise FileExistsError(f"{target}: this version is there already")
     if keras.backend.backend() != "tensorflow":
         check_configured(model)
@@ -117,14 +118,14 @@ def export_saved_model(
         whole = temporary / target.name
         tf.saved_model.save(module, os.fspath(whole), signatures=signatures)
         _write_extras(whole / "assets.extra", model, processor, dtype)
-        whole.rename(target)
+        put(whole, target, last="saved_model.pb")
     return target
 
 
 def _export_in_tensorflow(
     model: AlignModel,
     processor: AlignProcessor,
-    directory: pathlib.Path,
+    directory: addresses.Place,
     version: int,
     dtype: str,
 ) -> None:
@@ -149,8 +150,8 @@ def _export_in_tensorflow(
         raise RuntimeError(f"export on TensorFlow failed:\n{done.stderr[-2000:]}")
 
 
-def _next_version(directory: pathlib.Path) -> int:
-    return max((int(p.name) for p in directory.glob("*") if p.name.isdecimal()), default=0) + 1
+def _next_version(directory: addresses.Place) -> int:
+    return max((int(n) for n in addresses.names(directory) if n.isdecimal()), default=0) + 1
 
 
 def _write_extras(

@@ -70,6 +70,7 @@ class AlignModel(TakesNames, Exports, Adapters, ContrastiveTraining, Pretrained,
         dtype: Any = None,
     ) -> None:
         super().__init__(name=name, dtype=dtype)
+        self._check_config(config)
         if loss_reduction not in REDUCTIONS:
             raise ValueError(
                 f"loss_reduction={loss_reduction!r}: expected one of {', '.join(REDUCTIONS)}"

@@ -185,6 +185,8 @@ class ContrastiveTraining:
     def _with_weight(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
         """Moves the sample weight of arrays into the batch."""
         _check_no_targets(y)
+        if x is None:
+            raise ValueError("x: missing; expected a data set, or a dict of pixel_values, ...")
         x = dict(x) if isinstance(x, Mapping) else x
         if isinstance(x, dict) or hasattr(x, "shape"):
             self._check_inputs(x)  # here, since on JAX a step that fails takes the weights with it

@@ -16,6 +16,7 @@ from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
 from align_tf.models.configured import Configured
 from align_tf.models.freezing import KeepsFrozen
+from align_tf.models.ghost_batch_norm import GhostBatchNormalization
 from align_tf.models.initialization import kernel_initializer
 
 Block = TypeVar("Block", bound="MBConvBlock")
@@ -29,9 +30,10 @@ def conv(config: AlignVisionConfig, filters: int, kernel_size: int, **options: A
 
 def batch_norm(config: AlignVisionConfig, **options: Any) -> layers.Layer:
     """Returns a BatchNorm with the tower's momentum and epsilon."""
-    return layers.BatchNormalization(
-        momentum=config.batch_norm_momentum, epsilon=config.batch_norm_eps, **options
-    )
+    options |= {"momentum": config.batch_norm_momentum, "epsilon": config.batch_norm_eps}
+    if config.virtual_batch_size is not None:
+        return GhostBatchNormalization(config.virtual_batch_size, **options)
+    return layers.BatchNormalization(**options)
 
 
 @keras.saving.register_keras_serializable(package="align_tf")

@@ -15,6 +15,7 @@ import keras
 from keras import activations, layers, ops
 
 from align_tf.models.activation import get_activation
+from align_tf.models.ghost_batch_norm import GhostBatchNormalization
 
 COLUMNS = 3  # of a depthwise filter, that oneDNN has a fast gradient for
 
@@ -29,8 +30,9 @@ def can_fuse(activation: Callable, norm: layers.BatchNormalization, x: Any) -> b
     """
     if not _on_cpu() or activation is not get_activation("swish"):
         return False
-    # Statistics over all replicas, and those of float64, the fused kernel does not have.
-    return x.dtype != "float64" and not (norm.synchronized and norm.trainable)
+    # Statistics over all replicas or of parts, and those of float64, the fused kernel lacks.
+    special = norm.synchronized or isinstance(norm, GhostBatchNormalization)
+    return x.dtype != "float64" and not (special and norm.trainable)
 
 
 def branch(block: layers.Layer, x: Any) -> Any:

@@ -24,7 +24,7 @@ class TakesNames:
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         named = {name: kwargs.pop(name) for name in self.input_names if name in kwargs}
-        inputs = _with_whole_ids(self.input_names, gather(self.input_names, inputs, named))
+        inputs = _as_arrays(self.input_names, gather(self.input_names, inputs, named))
         self._check_inputs(inputs)  # here, since Keras adds all arguments to an error of `call`
         return super().__call__(inputs, *args, **kwargs)
 
@@ -49,10 +49,33 @@ def gather(names: tuple[str, ...], inputs: Any, named: Mapping[str, Any]) -> Any
     return {names[0]: inputs, **named} if named else inputs
 
 
-def _with_whole_ids(names: tuple[str, ...], inputs: Any) -> Any:
+def _as_arrays(names: tuple[str, ...], inputs: Any) -> Any:
     if isinstance(inputs, dict):
-        return {key: _whole(key, of) if key in ID_INPUTS else of for key, of in inputs.items()}
-    return _whole(names[0], inputs) if names[0] in ID_INPUTS else inputs
+        return {name: _as_array(name, of) for name, of in inputs.items()}
+    joint = "input_ids" in names[1:]  # which takes no input alone
+    return inputs if joint else _as_array(names[0], inputs)
+
+
+def _as_array(name: str, value: Any) -> Any:
+    """Takes lists of numbers to arrays, and ids to whole numbers."""
+    if isinstance(value, list):
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: a list of {_kinds(value)}: expected rows alike") from error
+        if value.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{name}: a list of {_kinds(value.flat)}: expected numbers, as the processor gives "
+                "them"
+            )
+        value = value.astype("int32" if value.dtype.kind == "i" else "float32")
+    if hasattr(value, "row_splits"):
+        raise ValueError(f"{name}: ragged; expected rows of one length, padding='longest'")
+    return _whole(name, value) if name in ID_INPUTS else value
+
+
+def _kinds(values: Iterable) -> str:
+    return " and ".join(dict.fromkeys(type(value).__name__ for value in values))
 
 
 def _whole(name: str, ids: Any) -> Any:

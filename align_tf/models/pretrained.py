@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from keras import ops
 
-from align_tf import files, hub
+from align_tf import addresses, files, hub
 from align_tf.cards import CARD_NAME, make_card
 from align_tf.checkpoints import name_table, original
 from align_tf.checkpoints.import_plan import plan_import
@@ -122,6 +122,14 @@ class Pretrained:
             values = original.read_config(file, values)
         return cls.config_class.from_dict(values)
 
+    def _check_config(self, config: Any) -> None:
+        if not isinstance(config, self.config_class):
+            name, wanted = type(self).__name__, self.config_class.__name__
+            raise TypeError(
+                f"{name} of {type(config).__name__}: expected an {wanted}; "
+                f"{name}.from_pretrained takes the name of a checkpoint, {wanted}.from_dict a dict"
+            )
+
     def _vision_tower(self) -> Any:
         return None
 
@@ -204,7 +212,7 @@ class Pretrained:
         floating point. NaN is written as it is: what a training went wrong by is to be seen.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it is not there; also a remote one, such as `gs://bucket/align`.
             dtype: `float32`, `float16` or `bfloat16`; None keeps the weights' own.
 
         Raises:
@@ -221,7 +229,7 @@ class Pretrained:
         }
         extra = {"architectures": [type(self).__name__], "dtype": dtype or self.variable_dtype}
         config = dataclasses.replace(self.config, extra={**self.config.extra, **extra})
-        folder = pathlib.Path(folder)
+        folder = addresses.place(folder)
         write_tensors(folder, tensors, dtype)
         config.save_pretrained(folder)
 
@@ -275,8 +283,13 @@ class Pretrained:
         """As Keras's `save`; a model whose layers were changed leaves a file as it is.
 
         Raises:
-            ValueError: a layer was changed to compute what no configuration says.
+            ValueError: a layer was changed to compute what no configuration says, or the name is
+                that of a .h5 file, from which Keras could not load it.
         """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                f"{filepath}: expected a name that ends in .keras; save_weights writes .weights.h5"
+            )
         self.get_config()  # before Keras opens the file
         super().save(filepath, overwrite=overwrite, zipped=zipped)
 
@@ -298,7 +311,9 @@ class Pretrained:
         return {**super().get_config(), "config": self.config.to_dict(), **state}
 
     @classmethod
-    def from_config(cls: type[Model], config: dict[str, Any], custom_objects: Any = None) -> Model:
+    def from_config(cls: type[Model], config: Any, custom_objects: Any = None) -> Model:
+        if isinstance(config, cls.config_class):  # as Hugging Face's AutoModel has it
+            return cls(config)
         config = dict(config)
         frozen, trainable = config.pop("frozen"), config.pop("trainable")
         batch_norm, quantized = config.pop("batch_norm", None), config.pop("quantized", {})

@@ -51,6 +51,7 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         self, config: AlignTextConfig, *, name: str = "text_model", dtype: Any = None
     ) -> None:
         super().__init__(name=name, dtype=dtype)
+        self._check_config(config)
         self.config = config = copy.deepcopy(config)
         options = {"dtype": self.dtype_policy}
         self.embeddings = TextEmbeddings(config, **options)

@@ -44,6 +44,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         self, config: AlignVisionConfig, *, name: str = "vision_model", dtype: Any = None
     ) -> None:
         super().__init__(name=name, dtype=dtype)
+        self._check_config(config)
         self.config = config = copy.deepcopy(config)
         options = {"dtype": self.dtype_policy}
         self.activation = get_activation(config.hidden_act)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from align_tf import files, hub
+from align_tf import addresses, files, hub
 from align_tf.graph_errors import plain_errors
 from align_tf.preprocessing import image_input
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
@@ -267,7 +266,7 @@ class AlignImageProcessor:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes preprocessor_config.json."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        files.write_text(pathlib.Path(folder) / PREPROCESSOR_NAME, text)
+        files.write_text(addresses.place(folder) / PREPROCESSOR_NAME, text)
 
     # --- the graph -------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from tensorflow_text.core.pybinds import (
     pywrap_fast_wordpiece_tokenizer_model_builder as wordpiece_model,
 )
 
-from align_tf import files, hub
+from align_tf import addresses, files, hub
 from align_tf.preprocessing import tokenizer_files
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
@@ -176,7 +175,7 @@ class AlignTokenizer:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json."""
-        folder = pathlib.Path(folder)
+        folder = addresses.place(folder)
         special = {role: getattr(self, role) for role in tokenizer_files.ROLES}
         config = {
             **self._extra,

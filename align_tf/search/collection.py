@@ -4,18 +4,19 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from align_tf import addresses
 from align_tf.files import replacing
 from align_tf.search.required import require_pyarrow
 
 EMBEDDING_DTYPES = ("float16", "float32")
 SKIPPED_NAMED = 10  # of the records that are left out
-SHARD_NAME = "shard-{:06}.parquet"
+SHARD_NAME, SHARD = "shard-{:06}.parquet", re.compile(r"shard-.*\.parquet")
 METADATA = b"align_tf"  # key of the JSON in a shard's metadata
 COLUMNS = {"id": "string", "path": "string", "caption": "string", "thumbnail": "binary"}
 
@@ -71,7 +72,7 @@ class Shard:
 
 
 def write_shard(
-    output: pathlib.Path, settings: Settings, shard: Shard, columns: dict[str, Any]
+    output: addresses.Place, settings: Settings, shard: Shard, columns: dict[str, Any]
 ) -> None:
     """Writes one shard, at once or not at all.
 
@@ -104,7 +105,7 @@ class Collection:
     """The shards of one collection, all of them there.
 
     Args:
-        folder: what `embed` wrote.
+        folder: what `embed` wrote; a remote one is copied to this machine.
 
     Attributes:
         settings: what the shards have in common.
@@ -117,7 +118,7 @@ class Collection:
 
     def __init__(self, folder: str | os.PathLike):
         require_pyarrow()
-        self.folder = pathlib.Path(folder)
+        self.folder = addresses.fetched_folder(addresses.place(folder))
         files = shard_files(self.folder)
         if not files:
             raise FileNotFoundError(
@@ -184,11 +185,11 @@ def _array(column: Any, dim: int) -> np.ndarray:
     return values.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
 
 
-def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(folder.glob("shard-*.parquet"))
+def shard_files(folder: addresses.Place) -> list[addresses.Place]:
+    return [folder / name for name in addresses.names(folder) if SHARD.fullmatch(name)]
 
 
-def read_shards(folder: pathlib.Path, settings: Settings) -> list[Shard]:
+def read_shards(folder: addresses.Place, settings: Settings) -> list[Shard]:
     """Reads what the shards of a folder say, and checks that they are of one collection."""
     shards = []
     for file in shard_files(folder):
@@ -204,11 +205,11 @@ def read_shards(folder: pathlib.Path, settings: Settings) -> list[Shard]:
     return shards
 
 
-def read_header(file: pathlib.Path) -> tuple[Settings, Shard]:
+def read_header(file: addresses.Place) -> tuple[Settings, Shard]:
     import pyarrow.parquet as pq
 
     with _whole(file):
-        metadata = pq.read_metadata(file)
+        metadata = pq.read_metadata(addresses.opened(file))
         about = json.loads(metadata.metadata[METADATA])
         shard = Shard(**about.pop("shard"))
         settings = Settings(**{"listing": None, **about})
@@ -222,9 +223,11 @@ def read_header(file: pathlib.Path) -> tuple[Settings, Shard]:
 
 
 @contextlib.contextmanager
-def _whole(file: pathlib.Path) -> Iterator[None]:
+def _whole(file: addresses.Place) -> Iterator[None]:
     """Makes one line of whatever Arrow and JSON say of a file that is broken or another."""
     try:
         yield
+    except addresses.AddressError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{file}: not a whole shard of `align-tf embed`") from error

@@ -3,18 +3,17 @@
 import dataclasses
 import itertools
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
+from align_tf import addresses
 from align_tf.data.left_out import NO_IMAGE, REASONS
 from align_tf.data.readers import PathOrPaths, list_files, open_source
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
-from align_tf.files import check_local
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
@@ -61,7 +60,7 @@ def embed(
 
     Args:
         source: as `data.make_dataset` takes it; captions may be missing.
-        output: the folder of the shards.
+        output: the folder of the shards; also a remote one, such as `gs://bucket/embeds`.
         model: a checkpoint's name, as `AlignModel.from_pretrained` takes it, or the model.
         processor: the model's processor; None loads it by the model's name.
         dtype: of the embeddings, `float16` or `float32`.
@@ -88,8 +87,8 @@ def embed(
     require_pyarrow()
     if engine == "ray":
         require_ray()
-    check_local(output)
-    source_files.check_own(pathlib.Path(output))
+    addresses.check(output)
+    source_files.check_own(addresses.place(output))
     source = _absolute(source)
     reading = (source, image_key, caption_key)
     # Before the source is opened, and again at the end: what was read lies between.
@@ -111,8 +110,9 @@ def embed(
         image_key=image_key,
         caption_key=caption_key,
     )
-    output = pathlib.Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = addresses.place(output)
+    if addresses.is_local(output):
+        output.mkdir(parents=True, exist_ok=True)
     source_files.claim(output, settings, listing)
     shards = {shard.number: shard for shard in read_shards(output, settings)}
     missing = [number for number in range(settings.shards) if number not in shards]
@@ -132,11 +132,12 @@ def embed(
         for shard in done:
             _tell(shard, sum(one.skipped for one in shards.values()))
             shards[shard.number] = shard
-    for left in output.glob(".shard-*"):  # of processes that were killed
-        left.unlink(missing_ok=True)
+    for left in output.glob(".shard-*") if addresses.is_local(output) else ():
+        left.unlink(missing_ok=True)  # of processes that were killed
     if listing is not None:
         source_files.check_unchanged(settings, listing, list_files(source, image_key))
-    if paths := [path for path in opened.paths or () if path]:  # None where it is not UTF-8
+    # None where it is not UTF-8
+    if paths := [path for path in opened.paths or () if path and not addresses.is_remote(path)]:
         own_pictures.sign(output, paths)
     return _summary(output, settings, shards, opened)
 
@@ -179,8 +180,7 @@ def _absolute(source: Any) -> Any:
         return [_absolute(path) for path in source]
     if not isinstance(source, str | os.PathLike):
         return source
-    check_local(source)
-    return os.path.abspath(source)
+    return addresses.absolute(source)
 
 
 def _runs(numbers: list[int]) -> Iterator[range]:
@@ -196,7 +196,7 @@ def _tell(shard: Shard, before: int) -> None:
 
 
 def _summary(
-    output: pathlib.Path, settings: Settings, shards: dict[int, Shard], opened: Source
+    output: addresses.Place, settings: Settings, shards: dict[int, Shard], opened: Source
 ) -> dict[str, Any]:
     ordered = [shards[number] for number in sorted(shards)]
     named = dict(itertools.chain.from_iterable(shard.named.items() for shard in ordered))

@@ -13,6 +13,16 @@ from typing import Any
 import numpy as np
 
 from align_tf import files
+from align_tf.addresses import (
+    Place,
+    absolute,
+    fetched_folder,
+    is_local,
+    is_remote,
+    names,
+    place,
+    send_folder,
+)
 from align_tf.progress import track
 from align_tf.search import own_pictures
 from align_tf.search.collection import COLUMNS, Collection
@@ -42,9 +52,9 @@ class Hit:
     Attributes:
         score: cosine of the query and the image, -1..1.
         id: the record's key.
-        path: the image file; None where the image is in a shard.
+        path: the image file or its address; None where the image is in a shard.
         caption: None where it has none.
-        thumbnail: a small JPEG of an image that is in a shard.
+        thumbnail: a small JPEG of an image that is in a shard or remote.
         outside: whether the image file is not below the folder whose pictures are shown.
     """
 
@@ -58,7 +68,7 @@ class Hit:
     @property
     def picture(self) -> str | bytes | None:
         """What shows the image: its file, or the thumbnail; None where it is not to be shown."""
-        return self.thumbnail if self.outside else self.path or self.thumbnail
+        return self.thumbnail or (None if self.outside else self.path)
 
 
 # --- the index -----------------------------------------------------------------------------
@@ -98,10 +108,8 @@ def build_index(
     require_faiss()
     if kind not in (None, *KINDS):
         raise ValueError(f"kind={kind!r}: expected {' or '.join(KINDS)}")
-    files.check_local(output)
-    collection, output = Collection(embeddings), pathlib.Path(output)
-    free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not free and not (output / ABOUT_NAME).is_file():
+    collection, output = Collection(embeddings), place(output)
+    if _is_taken(output):
         raise ValueError(f"{output}: there already, and no index; expected another folder")
     if kind is None:
         kind = "flat" if collection.rows <= FLAT_ROWS else "ivf"
@@ -119,12 +127,20 @@ def build_index(
         "recall_at_10": recall,
         "model": collection.settings.model,
         "fingerprint": collection.settings.fingerprint,
-        "embeddings": str(collection.folder.absolute()),
+        "embeddings": absolute(embeddings),
         "pictures": own_pictures.signed(collection.folder),
     }
     with _replacing_folder(output) as folder:
         _write(folder, index, collection, about)
     return about
+
+
+def _is_taken(output: Place) -> bool:
+    """Whether there is something that is no index."""
+    if is_local(output):
+        return output.exists() and not (output / ABOUT_NAME).is_file()
+    there = names(output)
+    return bool(there) and ABOUT_NAME not in there
 
 
 def _flat(collection: Collection) -> Any:
@@ -158,8 +174,13 @@ def _trained_ivf(collection: Collection, progress: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _replacing_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _replacing_folder(folder: Place) -> Iterator[pathlib.Path]:
     """Gives a temporary folder, which takes the place of `folder` if the block ends well."""
+    if not is_local(folder):
+        with tempfile.TemporaryDirectory(prefix="align_tf-") as temporary:
+            yield pathlib.Path(temporary)
+            send_folder(pathlib.Path(temporary), folder, last=ABOUT_NAME)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new, old = pathlib.Path(temporary, "new"), pathlib.Path(temporary, "old")
@@ -190,7 +211,7 @@ class Index:
     """An index on disk, its files mapped into memory, not read.
 
     Args:
-        folder: what `build_index` wrote.
+        folder: what `build_index` wrote; a remote one is copied to this machine.
         pictures: the folder whose pictures may be shown; None takes the one that was embedded, of
             an index of this user's. One that came from someone else may name any file.
 
@@ -209,7 +230,7 @@ class Index:
         import faiss
         import pyarrow as pa
 
-        self.folder = pathlib.Path(folder)
+        self.folder = fetched_folder(place(folder))
         if not (self.folder / ABOUT_NAME).is_file():
             raise FileNotFoundError(f"{folder}: no index; expected what `align-tf index` wrote")
         with self._unbroken():
@@ -267,7 +288,8 @@ class Index:
                     part.validate(full=True)  # before it is read: what is broken leads anywhere
                     (record,) = part.to_pylist()
                 path = record["path"]
-                outside = path is not None and not own_pictures.is_below(path, self.pictures)
+                own = path is None or is_remote(path)  # shown by its thumbnail, if at all
+                outside = not own and not own_pictures.is_below(path, self.pictures)
                 hits.append(Hit(float(score), **record, outside=outside))
         return hits
 

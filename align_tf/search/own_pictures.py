@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_tf import files
+from align_tf.addresses import Place
 
 NAME = "_pictures.json"  # in a collection; those who read it as one table leave it out
 KEY_BYTES = 32
 
 
-def sign(collection: pathlib.Path, pictures: Sequence[str]) -> None:
+def sign(collection: Place, pictures: Sequence[str]) -> None:
     """Keeps beside a collection in which folder its pictures are.
 
     Args:

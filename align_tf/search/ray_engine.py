@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from align_tf.addresses import Place, place
 from align_tf.search import source_files
 from align_tf.search.collection import Settings, Shard
 from align_tf.search.fingerprint import fingerprint, load_model
@@ -17,7 +17,7 @@ from align_tf.search.shard_writer import ShardWriter
 def write_shards(
     reading: tuple[Any, str | None, str | None],
     settings: Settings,
-    output: pathlib.Path,
+    output: Place,
     batch_size: int,
     numbers: list[int],
     workers: int,
@@ -86,10 +86,10 @@ class _Worker:
                 f"{settings.fingerprint[:8]}, that of the machine the work was started on"
             )
         listing = list_files(*reading[:2])
-        source_files.check_listed(pathlib.Path(output), settings, listing)
+        source_files.check_listed(place(output), settings, listing)
         opened = open_source(*reading, need_captions=False)
         self.writer = ShardWriter(
-            opened, settings, pathlib.Path(output), batch_size, Embedder(model), processor
+            opened, settings, place(output), batch_size, Embedder(model), processor
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:

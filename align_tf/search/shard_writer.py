@@ -1,13 +1,13 @@
 """Embedding and writing any of a collection's shards."""
 
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from align_tf.addresses import Place, is_remote
 from align_tf.data import left_out
 from align_tf.data.sources import Source
 from align_tf.evaluation.embedder import Embedder
@@ -39,7 +39,7 @@ class ShardWriter:
         self,
         opened: Source,
         settings: Settings,
-        output: pathlib.Path,
+        output: Place,
         batch_size: int,
         embedder: Embedder,
         processor: AlignProcessor,
@@ -112,7 +112,9 @@ class ShardWriter:
             "id": [ids[row] for row in fine],
             "path": [paths[row] if paths else None for row in fine],
             "caption": captions,
-            "thumbnail": [None if paths and paths[row] else _small(images[row]) for row in fine],
+            "thumbnail": [
+                None if paths and _is_file(paths[row]) else _small(images[row]) for row in fine
+            ],
             "image_embeds": embeds,
             "text_embeds": self._embed_texts(captions),
             "skipped": {
@@ -144,6 +146,10 @@ class ShardWriter:
         shard = Shard(number, rows, records - rows, named)
         write_shard(self.output, self.settings, shard, columns)
         return shard
+
+
+def _is_file(path: str | None) -> bool:
+    return path is not None and not is_remote(path)
 
 
 def _small(image: bytes | None) -> bytes | None:

@@ -1,7 +1,6 @@
 """Whether the files of a collection's source are still those it was begun with."""
 
-import pathlib
-
+from align_tf.addresses import Place, is_local, names
 from align_tf.data.listing import Listing
 from align_tf.search import own_pictures
 from align_tf.search.collection import Settings, read_header, shard_files
@@ -9,19 +8,19 @@ from align_tf.search.collection import Settings, read_header, shard_files
 LISTING_NAME = "_listing.npz"  # which those who read the folder as one table leave out
 
 
-def check_own(output: pathlib.Path) -> None:
+def check_own(output: Place) -> None:
     """Checks, before there is a model, that a folder is free for a collection, or holds one.
 
     Raises:
         NotADirectoryError: it is a file.
         ValueError: it holds other files, among which the shards would be lost.
     """
-    if output.exists() and not output.is_dir():
+    if is_local(output) and output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: a file; expected a folder for the shards")
-    if not output.is_dir() or shard_files(output):
+    if shard_files(output):
         return
     own = (LISTING_NAME, own_pictures.NAME)
-    others = sorted(path.name for path in output.iterdir() if path.name not in own)
+    others = sorted(name for name in names(output) if name not in own)
     others = [name for name in others if not name.startswith(".")]  # of a killed process, or hidden
     if others:
         raise ValueError(
@@ -29,7 +28,7 @@ def check_own(output: pathlib.Path) -> None:
         )
 
 
-def claim(output: pathlib.Path, settings: Settings, listing: Listing | None) -> None:
+def claim(output: Place, settings: Settings, listing: Listing | None) -> None:
     """Keeps the listing of a collection that is begun, or holds it to that of one gone on with.
 
     Args:
@@ -64,7 +63,7 @@ def check_unchanged(settings: Settings, before: Listing, now: Listing) -> None:
         )
 
 
-def check_listed(output: pathlib.Path, settings: Settings, listing: Listing) -> None:
+def check_listed(output: Place, settings: Settings, listing: Listing) -> None:
     """Checks files that another process lists.
 
     Raises:
@@ -74,7 +73,7 @@ def check_listed(output: pathlib.Path, settings: Settings, listing: Listing) -> 
 
 
 def _check_same(
-    output: pathlib.Path, theirs: Settings, settings: Settings, listing: Listing | None
+    output: Place, theirs: Settings, settings: Settings, listing: Listing | None
 ) -> None:
     if theirs.listing is None:
         raise ValueError(

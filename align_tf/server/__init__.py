@@ -1,7 +1,7 @@
 """The embedded server: TensorFlow Serving's gRPC and REST, for any SavedModel.
 
 model_server            the server: its ports, start and stop
-grpc_services           the gRPC half
+grpc_services           the gRPC half, over grpc_calls and message_memory
 rest_api                the REST half, over rest_json, rapidjson and http_protocol
 servables, servable     what is served, and one version of it
 batching                requests of different callers run as one

@@ -1,6 +1,5 @@
 """Dynamic batching: requests of different callers run as one, as TensorFlow Serving does it."""
 
-import collections
 import dataclasses
 import os
 import threading
@@ -148,13 +147,14 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """Runs what is queued and ends the threads."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Runs what is queued and ends the threads, which are waited for, so long at most."""
+        end = None if seconds is None else time.monotonic() + seconds
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(end and max(0, end - time.monotonic()))
 
     def run(
         self,
@@ -297,12 +297,18 @@ class Batcher:
 
 
 def _row_count(inputs: Arrays) -> int:
-    counts = collections.Counter(len(array) if array.ndim else -1 for array in inputs.values())
-    if -1 in counts:
-        raise invalid_argument("Batching Run() input tensors must have at least one dimension")
-    if len(counts) > 1:
-        raise invalid_argument("Batching Run() input tensors must have equal 0th-dimension size")
-    return next(iter(counts), 0)
+    scalars = [name for name, array in inputs.items() if not array.ndim]
+    if scalars:
+        raise invalid_argument(
+            f"Batching Run() input tensors must have at least one dimension: {', '.join(scalars)}"
+        )
+    counts = {name: len(array) for name, array in inputs.items()}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        raise invalid_argument(
+            f"Batching Run() input tensors must have equal 0th-dimension size: {listed}"
+        )
+    return next(iter(counts.values()), 0)
 
 
 def _merge(arrays: Sequence[np.ndarray], rows: int) -> np.ndarray:

@@ -1,33 +1,33 @@
 """The server's gRPC half: prediction, model status and health."""
 
+import contextlib
 import functools
 import math
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import grpc
 import numpy as np
 import tensorflow as tf
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
-    model_service_pb2_grpc,
     predict_pb2,
-    prediction_service_pb2_grpc,
 )
 
-from align_tf.server.limits import Gate
+from align_tf.server import message_memory
+from align_tf.server.grpc_calls import Calls, aborting, parsed
+from align_tf.server.limits import Gate, Share
 from align_tf.server.prometheus import Metrics
 from align_tf.server.servable import DEFAULT_SIGNATURE
 from align_tf.server.servables import Servables
 from align_tf.server.status_codes import RequestError, invalid_argument
 
-MAX_MESSAGE_LENGTH = 1024  # characters of a gRPC error
-COPIES = 3  # of a request, at most: the message, its arrays, and those of its batch
+BYTES_A_NUMBER, BYTES_A_STRING = 64, 128  # that a value takes while an answer is written
+ANSWER_COPIES = 2  # of an answer, while it is sent
 HEALTH_SERVICES = (  # of grpc.health.v1; "" is the server as a whole
     "",
     "tensorflow.serving.PredictionService",
@@ -51,53 +51,55 @@ _PROTO_FIELDS = {
 }
 
 
-def _aborting(method: Callable) -> Callable:
-    """Turns a method's errors into the call's status."""
+class PredictionService:
+    """tensorflow.serving.PredictionService, but for what runs over tf.Example."""
 
-    @functools.wraps(method)
-    def wrapped(self, request, context):
-        try:
-            return method(self, request, context)
-        except RequestError as error:
-            context.abort(grpc.StatusCode[error.code], _shortened(error.message))
-        except MemoryError:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Out of memory")
-        except Exception as error:
-            traceback.print_exc()
-            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+    def __init__(self, servables: Servables, gate: Gate, metrics: Metrics, calls: Calls):
+        self.servables, self.gate, self.metrics, self.calls = servables, gate, metrics, calls
 
-    return wrapped
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Returns what a server is given of it."""
+        metadata = get_model_metadata_pb2.GetModelMetadataRequest
+        methods = {
+            "Predict": grpc.stream_unary_rpc_method_handler(aborting(self.Predict)),
+            "GetModelMetadata": self.calls.small_call(self.GetModelMetadata, metadata),
+        }
+        return grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", methods)
 
+    def Predict(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        with contextlib.ExitStack() as held:
+            share = held.enter_context(self.gate.memory.request())
+            try:
+                self.gate.check_place()  # a message that comes takes none yet
+                request = self._receive(messages, context, share)
+            except RequestError as error:  # of which model nobody knows yet
+                self.metrics.count("request_count", "", error.code)
+                raise
+            answer = self._answer(request, context, share)
+            del request
+            share.keep(ANSWER_COPIES * len(answer))
+            self.calls.keep_until_taken(context, len(answer), held.pop_all().close)
+            return answer
 
-def _shortened(message: str) -> str:
-    """Keeps a message within what fits into a call's trailers, as TensorFlow Serving does."""
-    if len(message) <= MAX_MESSAGE_LENGTH:
-        return message
-    return message[:MAX_MESSAGE_LENGTH] + "...TRUNCATED"
+    def _receive(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext, share: Share
+    ) -> predict_pb2.PredictRequest:
+        with self.calls.message(messages, context) as data:
+            share.take(message_memory.memory(data))
+            return parsed(data, predict_pb2.PredictRequest)
 
-
-class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, servables: Servables, gate: Gate, metrics: Metrics):
-        self.servables, self.gate, self.metrics = servables, gate, metrics
-
-    @_aborting
-    def Predict(
-        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
-    ) -> predict_pb2.PredictResponse:
+    def _answer(
+        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext, share: Share
+    ) -> bytes:
         model = self.servables.label(request.model_spec.name)
-        with self.metrics.request(model, "Predict", "GRPC"), self.gate.memory.request() as take:
-            take(COPIES * request.ByteSize())
-            with self.gate:
-                return self._predict_in_turn(request, context)
+        with self.metrics.request(model, "Predict", "GRPC"), self.gate.place(), self.gate.turn:
+            if not context.is_active():  # its deadline has passed while it waited
+                raise RequestError("CANCELLED", "The caller has gone")
+            return self._predict(request, share).SerializeToString()
 
-    def _predict_in_turn(
-        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    def _predict(
+        self, request: predict_pb2.PredictRequest, share: Share
     ) -> predict_pb2.PredictResponse:
-        if not context.is_active():  # its deadline has passed while it waited
-            raise RequestError("CANCELLED", "The caller has gone")
-        return self._predict(request)
-
-    def _predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
         _require_model_spec(request)
         servable = self.servables.find(request.model_spec)
         outputs = servable.predict(
@@ -105,6 +107,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             {name: self._from_proto(name, tensor) for name, tensor in request.inputs.items()},
             request.output_filter,
         )
+        share.take(sum(map(_answer_memory, outputs.values())))
         response = predict_pb2.PredictResponse(
             outputs={name: _to_proto(array) for name, array in outputs.items()}
         )
@@ -117,7 +120,6 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self.gate.check_rows(name, tuple(dim.size for dim in tensor.tensor_shape.dim))
         return _from_proto(name, tensor)
 
-    @_aborting
     def GetModelMetadata(
         self,
         request: get_model_metadata_pb2.GetModelMetadataRequest,
@@ -134,11 +136,18 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return self.servables.find(request.model_spec).metadata()
 
 
-class ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    def __init__(self, servables: Servables):
-        self.servables = servables
+class ModelService:
+    """tensorflow.serving.ModelService, but for the reload of its configuration."""
 
-    @_aborting
+    def __init__(self, servables: Servables, calls: Calls):
+        self.servables, self.calls = servables, calls
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Returns what a server is given of it."""
+        status = get_model_status_pb2.GetModelStatusRequest
+        methods = {"GetModelStatus": self.calls.small_call(self.GetModelStatus, status)}
+        return grpc.method_handlers_generic_handler("tensorflow.serving.ModelService", methods)
+
     def GetModelStatus(
         self,
         request: get_model_status_pb2.GetModelStatusRequest,
@@ -148,7 +157,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         return self.servables.status(request.model_spec)
 
 
-class HealthService(health_pb2_grpc.HealthServicer):
+class HealthService:
     """grpc.health.v1, whose streams of Watch end in the drain: an open one holds a stop up.
 
     What streams send is sent by one thread: their beginnings and the drain come one by one.
@@ -156,34 +165,62 @@ class HealthService(health_pb2_grpc.HealthServicer):
 
     thread = futures.ThreadPoolExecutor(1, "health")
 
-    def __init__(self):
+    def __init__(self, calls: Calls):
+        self.calls = calls
         self.draining = False
         self.streams: dict[Callable, str] = {}  # what each sends by -> the service it watches
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Returns what a server is given of it."""
+        methods = {
+            "Check": self.calls.small_call(self.Check, health_pb2.HealthCheckRequest),
+            "Watch": grpc.stream_stream_rpc_method_handler(
+                self.Watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler("grpc.health.v1.Health", methods)
 
     def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in HEALTH_SERVICES:
-            context.abort(grpc.StatusCode.NOT_FOUND, f'unknown service "{request.service}"')
+            raise RequestError("NOT_FOUND", f'unknown service "{request.service}"')
         return self._status(request.service)
 
     def Watch(
         self,
-        request: health_pb2.HealthCheckRequest,
+        messages: Iterator[bytes],
         context: grpc.ServicerContext,
         send_response_callback: Callable,
     ) -> None:
-        self.streams[send_response_callback] = request.service
-        forget = functools.partial(self.streams.pop, send_response_callback, None)
-        if not context.add_callback(forget):  # it has been cancelled already
-            forget()
-            return
-        send_response_callback(self._status(request.service))
-        if self.draining:
-            send_response_callback(None)
+        self.calls.small.submit(self._receive, messages, context, send_response_callback)
 
     # gRPC's own way of a stream that keeps no thread.
     Watch.experimental_non_blocking, Watch.experimental_thread_pool = True, thread
+
+    def _receive(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext, send: Callable
+    ) -> None:
+        try:
+            request = self.calls.small_message(messages, context, health_pb2.HealthCheckRequest)
+        except RequestError as error:
+            context.set_code(grpc.StatusCode[error.code])
+            context.set_details(error.message)
+            send(None)
+        except grpc.RpcError:  # the call has ended
+            pass
+        else:
+            self.thread.submit(self._watch, request.service, context, send)
+
+    def _watch(self, service: str, context: grpc.ServicerContext, send: Callable) -> None:
+        self.streams[send] = service
+        forget = functools.partial(self.streams.pop, send, None)
+        if not context.add_callback(forget):  # it has been cancelled already
+            forget()
+            return
+        send(self._status(service))
+        if self.draining:
+            send(None)
 
     def drain(self) -> None:
         """Tells who watches that the services stop, and ends the streams."""
@@ -222,6 +259,13 @@ def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
         return tf.make_ndarray(tensor)
     except (TypeError, ValueError, OverflowError, KeyError):  # of a dtype without values
         raise invalid_argument(f"tensor parsing error: {name}") from None
+
+
+def _answer_memory(array: np.ndarray) -> int:
+    """Returns about how many bytes an output takes at most while it is written."""
+    if array.dtype == object:
+        return BYTES_A_STRING * array.size + 3 * sum(map(len, array.ravel().tolist()))
+    return BYTES_A_NUMBER * array.size
 
 
 def _to_proto(array: np.ndarray) -> tensor_pb2.TensorProto:

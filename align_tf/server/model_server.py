@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import signal
@@ -18,17 +19,15 @@ from align_tf.extras import extra
 
 with extra("serve", "the server needs extra packages"):
     import grpc
+    import grpc_health.v1  # noqa: F401
     import h11  # noqa: F401
     import starlette  # noqa: F401
+    import tensorflow_serving  # noqa: F401
     import uvicorn
-    from grpc_health.v1 import health_pb2_grpc
-    from tensorflow_serving.apis import (
-        model_service_pb2_grpc,
-        prediction_service_pb2_grpc,
-    )
 from align_tf.server.batching import Batcher, BatchingParameters
+from align_tf.server.grpc_calls import Calls
 from align_tf.server.grpc_services import HealthService, ModelService, PredictionService
-from align_tf.server.http_protocol import SILENCE_SECONDS, HttpProtocol
+from align_tf.server.http_protocol import SILENCE_SECONDS, HttpProtocol, HttpServer
 from align_tf.server.limits import Gate, Limits
 from align_tf.server.model_config import ModelConfig, read_model_config_file
 from align_tf.server.prometheus import Metrics
@@ -37,7 +36,7 @@ from align_tf.server.servables import Servables
 
 METADATA = os.path.join("assets.extra", "align_tf.json")  # of an export of align_tf
 FROZEN_WEIGHTS = "TF_ONEDNN_ASSUME_FROZEN_WEIGHTS"
-GRACE_SECONDS = 20.0  # that requests in flight have when the server stops
+ENDING_SECONDS = 1.0  # beyond the grace, to tell those who are cut off
 
 
 class ModelServer:
@@ -99,6 +98,7 @@ class ModelServer:
         self._batcher = batching and Batcher(batching, self._metrics)
         self._servables = Servables(configs, self._metrics, self._batcher)
         self._stack = contextlib.ExitStack()
+        self._end = math.inf  # when a stop has taken its time
 
     @property
     def in_half_precision(self) -> bool:
@@ -124,8 +124,8 @@ class ModelServer:
                 pass  # gRPC's own refusal does not say why
             if self._batcher is not None:
                 self._batcher.start()
-                stack.callback(self._batcher.stop)
-            stack.callback(self._servables.stop)
+                stack.callback(lambda: self._batcher.stop(self._time_left()))
+            stack.callback(lambda: self._servables.stop(self._time_left()))
             self._servables.start()
             stop_grpc = self._start_grpc(stack)
             stop_rest = self._start_rest(stack, rest_socket)
@@ -133,9 +133,22 @@ class ModelServer:
             stack.callback(lambda: [stop() for stop in (stop_grpc, stop_rest)])
             self._stack = stack.pop_all()
 
-    def stop(self) -> None:
-        """Stops listening, gives requests in flight GRACE_SECONDS, and drops the models."""
+    def stop(self) -> list[str]:
+        """Stops listening, gives what is in flight its grace_seconds, and drops the models.
+
+        Returns:
+            What is still at work, in words, as TensorFlow lets nothing be broken off: its callers
+            have been told, and its threads end with it.
+        """
+        self._end = time.monotonic() + self._gate.limits.grace_seconds + ENDING_SECONDS
         self._stack.close()
+        inside = self._gate.inside
+        at_work = [f"{inside} prediction{'s' * (inside > 1)}"] if inside else []
+        return at_work + ["the load of a version"] * self._servables.loads
+
+    def _time_left(self) -> float | None:
+        """Returns the seconds that a stop has left; None if there is none."""
+        return None if math.isinf(self._end) else max(0.0, self._end - time.monotonic())
 
     def wait(self, announce: Callable[[], None] | None = None) -> None:
         """Blocks until SIGINT or SIGTERM; for the main thread.
@@ -143,7 +156,8 @@ class ModelServer:
         Args:
             announce: called once those signals end the wait, to tell of it.
         """
-        with _stop_signals() as received:
+        received: list[int] = []
+        with _signals(lambda number, _: received.append(number)):
             if announce:
                 announce()
             while not received:  # a lock that the handler takes too could be held when it runs
@@ -173,36 +187,41 @@ class ModelServer:
 
     def _start_grpc(self, stack: contextlib.ExitStack) -> Callable[[], Any]:
         """Starts gRPC, has the stack end it, and returns what makes it refuse new calls."""
+        largest = self._gate.limits.max_request_bytes
         options = [
-            ("grpc.max_receive_message_length", self._gate.limits.max_request_bytes),
+            ("grpc.max_receive_message_length", min(largest, 2**31 - 1)),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", SILENCE_SECONDS * 1000),
             ("grpc.http2.max_pings_without_data", 0),
         ]
-        pool = futures.ThreadPoolExecutor(self._gate.limits.threads)
-        server = grpc.server(pool, options=options)
-        prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-            PredictionService(self._servables, self._gate, self._metrics), server
+        pool = futures.ThreadPoolExecutor(self._gate.limits.threads, "grpc")
+        server, calls = grpc.server(pool, options=options), Calls(self._gate.limits)
+        checks = HealthService(calls)
+        services = (
+            PredictionService(self._servables, self._gate, self._metrics, calls),
+            ModelService(self._servables, calls),
+            checks,
         )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self._servables), server
-        )
-        checks = HealthService()
-        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        server.add_generic_rpc_handlers([service.handlers() for service in services])
         address = f"{_in_url(self.host)}:{self.grpc_port}"
         try:
             self.grpc_port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise OSError(f"{address}: cannot listen: {error}") from None
+        calls.start()
+        stack.callback(calls.stop)
         server.start()
         stopped: list[threading.Event] = []
 
         def stop():
             checks.drain()
-            stopped.append(server.stop(GRACE_SECONDS))
+            stopped.append(server.stop(self._gate.limits.grace_seconds))
 
-        stack.callback(lambda: (stopped[0] if stopped else server.stop(None)).wait())
+        def wait():
+            (stopped[0] if stopped else server.stop(None)).wait(self._time_left())
+
+        stack.callback(wait)
         return stop
 
     def _start_rest(
@@ -210,6 +229,7 @@ class ModelServer:
     ) -> Callable[[], Any]:
         """Starts REST, has the stack end it, and returns what makes it refuse new requests."""
         app = RestApp(self._servables, self._gate, self._metrics, self._metrics_path)
+        grace = self._gate.limits.grace_seconds
         config = uvicorn.Config(
             app,
             http=functools.partial(HttpProtocol, self._gate.limits.client_timeout),
@@ -218,9 +238,9 @@ class ModelServer:
             lifespan="off",
             server_header=False,
             timeout_keep_alive=60,
-            timeout_graceful_shutdown=int(GRACE_SECONDS),
+            timeout_graceful_shutdown=grace + ENDING_SECONDS,
         )
-        server = uvicorn.Server(config)
+        server = HttpServer(config, grace, app.give_up)
         self.rest_port = rest_socket.getsockname()[1]
         thread = threading.Thread(
             target=server.run, kwargs={"sockets": [rest_socket]}, name="rest", daemon=True
@@ -231,7 +251,7 @@ class ModelServer:
             server.should_exit = True
 
         stack.callback(app.close)
-        stack.callback(thread.join)
+        stack.callback(lambda: thread.join(self._time_left()))
         stack.callback(stop)
         while not server.started and thread.is_alive():
             time.sleep(0.01)
@@ -260,14 +280,25 @@ def _bind(host: str, port: int) -> socket.socket:
     return taken
 
 
-def serve(server: ModelServer) -> None:
+def serve(server: ModelServer) -> list[str]:
     """Runs a server until SIGINT or SIGTERM; says on stderr when it is ready.
+
+    Another of these signals, while it stops, ends the process at once.
+
+    Returns:
+        What is still at work, as its stop() tells.
 
     Raises: what its start() does.
     """
-    with _frozen_weights() if server.in_half_precision else contextlib.nullcontext(), server:
-        server.wait(lambda: print(server.summary, file=sys.stderr, flush=True))
-        print("Stopping ...", file=sys.stderr, flush=True)
+    with _frozen_weights() if server.in_half_precision else contextlib.nullcontext():
+        server.start()
+        try:
+            server.wait(lambda: print(server.summary, file=sys.stderr, flush=True))
+        finally:
+            with _signals(signal.SIG_DFL):
+                print("Stopping ...", file=sys.stderr, flush=True)
+                at_work = server.stop()
+    return at_work
 
 
 @contextlib.contextmanager
@@ -289,13 +320,12 @@ def _frozen_weights() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, in place of what they did before."""
-    received: list[int] = []
+def _signals(handler: Any) -> Iterator[None]:
+    """Has SIGINT and SIGTERM do something else than before."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
+    previous = [signal.signal(number, handler) for number in numbers]
     try:
-        yield received
+        yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)
+        for number, before in zip(numbers, previous, strict=True):
+            signal.signal(number, before)

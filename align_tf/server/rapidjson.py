@@ -28,6 +28,7 @@ BYTES_A_VALUE = 80  # that a value in a list or an object takes at most, beside 
 
 # What Python's reader takes and rapidjson may refuse: unpaired surrogates, numbers out of range.
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")
 # The same where each digit is a 0 and E is e: these are found at a tenth of the time.
 _SIGNS_OF_HUGE = (b"e000", b"e+000", b"0" * 300)
@@ -53,7 +54,7 @@ def read(body: bytes) -> dict[str, Any]:
     try:
         document = _read_fast(body)
     except RecursionError:
-        raise invalid_argument("JSON Parse error: The document is nested too deeply.") from None
+        raise _invalid("The document is nested too deeply.") from None
     if not isinstance(document, dict):
         raise invalid_argument(f"JSON Value: {stringify(document)} Is not object")
     return document
@@ -72,19 +73,42 @@ def _may_hold_huge(body: bytes) -> bool:
     return signs and bool(_HUGE.search(_STRING.sub(b"", body)))
 
 
+def _unpaired(body: bytes) -> int | None:
+    """Returns the place of the first surrogate that has no other half, if there is one."""
+    if not _SURROGATE.search(body):
+        return None
+    text = body.replace(rb"\\", b"__")  # after which a u is a letter
+    found = _SURROGATE.search(_PAIR.sub(b"_" * 12, text))
+    return found and found.start()
+
+
 def _read_fast(body: bytes) -> Any:
-    if not _SURROGATE.search(body) and not _may_hold_huge(body):
-        text = body.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
-        text = text.lstrip(" \t\n\r")
-        try:
-            return _DECODER.raw_decode(text)[0]
-        except json.JSONDecodeError as error:
-            if len(body) > EXACT_UP_TO:
-                at = len(body) - len(text[error.pos :].encode("utf-8", "surrogateescape"))
-                raise invalid_argument(f"JSON Parse error: {error.msg}. at offset: {at}") from None
-        except ValueError:  # of a number of thousands of digits
-            pass
-    return _ExactReader(body).document()
+    unpaired, huge, exact = _unpaired(body), _may_hold_huge(body), len(body) <= EXACT_UP_TO
+    if unpaired is not None and not exact:
+        raise _invalid(f"The surrogate pair in string is invalid. at offset: {unpaired}")
+    if exact and (unpaired is not None or huge):
+        return _ExactReader(body).document()
+    text = body.removeprefix(_BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
+    text = text.lstrip(" \t\n\r")
+    try:
+        return (_CHECKING_DECODER if huge else _DECODER).raw_decode(text)[0]
+    except json.JSONDecodeError as error:
+        if exact:
+            return _ExactReader(body).document()
+        at = len(body) - len(text[error.pos :].encode("utf-8", "surrogateescape"))
+        raise _invalid(f"{error.msg}. at offset: {at}") from None
+
+
+def _invalid(message: str) -> RequestError:
+    return invalid_argument(f"JSON Parse error: {message}")
+
+
+def _checked_number(text: str) -> int | float:
+    """Reads a number as the exact reader does: integers beyond 64 bits are doubles."""
+    number = float(text)
+    if math.isinf(number):
+        raise _invalid("Number too big to be stored in double.")
+    return int(text) if len(text) <= 20 and text.lstrip("-").isdecimal() else number
 
 
 def _first_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,6 +118,9 @@ def _first_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 # The first member of a name counts, as in rapidjson.
 _DECODER = json.JSONDecoder(object_pairs_hook=_first_wins)
+_CHECKING_DECODER = json.JSONDecoder(
+    object_pairs_hook=_first_wins, parse_float=_checked_number, parse_int=_checked_number
+)
 
 
 class _ExactReader:
@@ -105,7 +132,7 @@ class _ExactReader:
 
     def fail(self, message: str, at: int | None = None) -> RequestError:
         at = self.at if at is None else at
-        return invalid_argument(f"JSON Parse error: {message} at offset: {at}")
+        return _invalid(f"{message} at offset: {at}")
 
     def take(self, pattern: re.Pattern) -> bytes:
         match = pattern.match(self.data, self.at)

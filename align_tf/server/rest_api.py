@@ -1,6 +1,7 @@
 """The embedded server's REST half: TensorFlow Serving's routes as an ASGI application."""
 
 import asyncio
+import functools
 import re
 import traceback
 import urllib.parse
@@ -16,14 +17,16 @@ from starlette.responses import Response
 from tensorflow_serving.apis import get_model_metadata_pb2, model_pb2
 
 from align_tf.server import rapidjson, rest_json
-from align_tf.server.limits import Gate
+from align_tf.server.limits import LEAST_BYTES_PER_SECOND, Gate, Share
 from align_tf.server.prometheus import CONTENT_TYPE, Metrics
 from align_tf.server.servable import DEFAULT_SIGNATURE, Servable
 from align_tf.server.servables import Servables
 from align_tf.server.status_codes import RequestError, invalid_argument
 
 GUNZIP_BYTES = 2**20  # that are decompressed at a time
-LEAST_BYTES_PER_SECOND = 2**16  # of a body, once the client's timeout has passed
+GZIP_MAGIC, MAX_GZIP_MEMBERS = b"\x1f\x8b", 1000
+ANSWER_COPIES = 2  # of an answer, while it is sent
+LARGE_ANSWER = 2**16  # bytes, up to which one is not waited for to be taken
 
 _VERSION = r"(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
 _POST_PATH = re.compile(
@@ -63,13 +66,25 @@ class RestApp:
         self.servables, self.gate, self.metrics = servables, gate, metrics
         self.metrics_path = metrics_path
         self._pool = futures.ThreadPoolExecutor(gate.limits.threads, thread_name_prefix="rest")
+        self._tasks: set[asyncio.Task] = set()  # that read or run a request
+        self._given_up = False
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._pool.shutdown()
+        """Ends the threads, each when it has nothing to do."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def give_up(self) -> None:
+        """Answers what is in flight that the server is stopping; called in the event loop."""
+        self._given_up = True
+        for task in self._tasks:
+            task.cancel()
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        request = Request(scope, receive)
+        with self.gate.memory.request() as share:
+            await self._respond(Request(scope, receive), share, send)
+
+    async def _respond(self, request: Request, share: Share, send: Callable) -> None:
+        scope = request.scope
         target = scope["raw_path"]
         if scope["query_string"]:
             target += b"?" + scope["query_string"]
@@ -85,25 +100,32 @@ class RestApp:
             response.headers["content-type"] = "text/html; charset=ISO-8859-1"
         else:
             try:
-                response = await self._json_response(request, path)
+                response = await self._json_response(request, path, share)
             except ClientDisconnect:
                 return
-        await response(scope, receive, send)
+        await response(scope, request.receive, functools.partial(_sent, send))
 
-    async def _json_response(self, request: Request, path: str) -> Response:
+    async def _json_response(self, request: Request, path: str, share: Share) -> Response:
+        task = asyncio.current_task()
+        self._tasks.add(task)
         try:
-            with self.gate.memory.request() as take:
-                body = await self._read_body(request, take)
-                encoding = request.headers.get("content-encoding", "")
-                status, content = await asyncio.get_running_loop().run_in_executor(
-                    self._pool, self.answer, request.method, path, body, encoding, take
-                )
+            body = await self._read_body(request, share)
+            encoding = request.headers.get("content-encoding", "")
+            status, content = await asyncio.get_running_loop().run_in_executor(
+                self._pool, self.answer, request.method, path, body, encoding, share
+            )
+            share.keep(ANSWER_COPIES * len(content))
             return Response(content, status, media_type="application/json")
         except _BodyRefused as error:
-            content, headers = rest_json.error_body(str(error)), {"connection": "close"}
-            return Response(content, error.status, headers, "application/json")
+            return _refusal(error)
+        except asyncio.CancelledError:
+            if not self._given_up:
+                raise
+            return _refusal(_BodyRefused(503, "The server is stopping"))
+        finally:
+            self._tasks.discard(task)
 
-    async def _read_body(self, request: Request, take: Callable[[int], None]) -> bytes:
+    async def _read_body(self, request: Request, share: Share) -> bytes:
         """Reads the body, and takes memory for it.
 
         The rest of one that is too large is read and dropped, within reason, so that a client that
@@ -124,26 +146,26 @@ class RestApp:
             size += len(chunk)
             if size <= limits.max_request_bytes:
                 try:
-                    take(len(chunk))
+                    share.take(len(chunk))
                 except RequestError as error:
                     raise _BodyRefused(error.http_status, error.message) from None
                 body += chunk
             elif size > 4 * limits.max_request_bytes:
                 break
             else:
-                take(-len(body))
+                share.keep(0)
                 body.clear()
         if size > limits.max_request_bytes:
             raise _BodyRefused(413, f"Request body is larger than {limits.max_request_bytes} bytes")
         return bytes(body)
 
     def answer(
-        self, method: str, path: str, body: bytes, encoding: str, take: Callable[[int], None]
+        self, method: str, path: str, body: bytes, encoding: str, share: Share
     ) -> tuple[int, bytes]:
         """Returns the HTTP status and the body that answer a request."""
         try:
             if method == "POST" and (match := _POST_PATH.fullmatch(path)):
-                return 200, self._run(match, body, encoding, take)
+                return 200, self._run(match, body, encoding, share)
             if method == "GET" and (match := _GET_PATH.fullmatch(path)):
                 return 200, self._describe(match)
             raise invalid_argument(f"Malformed request: {method} {path}")
@@ -159,18 +181,18 @@ class RestApp:
             traceback.print_exc()
             return 500, rest_json.error_body(f"{type(error).__name__}: {error}")
 
-    def _run(
-        self, match: re.Match, body: bytes, encoding: str, take: Callable[[int], None]
-    ) -> bytes:
+    def _run(self, match: re.Match, body: bytes, encoding: str, share: Share) -> bytes:
         method = match["method"]
         model = self.servables.label(urllib.parse.unquote(match["name"]))
-        with self.metrics.request(model, method, "REST"), self.gate:
+        with self.metrics.request(model, method, "REST"), self.gate.place(), self.gate.turn:
             if "gzip" in encoding.lower():
-                body = _gunzip(body, self.gate.limits.max_request_bytes, take)
-            take(rapidjson.memory(body))
-            return (self._predict if method == "predict" else self._classify)(match, body)
+                body = _gunzip(body, self.gate.limits.max_request_bytes, share)
+            share.take(rapidjson.memory(body))
+            if method == "predict":
+                return self._predict(match, body, share)
+            return self._classify(match, body)
 
-    def _predict(self, match: re.Match, body: bytes) -> bytes:
+    def _predict(self, match: re.Match, body: bytes, share: Share) -> bytes:
         spec = _model_spec(match)
         document = rapidjson.read(body)
         name = rest_json.signature_name(document)
@@ -182,7 +204,9 @@ class RestApp:
         inputs, row_form = rest_json.predict_inputs(document, dtypes)
         for key, array in inputs.items():
             self.gate.check_rows(key, array.shape)
-        return rest_json.predict_body(servable.predict(name, inputs), row_form)
+        outputs = servable.predict(name, inputs)
+        share.take(sum(map(rest_json.memory, outputs.values())))
+        return rest_json.predict_body(outputs, row_form)
 
     def _classify(self, match: re.Match, body: bytes) -> bytes:
         """Refuses as a server does whose models have no signature over tf.Example."""
@@ -230,26 +254,49 @@ class _NoVersion(RequestError):
     """A version beyond int64, which is answered without a body."""
 
 
-def _gunzip(body: bytes, limit: int, take: Callable[[int], None]) -> bytes:
+async def _sent(send: Callable, message: dict) -> None:
+    """Sends a part of an answer, and waits until a large one has been taken."""
+    if len(message.get("body", b"")) > LARGE_ANSWER:
+        await send(message | {"more_body": True})
+        message = message | {"body": b""}  # which is sent when there is room for more
+    await send(message)
+
+
+def _refusal(error: _BodyRefused) -> Response:
+    content, headers = rest_json.error_body(str(error)), {"connection": "close"}
+    return Response(content, error.status, headers, "application/json")
+
+
+def _gunzip(body: bytes, limit: int, share: Share) -> bytes:
     """Decompresses a body, and takes memory for it before it is there.
 
     TensorFlow Serving takes a broken one for an empty one.
     """
     broken = f"{rapidjson.EMPTY}. Failed to decompress the gzip body: "
-    decompressor, plain = zlib.decompressobj(zlib.MAX_WBITS | 16), bytearray()
-    while not decompressor.eof:
-        take(GUNZIP_BYTES)
-        try:
-            part = decompressor.decompress(body, GUNZIP_BYTES)
-        except zlib.error as error:
-            raise invalid_argument(f"{broken}{error}") from None
-        body = decompressor.unconsumed_tail
-        take(len(part) - GUNZIP_BYTES)
-        plain += part
-        if len(plain) > limit:
-            raise RequestError("RESOURCE_EXHAUSTED", f"Request body is larger than {limit} bytes")
-        if not part and not decompressor.eof:
-            raise invalid_argument(f"{broken}it is cut off")
+    plain, data, members = bytearray(), memoryview(body), 0
+    while bytes(data[:2]) == GZIP_MAGIC or not members:  # what follows them is dropped
+        members += 1
+        if members > MAX_GZIP_MEMBERS:
+            raise invalid_argument(f"{broken}it has more than {MAX_GZIP_MEMBERS} members")
+        decompressor, tail = zlib.decompressobj(zlib.MAX_WBITS | 16), b""
+        while not decompressor.eof:
+            if not tail:
+                tail, data = data[:GUNZIP_BYTES], data[GUNZIP_BYTES:]
+                if not tail:
+                    raise invalid_argument(f"{broken}it is cut off")
+            share.take(GUNZIP_BYTES)
+            try:
+                part = decompressor.decompress(tail, GUNZIP_BYTES)
+            except zlib.error as error:
+                raise invalid_argument(f"{broken}{error}") from None
+            tail = decompressor.unconsumed_tail
+            share.take(len(part) - GUNZIP_BYTES)
+            plain += part
+            if len(plain) > limit:
+                message = f"Request body is larger than {limit} bytes"
+                raise RequestError("RESOURCE_EXHAUSTED", message)
+        left = len(data) + len(decompressor.unused_data)
+        data = memoryview(body)[len(body) - left :]
     return bytes(plain)
 
 

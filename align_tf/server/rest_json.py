@@ -19,6 +19,7 @@ from align_tf.server.rapidjson import INDENT, decimals, encode, quote, render, s
 from align_tf.server.status_codes import RequestError, invalid_argument
 
 MAX_RANK = 64  # numpy's
+BYTES_A_NUMBER, BYTES_A_STRING = 200, 300  # that a value of an answer takes while it is written
 BYTES_SUFFIX = "_bytes"  # string outputs whose name ends so are written as {"b64": ...}
 
 # dtype: (name in errors, JSON types it takes, lowest and highest number it takes); what a float
@@ -200,7 +201,10 @@ def _from_columns(inputs: Any, dtypes: Mapping[str, tf.DType]) -> dict[str, np.n
         values = _leaves(inputs[name], shape, dtypes[name])
         if values is None:
             values = []
-            _fill(inputs[name], 0, shape, dtypes[name], values)
+            try:
+                _fill(inputs[name], 0, shape, dtypes[name], values)
+            except RequestError as error:
+                raise RequestError(error.code, f"{error.message}, in input: {name}") from None
         arrays[name] = _array(name, values, shape, dtypes[name])
     return arrays
 
@@ -321,6 +325,13 @@ def _array(name: str, values: list, shape: list[int], dtype: tf.DType) -> np.nda
 
 
 # --- responses -----------------------------------------------------------------------------
+
+
+def memory(array: np.ndarray) -> int:
+    """Returns about how many bytes an output takes at most while it is written."""
+    if array.dtype == object:
+        return BYTES_A_STRING * array.size + 16 * sum(map(len, array.ravel().tolist()))
+    return BYTES_A_NUMBER * array.size
 
 
 def predict_body(outputs: Mapping[str, np.ndarray], row_form: bool) -> bytes:

@@ -6,11 +6,13 @@ import pathlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers its ops, which a SavedModel may use
 from google.protobuf.message import DecodeError
+from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf.error_codes_pb2 import Code
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
@@ -90,7 +92,7 @@ class Servable:
         Args:
             signature_name: "" for serving_default.
             inputs: the inputs by name; strings as arrays of bytes objects.
-            output_filter: the outputs to compute, all of them if empty.
+            output_filter: the outputs to answer with, all of them if empty.
             named: the model's name in the metrics; None is the name it is served by.
 
         Returns:
@@ -106,17 +108,29 @@ class Servable:
         _check_inputs(signature, inputs)
         names = tuple(_checked_filter(signature, output_filter))
         arrays = {name: np.asarray(value) for name, value in inputs.items()}
-        run = functools.partial(self._run, signature, names)
+        for name, array in arrays.items():
+            _check_dtype(name, array, signature.inputs[name].dtype)
+        fetched = self._fetched(signature, names)
+        run = functools.partial(self._run, signature, fetched)
         started = time.monotonic()
         if self.batcher is None:
             outputs = run(arrays)
         else:
             open_dims = {name: _open_dims(info) for name, info in signature.inputs.items()}
-            outputs = self.batcher.run((self, key, names), run, arrays, open_dims)
+            outputs = self.batcher.run((self, key, fetched), run, arrays, open_dims)
         seconds = time.monotonic() - started
         model = self.name if named is None else named
         self.metrics.observe("runtime_latency", seconds, model, "Predict", "TF1")
-        return outputs
+        return {name: outputs[name] for name in names}
+
+    def _fetched(self, signature: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the outputs to compute for some of them.
+
+        A session compiles each choice anew, for seconds: where one op gives all, as in what Keras
+        and TensorFlow 2 write, all are computed, which a warmup request has compiled.
+        """
+        ops = {info.name.rpartition(":")[0] for info in signature.outputs.values()}
+        return tuple(sorted(signature.outputs)) if len(ops) == 1 else names
 
     def _run(
         self, signature, names: Iterable[str], inputs: Mapping[str, np.ndarray]
@@ -176,6 +190,17 @@ def _check_inputs(signature, inputs: Mapping[str, np.ndarray]) -> None:
             "request and no default value provided. Inputs expected to be in the request "
             f"{listed(sent)}, or default input alias set: "
         )
+
+
+def _check_dtype(name: str, array: np.ndarray, expected: int) -> None:
+    """Refuses what the graph would refuse too, without the name of the input."""
+    dtype = tf.string if array.dtype == object else tf.as_dtype(array.dtype)
+    if dtype.as_datatype_enum != expected:
+        expected, provided = (
+            types_pb2.DataType.Name(number).removeprefix("DT_").lower()
+            for number in (expected, dtype.as_datatype_enum)
+        )
+        raise invalid_argument(f"{name}: expected {expected}, but {provided} is provided")
 
 
 def _checked_filter(signature, output_filter: Iterable[str]) -> list[str]:

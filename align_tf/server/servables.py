@@ -114,12 +114,21 @@ class Servables:
                     )
         self._poller.start()
 
-    def stop(self) -> None:
-        """Stops watching and lets go of the models; calls in flight keep theirs to the end."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Stops watching and lets go of the models; calls in flight keep theirs to the end.
+
+        Args:
+            seconds: that a version which is being loaded has at most.
+        """
         self._stopped.set()
         if self._poller.is_alive():
-            self._poller.join()
+            self._poller.join(seconds)
         self._available = {name: {} for name in self.configs}
+
+    @property
+    def loads(self) -> bool:
+        """Whether a version is still being loaded after the stop."""
+        return self._poller.is_alive()
 
     def versions(self, name: str) -> list[int]:
         """Returns the served versions of a model."""

@@ -8,6 +8,7 @@ validation      what it is validated on; the best kept, an early end
 resume          the state of a training, saved and restored
 optimization    LAMB and AdamW with a rate a tower and depth, and the schedule
 devices         the devices there are, and a batch spread over them
+hosts           the processes of one training, on one host or many
 tpu, tpu_program    the step compiled for TPUs that are not here, and what is read from it
 """
 

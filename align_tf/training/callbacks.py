@@ -2,13 +2,13 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from align_tf.addresses import place
 from align_tf.evaluation import tasks
 from align_tf.evaluation.embedder import Embedder, check_ends, in_batches
 from align_tf.evaluation.identity import text_contents
@@ -194,7 +194,7 @@ class ResumableCheckpoint(resume.MeasuresAverages):
                   steps_per_epoch=steps_per_epoch, callbacks=[checkpoints])
 
     Args:
-        output: the folder of the training, such as one on a mounted drive.
+        output: the folder of the training, such as one on a mounted drive or `gs://bucket/align`.
         processor: saved with the model.
         keep: how many checkpoints stay.
     """
@@ -203,7 +203,7 @@ class ResumableCheckpoint(resume.MeasuresAverages):
         super().__init__()
         if keep < 1:
             raise ValueError(f"keep={keep}: expected 1 or more")
-        self.output, self.processor, self.keep = pathlib.Path(output), processor, keep
+        self.output, self.processor, self.keep = place(output), processor, keep
 
     def restore(self, model: keras.Model) -> int:
         """Puts the last whole checkpoint into a compiled model.

@@ -42,7 +42,8 @@ def data_parallel(count: int | None = None) -> Any:
         raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")
     devices = devices[:count]
     if keras.backend.backend() == "jax":
-        return keras.distribution.DataParallel(devices=devices)
+        # Each process reads its own part of a batch: see `make_dataset`'s shard.
+        return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     import tensorflow as tf
 
     if _is_installed("tensorflow-tpu"):

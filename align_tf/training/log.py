@@ -3,17 +3,18 @@
 import json
 import math
 import pathlib
+import tempfile
 import time
 
 import keras
 import tensorflow as tf
 from keras import ops
 
-from align_tf import files
+from align_tf import addresses, files
 from align_tf.models.fit_watch import check_contrast
 from align_tf.progress import Bar
 from align_tf.terminal import say
-from align_tf.training import devices
+from align_tf.training import devices, hosts
 from align_tf.training.recipe import Recipe
 
 METRICS_NAME = "metrics.jsonl"
@@ -65,7 +66,7 @@ class Log(keras.callbacks.Callback):
 
     Args:
         recipe: the settings.
-        output: the folder of the training.
+        output: the folder of the training; to a remote one the files are sent with checkpoints.
         step: steps taken before; later lines of `metrics.jsonl` are of a run that was killed,
             and go.
         epoch_steps: steps of a pass over the data; None where that is not known.
@@ -73,21 +74,29 @@ class Log(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, recipe: Recipe, output: pathlib.Path, step: int, epoch_steps: int | None, bar: Bar
+        self, recipe: Recipe, output: addresses.Place, step: int, epoch_steps: int | None, bar: Bar
     ) -> None:
         super().__init__()
         self.recipe, self.step, self.epoch_steps, self.bar = recipe, step, epoch_steps, bar
-        self.path = output / METRICS_NAME
+        self.output = self.folder = output
+        self.tells = hosts.is_first()  # all of several processes count alike
+        if not addresses.is_local(output):
+            self.copies = tempfile.TemporaryDirectory(prefix="align_tf-")
+            self.folder = pathlib.Path(self.copies.name)
+        self.path = self.folder / METRICS_NAME
         self.writer = None
-        if recipe.tensorboard:
-            self.writer = tf.summary.create_file_writer(str(output / "tensorboard"))
+        if recipe.tensorboard and self.tells:
+            self.writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
         self.first: tuple[int, float] | None = None  # step and time when the model is compiled
         self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if not self.tells:
+            return
+        kept = output / METRICS_NAME
+        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        say("Compiling the first step, which takes longer than those after it ...")
+        hosts.say_first("Compiling the first step, which takes longer than those after it ...")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.step += 1
@@ -116,7 +125,7 @@ class Log(keras.callbacks.Callback):
             left = _duration((self.recipe.steps - self.step) * seconds)
             line += f"  {values['images_per_second']:.1f} images/s  {left} left"
         self.marked = (self.step, now)
-        say(line)
+        hosts.say_first(line)
         self._write(values)
         check_contrast(model, f"step {self.step}")
         model.reset_metrics()
@@ -130,8 +139,9 @@ class Log(keras.callbacks.Callback):
         if values:
             shown = [key for end in VALIDATION_SHOWN for key in values if key.endswith(end)]
             shown = "  ".join(f"{key} {values[key]:.4f}" for key in shown)
-            say(f"{self._place()}  {shown}")
+            hosts.say_first(f"{self._place()}  {shown}")
             self._write(values)
+        self._send()
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
         self.bar.advance(0, "validating")
@@ -146,8 +156,16 @@ class Log(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         if self.writer is not None:
             self.writer.close()
+        self._send()
+
+    def _send(self) -> None:
+        """Copies what was logged beside the checkpoints, where these are remote."""
+        if self.tells and self.folder is not self.output:
+            addresses.send_folder(self.folder, self.output)
 
     def _write(self, values: dict[str, float]) -> None:
+        if not self.tells:
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
         if self.writer is not None:

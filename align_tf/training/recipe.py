@@ -4,10 +4,10 @@ import dataclasses
 import difflib
 import math
 import os
-import pathlib
 import reprlib
 from typing import Any
 
+from align_tf.addresses import Place, place
 from align_tf.configuration.presets import PRESETS
 from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
@@ -180,6 +180,13 @@ class Recipe:
         None,
         "frozen or trained (frozen with model, trained with preset)",
         ("frozen", "trained"),
+    )
+    virtual_batch_size: int | None = _setting(
+        TRAINS,
+        None,
+        "images whose statistics a BatchNorm that trains takes at a time, 16 in the original "
+        "(all of a device)",
+        COUNT,
     )
     loss: str = _setting(
         TRAINS, "softmax", "softmax, or sigmoid with a learned bias", ("softmax", "sigmoid")
@@ -383,7 +390,7 @@ class Recipe:
         from align_tf import files  # here, for it loads numpy
 
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        files.write_text(pathlib.Path(path), text)
+        files.write_text(place(path), text)
 
 
 def lower_is_better(figure: str) -> bool:
@@ -422,7 +429,7 @@ def read_recipe(
         FileNotFoundError: there is no such file.
         ValueError: it is not valid YAML, or a key is unknown, missing or out of range.
     """
-    values = {} if path is None else _read_yaml(pathlib.Path(path))
+    values = {} if path is None else _read_yaml(place(path))
     flags = flags or {}
     for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
         if one in flags and other not in flags:
@@ -445,7 +452,7 @@ def read_recipe(
         raise ValueError(f"{path}: {error}" if named else str(error)) from None
 
 
-def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+def _read_yaml(path: Place) -> dict[str, Any]:
     if not path.is_file():
         folder = ", but a folder; one of pairs goes to data" if path.is_dir() else ""
         raise FileNotFoundError(f"{path}: no such recipe file{folder}")

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,8 @@ import safetensors
 import safetensors.numpy
 from keras import ops
 
-from align_tf import files
-from align_tf.terminal import say
+from align_tf import addresses, files
+from align_tf.training import hosts
 
 STATE_NAME = "training_state.safetensors"
 SUMMARY_NAME = "training_state.json"
@@ -24,20 +25,22 @@ FOLDER = "checkpoint-{}"  # as Hugging Face's Trainer names them
 
 
 def save(
-    output: pathlib.Path,
+    output: addresses.Place,
     step: int,
     model: Any,
     processor: Any,
     keep: int,
     best: int | None = None,
-) -> pathlib.Path:
+) -> addresses.Place:
     """Writes `checkpoint-<step>`: model and processor for `from_pretrained`, and the state.
 
-    The folder appears under its name when all of it is written. Of a model that LoRA adapts it
-    holds the adapter alone.
+    Of several processes the first writes, and the others wait.
+
+    The folder appears under its name when all of it is written; a remote one counts when its last
+    file is there, the summary of the state. Of a model that LoRA adapts it holds the adapter alone.
 
     Args:
-        output: the folder of the training.
+        output: the folder of the training, as `addresses.place` returns it.
         step: batches trained on, and so the position in the data; an optimizer that leaves out
             steps that are not finite has taken fewer.
         model: the model that trains. With a moving average of the weights, `model.safetensors`
@@ -50,40 +53,84 @@ def save(
         The folder.
     """
     folder = output / FOLDER.format(step)
-    temporary = _hidden(folder)
-    temporary.mkdir(parents=True)
-    state = {name: ops.convert_to_numpy(value) for name, value in _variables(model).items()}
-    with files.replacing(temporary / STATE_NAME) as path:  # for its file mode
-        safetensors.numpy.save_file(state, path)
-    del state
-    summary = {"step": step, "sha256": _sha256(temporary / STATE_NAME), **_base(model)}
-    (temporary / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+    # What reads or writes weights of all processes is done in all of them.
+    place = hosts.by_first(lambda: _begun(folder, step, model))
     with averaged(model):
-        write = model.save_pretrained if model.active_adapter is None else model.save_adapter
-        write(temporary)
-    processor.save_pretrained(temporary)
-    if folder.exists():  # broken, so that an older one was resumed
-        _remove(folder)
-    temporary.rename(folder)
-    for old in list_checkpoints(output)[:-keep]:
-        if old.name != FOLDER.format(best):
-            _remove(old)
+        hosts.by_first(lambda: _finish(place, folder, model, processor))
+    hosts.by_first(lambda: _remove_old(output, keep, best))
     return folder
 
 
-def list_checkpoints(output: pathlib.Path) -> list[pathlib.Path]:
+def _begun(
+    folder: addresses.Place, step: int, model: Any
+) -> pathlib.Path | tempfile.TemporaryDirectory:
+    """Writes the state into a place from which a checkpoint goes to its own."""
+    if addresses.is_local(folder):
+        place = new = _hidden(folder)
+        new.mkdir(parents=True)
+    else:
+        place = tempfile.TemporaryDirectory(prefix="align_tf-")
+        new = pathlib.Path(place.name)
+    state = {name: ops.convert_to_numpy(value) for name, value in _variables(model).items()}
+    with files.replacing(new / STATE_NAME) as path:  # for its file mode
+        safetensors.numpy.save_file(state, path)
+    summary = {"step": step, "sha256": _sha256(new / STATE_NAME), **_base(model)}
+    (new / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
+    return place
+
+
+def _finish(
+    place: pathlib.Path | tempfile.TemporaryDirectory,
+    folder: addresses.Place,
+    model: Any,
+    processor: Any,
+) -> None:
+    new = place if addresses.is_local(folder) else pathlib.Path(place.name)
+    write = model.save_pretrained if model.active_adapter is None else model.save_adapter
+    write(new)
+    processor.save_pretrained(new)
+    if addresses.is_local(folder):
+        if folder.exists():  # broken, so that an older one was resumed
+            _remove(folder)
+        new.rename(folder)
+    else:
+        _remove(folder)
+        addresses.send_folder(new, folder, last=SUMMARY_NAME)
+        place.cleanup()
+
+
+def _remove_old(output: addresses.Place, keep: int, best: int | None) -> None:
+    for old in list_checkpoints(output)[:-keep]:
+        if old.name != FOLDER.format(best):
+            _remove(old)
+
+
+def list_checkpoints(output: addresses.Place) -> list[addresses.Place]:
     """Lists the checkpoints of a training, the latest last."""
-    steps = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output.glob("checkpoint-*")]
+    folders = _folders(output)
+    if not addresses.is_local(output):
+        folders = [folder for folder in folders if SUMMARY_NAME in addresses.names(folder)]
+    return folders
+
+
+def _folders(output: addresses.Place) -> list[addresses.Place]:
+    steps = [re.fullmatch(r"checkpoint-(\d+)", name) for name in addresses.names(output)]
     return [output / FOLDER.format(n) for n in sorted(int(match[1]) for match in steps if match)]
 
 
-def clear_unfinished(output: pathlib.Path) -> None:
+def clear_unfinished(output: addresses.Place) -> None:
     """Removes what a killed process left half written or half removed."""
+    if not addresses.is_local(output):
+        whole = {folder.name for folder in list_checkpoints(output)}
+        for folder in _folders(output):
+            if folder.name not in whole:
+                _remove(folder)
+        return
     for folder in output.glob(".*checkpoint-*"):
         shutil.rmtree(folder)
 
 
-def restore(folder: pathlib.Path, model: Any) -> int:
+def restore(folder: addresses.Place, model: Any) -> int:
     """Puts the state of a checkpoint into a compiled model: all of it, or nothing and an error.
 
     Args:
@@ -96,20 +143,34 @@ def restore(folder: pathlib.Path, model: Any) -> int:
     Raises:
         CheckpointError: a file is missing, broken or of another model.
     """
-    path = folder / STATE_NAME
     try:
-        summary = files.read_json(folder / SUMMARY_NAME)
-        if not isinstance(summary.get("step"), int):
-            raise files.CheckpointError(f"{folder / SUMMARY_NAME}: expected a step")
-        if _sha256(path) != summary.get("sha256"):
-            raise files.CheckpointError(f"{path}: not as it was written")
+        with (
+            addresses.fetched(folder / SUMMARY_NAME) as summary,
+            addresses.fetched(folder / STATE_NAME) as path,
+        ):
+            step = _checked_step(summary, path, model)
+            _assign(path, _variables(model))
     except OSError as error:
         raise files.CheckpointError(str(error)) from error
-    if not _base(model).items() <= summary.items():
+    model.trained_batches = step
+    return step
+
+
+def _checked_step(summary: pathlib.Path, state: pathlib.Path, model: Any) -> int:
+    """Reads the step of a state, and checks that this is as it was written, and of this model."""
+    values = files.read_json(summary)
+    if not isinstance(values.get("step"), int):
+        raise files.CheckpointError(f"{summary}: expected a step")
+    if _sha256(state) != values.get("sha256"):
+        raise files.CheckpointError(f"{state}: not as it was written")
+    if not _base(model).items() <= values.items():
         raise files.CheckpointError(
-            f"{folder}: an adapter of other weights than {model.name_or_path} holds"
+            f"{summary.parent}: an adapter of other weights than {model.name_or_path} holds"
         )
-    variables = _variables(model)
+    return values["step"]
+
+
+def _assign(path: pathlib.Path, variables: dict[str, keras.Variable]) -> None:
     with safetensors.safe_open(path, framework="numpy") as file:
         names = file.keys()
         found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -119,11 +180,9 @@ def restore(folder: pathlib.Path, model: Any) -> int:
             raise files.CheckpointError(f"{path}: of another model: {differing[0]} differs")
         for name, variable in variables.items():
             variable.assign(file.get_tensor(name))
-    model.trained_batches = summary["step"]
-    return summary["step"]
 
 
-def restore_last(output: pathlib.Path, model: Any) -> int:
+def restore_last(output: addresses.Place, model: Any) -> int:
     """Restores the last whole checkpoint of a training, and says on stderr which.
 
     Args:
@@ -136,15 +195,16 @@ def restore_last(output: pathlib.Path, model: Any) -> int:
     Raises:
         CheckpointError: there are some, and none is whole.
     """
-    clear_unfinished(output)
+    if hosts.is_first():
+        clear_unfinished(output)
     found = list_checkpoints(output)
     for folder in reversed(found):
         try:
             step = restore(folder, model)
         except files.CheckpointError as error:
-            say(f"{folder.name} is broken, so the one before it is taken: {error}")
+            hosts.say_first(f"{folder.name} is broken, so the one before it is taken: {error}")
             continue
-        say(f"Going on from step {step}, {folder}")
+        hosts.say_first(f"Going on from step {step}, {folder}")
         return step
     if found:
         raise files.CheckpointError(
@@ -221,8 +281,11 @@ def _hidden(folder: pathlib.Path) -> pathlib.Path:
     return hidden
 
 
-def _remove(folder: pathlib.Path) -> None:
+def _remove(folder: addresses.Place) -> None:
     """Removes a checkpoint that a kill does not leave as half of one."""
+    if not addresses.is_local(folder):
+        addresses.remove(folder, first=SUMMARY_NAME)
+        return
     shutil.rmtree(folder.rename(folder.with_name(f".old-{folder.name}")))
 
 

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import dataclasses
 import math
-import pathlib
 import signal
 import sys
 import threading
@@ -14,24 +13,24 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from align_tf import files
+from align_tf import addresses, files
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import batch_keys, make_dataset
 from align_tf.data.listing import Listing
 from align_tf.data.readers import list_files, open_source
-from align_tf.files import check_local
+from align_tf.graph_errors import plain
 from align_tf.hub import RECIPE_NAME
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Bar
 from align_tf.terminal import say
-from align_tf.training import devices, resume
+from align_tf.training import devices, hosts, resume
 from align_tf.training.log import METRICS_NAME, Log, say_header
 from align_tf.training.optimization import make_optimizer
 from align_tf.training.recipe import Recipe, check_extras, read_recipe
 from align_tf.training.validation import Best, make_validation
 
-LISTING_NAME = "data_listing.npz"
+LISTING_NAME, COUNTS_NAME = "data_listing.npz", "data_counts.json"
 BATCH_NAME = "not_finite.txt"  # the keys of a batch whose loss was not
 KEYS_SAID = 4  # of it in the error
 ADAPTER_FOLDER = "adapter"  # beside the model that it is merged into
@@ -44,7 +43,7 @@ FREE_SETTINGS = (
 )
 
 
-def train(recipe: Recipe) -> pathlib.Path:
+def train(recipe: Recipe) -> addresses.Place:
     """Trains, or goes on with the training that its output folder holds.
 
     The folder gets `checkpoint-<step>` folders, which `from_pretrained` loads, `metrics.jsonl`,
@@ -70,39 +69,58 @@ def train(recipe: Recipe) -> pathlib.Path:
         KeyboardInterrupt: a signal stopped the training, after its checkpoint.
     """
     check_extras(recipe)
-    output = _claim(recipe)
-    _check_data(recipe, output)
+    hosts.join()
+    output = hosts.by_first(lambda: _claim(recipe)) or addresses.place(recipe.output)
     limit_arenas()
     keras.utils.set_random_seed(recipe.seed)
     count = devices.count_devices() if recipe.devices is None else recipe.devices
+    if hosts.place()[1] > 1 and count != devices.count_devices():
+        raise ValueError(f"devices={count}: expected all, where several processes train")
     if recipe.batch_size % count:
         raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
+    at_a_time = recipe.batch_size // count // recipe.accumulation
+    if recipe.virtual_batch_size and at_a_time % recipe.virtual_batch_size:
+        raise ValueError(
+            f"virtual_batch_size={recipe.virtual_batch_size}: expected a divisor of the images "
+            f"that a device computes at a time, {at_a_time}"
+        )
     processor = make_processor(recipe)
-    recipe, pairs = _counted(recipe)
-    with devices.data_parallel(count).scope() if count > 1 else contextlib.nullcontext():
+    hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
+    recipe, pairs = _counted(recipe, output)
+    several = count > 1 or hosts.place()[1] > 1
+    with devices.data_parallel(count).scope() if several else contextlib.nullcontext():
         model = make_model(recipe, processor, count)
-        say_header(recipe, model, pairs, count)
+        if hosts.is_first():
+            say_header(recipe, model, pairs, count)
+        hosts.by_first(lambda: resume.clear_unfinished(output))
         step = resume.restore_last(output, model)
+        hosts.agree(step, f"{output}: the last checkpoint's step")
         best = Best(recipe, output / METRICS_NAME, step)
         if step < recipe.steps and not best.over:
             _fit(model, processor, recipe, output, step, pairs, best)
         else:
             end = f"It ended at step {step:,}." if best.over else "All of its {:,} steps are done."
-            say(end.format(recipe.steps))
+            hosts.say_first(end.format(recipe.steps))
         if recipe.keep_best is not None:
             _take_best(output, model, best)
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
-        model.save_pretrained(output)
-        if recipe.lora_rank is not None:
-            model.save_adapter(output / ADAPTER_FOLDER)
-    processor.save_pretrained(output)
+        hosts.by_first(lambda: _save(model, processor, recipe, output))
     return output
 
 
-def _take_best(output: pathlib.Path, model: AlignModel, best: Best) -> None:
+def _save(
+    model: AlignModel, processor: AlignProcessor, recipe: Recipe, output: addresses.Place
+) -> None:
+    model.save_pretrained(output)
+    if recipe.lora_rank is not None:
+        model.save_adapter(output / ADAPTER_FOLDER)
+    processor.save_pretrained(output)
+
+
+def _take_best(output: addresses.Place, model: AlignModel, best: Best) -> None:
     """Puts the checkpoint of the best validation into the model."""
     step = resume.restore(output / resume.FOLDER.format(best.step), model)
-    say(f"The best {best.key}, {best.values[step]:.4f}, was that of step {step}.")
+    hosts.say_first(f"The best {best.key}, {best.values[step]:.4f}, was that of step {step}.")
 
 
 def limit_arenas() -> None:
@@ -116,13 +134,16 @@ def limit_arenas() -> None:
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
-def _claim(recipe: Recipe) -> pathlib.Path:
+def _claim(recipe: Recipe) -> addresses.Place:
     """Takes the output folder, or refuses one that belongs to something else."""
-    check_local(recipe.output)
-    check_local(recipe.data)
-    output = pathlib.Path(recipe.output)
+    sets = [options["data"] for options in recipe.validations().values()]
+    for address in (recipe.data, *sets, recipe.model, recipe.processor):
+        addresses.check(address or "")
+    output = addresses.place(recipe.output)
     path = output / RECIPE_NAME
-    if path.is_file() and resume.list_checkpoints(output):
+    with addresses.told(output):
+        begun = path.is_file()
+    if begun and resume.list_checkpoints(output):
         before = read_recipe(path)
         for field in dataclasses.fields(Recipe):
             old, new = getattr(before, field.name), getattr(recipe, field.name)
@@ -131,13 +152,14 @@ def _claim(recipe: Recipe) -> pathlib.Path:
                     f"{output}: belongs to a training with {field.name}={old!r}, this recipe has "
                     f"{new!r}; expected the same recipe to go on with it, or another output"
                 )
-    elif not path.is_file() and output.exists() and any(output.iterdir()):
+    elif not begun and addresses.names(output):
         raise ValueError(f"{output}: not empty and not of a training; expected another output")
     recipe.save(path)
+    _check_data(recipe, output)
     return output
 
 
-def _check_data(recipe: Recipe, output: pathlib.Path) -> None:
+def _check_data(recipe: Recipe, output: addresses.Place) -> None:
     """Keeps the listing of the data, or refuses to go on over others: a step is a place in them."""
     path, listing = output / LISTING_NAME, list_files(recipe.data)
     before = Listing.read(path) if resume.list_checkpoints(output) else None
@@ -163,9 +185,15 @@ def make_processor(recipe: Recipe) -> AlignProcessor:
     return processor
 
 
-def _counted(recipe: Recipe) -> tuple[Recipe, int | None]:
-    """States a recipe's epochs in steps; also counts its pairs, None where they do not say."""
-    pairs = open_source(recipe.data).count
+def _counted(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, int | None]:
+    """States a recipe's epochs in steps; also counts its pairs, None where they do not say.
+
+    What was counted is kept in the output: to go on does not read shards through once more.
+    """
+    pairs = open_source(recipe.data, index=output / COUNTS_NAME).count
+    for options in recipe.validations().values():
+        if options["task"] != "zero-shot":
+            open_source(options["data"], index=output / COUNTS_NAME)
     if pairs is not None and pairs < recipe.batch_size:
         raise ValueError(
             f"{recipe.data}: {pairs} records, expected {recipe.batch_size} or more for a batch, "
@@ -185,12 +213,16 @@ def _counted(recipe: Recipe) -> tuple[Recipe, int | None]:
 def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
     """Makes the model of a recipe whose steps are counted, ready for `fit`."""
     if recipe.model is not None:
-        model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype)
+        vision = {"virtual_batch_size": recipe.virtual_batch_size}
+        given = {"vision_config": vision} if recipe.virtual_batch_size else None
+        model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype, config=given)
     else:
         config = AlignConfig.from_preset(recipe.preset)
         vocab_size = len(processor.tokenizer)
         text_config = dataclasses.replace(config.text_config, vocab_size=vocab_size)
-        config = dataclasses.replace(config, text_config=text_config)
+        size = recipe.virtual_batch_size
+        vision_config = dataclasses.replace(config.vision_config, virtual_batch_size=size)
+        config = dataclasses.replace(config, text_config=text_config, vision_config=vision_config)
         model = AlignModel(config, dtype=recipe.dtype)
     height, _, _ = processor.image_processor.output_shape
     if height is not None:
@@ -231,16 +263,18 @@ def _fit(
     model: AlignModel,
     processor: AlignProcessor,
     recipe: Recipe,
-    output: pathlib.Path,
+    output: addresses.Place,
     step: int,
     pairs: int | None,
     best: Best,
 ) -> None:
     lengths = recipe.lengths(devices.has_tpu())
+    index, processes = hosts.place()
+    sharing = {"batch_size": recipe.batch_size // processes, "shard": (index, processes)}
     dataset = make_dataset(
         recipe.data,
         processor,
-        batch_size=recipe.batch_size,
+        **sharing,
         training=True,
         seed=recipe.seed,
         start_step=step,
@@ -297,7 +331,7 @@ class Checkpoints(resume.MeasuresAverages):
         self,
         recipe: Recipe,
         processor: AlignProcessor,
-        output: pathlib.Path,
+        output: addresses.Place,
         step: int,
         best: Best,
     ) -> None:
@@ -308,7 +342,10 @@ class Checkpoints(resume.MeasuresAverages):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self.step += 1
-        ending = self.stopping or self.step == self.recipe.steps
+        # Of several processes a signal stops all, which hear of it at the next line of progress.
+        asked = hosts.place()[1] == 1 or self.step % self.recipe.log_every == 0
+        stopping = asked and hosts.any_of(self.stopping)
+        ending = stopping or self.step == self.recipe.steps
         if not math.isfinite(logs["loss"]):  # a mean over steps, so the first that is not
             raise ValueError(
                 f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
@@ -320,7 +357,7 @@ class Checkpoints(resume.MeasuresAverages):
             return
         kept = self.recipe.keep, self.best.step
         resume.save(self.output, self.step, self.model, self.processor, *kept)
-        if self.stopping:
+        if stopping:
             say(f"Stopped at step {self.step}; the same command goes on from there.")
             raise KeyboardInterrupt  # past the validation
         if ending:
@@ -333,7 +370,8 @@ class Checkpoints(resume.MeasuresAverages):
         if len(keys) <= KEYS_SAID:
             return ", ".join(keys)
         path = self.output / BATCH_NAME
-        files.write_text(path, "".join(f"{key}\n" for key in keys))
+        if hosts.is_first():
+            files.write_text(path, "".join(f"{key}\n" for key in keys))
         return f"{', '.join(keys[:KEYS_SAID])} and {len(keys) - KEYS_SAID} more, listed in {path}"
 
 
@@ -343,7 +381,7 @@ def _data_errors() -> Iterator[None]:
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        raise ValueError(error.message) from error
+        raise ValueError(plain(error.message)) from error
 
 
 @contextlib.contextmanager

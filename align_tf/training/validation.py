@@ -1,18 +1,19 @@
 """What a training is validated on, and what it does by that: keeps the best, ends early."""
 
+import functools
 import json
 import math
-import pathlib
 import types
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
+from align_tf import addresses
 from align_tf.data.dataset import make_dataset
 from align_tf.evaluation import tasks
 from align_tf.preprocessing.processor import AlignProcessor
-from align_tf.terminal import say
+from align_tf.training import hosts
 from align_tf.training.callbacks import RetrievalEvaluation, ZeroShotFolders
 from align_tf.training.recipe import Recipe, lower_is_better
 
@@ -42,14 +43,19 @@ def make_validation(
             opened = tasks.read(options)
             callbacks.append(ZeroShotFolders(processor, options, opened, name=name))
             continue
-        dataset = make_dataset(
+        opened = functools.partial(
+            make_dataset,
             options["data"],
             processor,
-            batch_size=recipe.batch_size,
             length_buckets=lengths,
             max_errors=recipe.max_errors,
         )
+        # Retrieval is among the pairs of all processes; of their loss each finds its part.
+        dataset = opened(batch_size=recipe.batch_size)
         callbacks.append(RetrievalEvaluation(dataset, name=name))
+        index, processes = hosts.place()
+        if first is None and processes > 1:
+            dataset = opened(batch_size=recipe.batch_size // processes, shard=(index, processes))
         first = dataset if first is None else first
     return first, callbacks
 
@@ -63,7 +69,7 @@ class Best(keras.callbacks.Callback):
         step: steps taken before.
     """
 
-    def __init__(self, recipe: Recipe, metrics: pathlib.Path, step: int) -> None:
+    def __init__(self, recipe: Recipe, metrics: addresses.Place, step: int) -> None:
         super().__init__()
         self.key, self.patience = recipe.watched(), recipe.early_stop
         self.values: dict[int, float] = {}  # of each step that was validated
@@ -98,7 +104,7 @@ class Best(keras.callbacks.Callback):
             return
         self.values[self.model.trained_batches] = float(logs[self.key])
         if self.over:
-            say(
+            hosts.say_first(
                 f"No better {self.key} in {self.patience} validations than "
                 f"{self.values[self.step]:.4f} at step {self.step}: done."
             )

@@ -207,12 +207,8 @@ def test_a_mistake_ends_in_one_line(capsys, arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "path"),
     [
-        (["embed", str(TESTS), "--output", "gs://bucket/x"], "gs://bucket/x"),
-        (["embed", "s3://bucket/x", "--output", "x"], "s3://bucket/x"),
         (["classify", __file__, "hf://a/b.png", "--labels", "a"], "hf://a/b.png"),
-        (["convert", "--from", "align-tiny", "--to", "hf", "--output", "memory://x"], "memory://x"),
-        (["evaluate", "--data", "x", "--output", "abfs+ssl://x/y.json"], "abfs+ssl://x/y.json"),
-        (["train", "--data", "gs:/bucket/x", "--output", "y"], "gs:/bucket/x"),
+        (["quickstart", "--output", "memory://x"], "memory://x"),
         (["search", "x", "a cat", "--html", "gs://bucket/x.html"], "gs://bucket/x.html"),
         (["serve", "gs://bucket/x"], "gs://bucket/x"),
     ],
@@ -223,7 +219,7 @@ def test_a_remote_folder_is_refused_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert err.startswith(f"align-tf: error: {path}: remote folders are not supported; ")
+    assert err.startswith(f"align-tf: error: {path}: remote folders are not supported here; ")
     assert not any(tmp_path.iterdir())
 
 
@@ -243,6 +239,8 @@ def test_a_remote_folder_is_refused_before_anything_is_made(
         (["classify", "x", "--labels", "a", "--top", "0"], "--top: expected 1 or more, found '0'"),
         (["embed", "x", "--output", "y", "--batch-size", "0"], "--batch-size: expected 1 or more"),
         (["search", "x", "y", "-k", "x"], "argument -k: expected 1 or more, found 'x'"),
+        (["serve", "x", "--rest-port", "65536"], "--rest-port: expected 0 to 65535, found '65536'"),
+        (["demo", "--port=-1"], "argument --port: expected 0 to 65535, found '-1'"),
     ],
 )
 def test_a_misspelled_command_line_is_answered_in_one_line(capsys, arguments, expected):
@@ -344,6 +342,15 @@ def test_align_tiny_says_that_a_photograph_is_nothing_for_it(capsys):
     one, tiny = err.splitlines()[-2:]
     assert one == "Note: one label alone always has 100 %; give others to choose from"
     assert tiny.startswith("Note: align-tiny knows emoji") and f"{photograph} looks" in tiny
+
+
+def test_labels_with_commas_between_them_are_told(capsys):
+    code, _, err = run(capsys, "classify", EXAMPLES[0], "--labels", "a cat, a dog")
+    assert code == 0
+    assert err.splitlines()[-1] == (
+        "Note: one label alone always has 100 %; spaces set labels apart, not commas: "
+        '"a cat" "a dog"'
+    )
 
 
 def test_the_help_of_train_groups_the_settings_and_lists_their_choices(capsys):

@@ -487,6 +487,8 @@ def test_what_fit_cannot_take_is_told(steady_config, pairs):
         model.fit({**pairs, "pixels": pairs["pixel_values"]}, verbose=0)
     with pytest.raises(ValueError, match="expected pixel_values; for texts alone"):
         model.fit({"input_ids": pairs["input_ids"]}, verbose=0)
+    with pytest.raises(ValueError, match=r"^x: missing; expected a data set, or a dict"):
+        model.fit(verbose=0)
     with pytest.raises(ValueError, match="expected a dict of pixel_values"):
         model.fit(pairs["pixel_values"], verbose=0)
     with pytest.raises(ValueError, match="targets beside the batch: expected none"):

@@ -88,6 +88,31 @@ def test_a_signature_that_is_none(signature, unchanged, tmp_path):
         unchanged.vision_model.export(tmp_path / "none", input_signature=signature)
 
 
+def test_an_h5_file_that_nothing_could_read_is_not_written(unchanged, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.h5: expected a name that ends in \.keras"):
+        unchanged.save(tmp_path / "a.h5")
+    assert not any(tmp_path.iterdir())
+
+
+def test_lists_of_numbers_are_inputs(unchanged, pairs):
+    lists = {name: pairs[name].tolist() for name in ("pixel_values", "input_ids")}
+    found = unchanged(lists).logits_per_image
+    arrays = {name: pairs[name] for name in lists}
+    np.testing.assert_array_equal(found, unchanged(arrays).logits_per_image)
+    for given, kind in (([[1, 2], [3]], "list: expected rows alike"), (["a"], "str_: expected nu")):
+        with pytest.raises(ValueError, match=f"^input_ids: a list of {kind}"):
+            unchanged.get_text_features(given)
+    with pytest.raises(ValueError, match="inputs of list: expected a dict of pixel_values"):
+        unchanged([pairs["pixel_values"], pairs["input_ids"]])
+
+
+def test_a_model_is_made_of_its_configuration(unchanged):
+    assert type(unchanged).from_config(unchanged.config).config == unchanged.config
+    for given, kind in (("align-tiny", "str"), (unchanged.config.to_dict(), "dict")):
+        with pytest.raises(TypeError, match=f"^AlignModel of {kind}: expected an AlignConfig; "):
+            AlignModel(given)
+
+
 def test_output_shapes(unchanged):
     texts = {"last_hidden_state": (None, None, 16), "pooler_output": (None, 16)}
     images = {"last_hidden_state": (None, None, None, 8), "pooler_output": (None, 8)}

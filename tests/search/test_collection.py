@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 
+import fsspec
 import keras
 import numpy as np
 import pytest
@@ -87,6 +88,40 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert "pixels" in summary["named"][f"{HUGE:03}"]
     shards = [f"shard-{n:06}.parquet" for n in range(6)]
     assert sorted(contents(output)) == ["_listing.npz", "_pictures.json", *shards]
+
+
+def test_a_collection_in_a_bucket_is_that_of_the_folder(
+    whole, folder, one_model, name, tmp_path, capsys
+):
+    pytest.importorskip("faiss")
+    from align_tf.search import Index, build_index
+
+    bucket = fsspec.filesystem("memory")
+    bucket.store.clear()
+    for file in folder.iterdir():
+        bucket.pipe_file(f"/bucket/pictures/{file.name}", file.read_bytes())
+    where = "memory://bucket/pictures", "memory://bucket/embeds"
+    summary = embed(*where, model=name, **SIZES)
+    assert (summary["images"], summary["skipped"]) == (47, 3)
+    bucket.rm_file("/bucket/embeds/shard-000003.parquet")  # as if it had been killed
+    assert embed(*where, model=name, **SIZES) == summary
+    bucket.pipe_file("/bucket/pictures/049.png", (folder / "048.png").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"^memory://bucket/pictures: changed since .* 049.png rep"
+    ):
+        embed(*where, model=name, **SIZES)
+
+    about = build_index("memory://bucket/embeds", "memory://bucket/index")
+    assert (about["rows"], about["embeddings"]) == (47, "memory://bucket/embeds")
+    assert main(["index", str(whole[0]), "--output", "memory://bucket/index"]) == 0
+    build_index("memory://bucket/embeds", "memory://bucket/index")
+    index, expected = Index("memory://bucket/index"), pq.read_table(whole[0])
+    vectors = np.stack(expected["image_embeds"].to_pylist()).astype(np.float32)
+    scores, rows = index.search(vectors[:3], 1)
+    (hit,) = index.hits(scores[1], rows[1])
+    assert (hit.id, hit.path) == ("001", "memory://bucket/pictures/001.png")
+    assert not hit.outside and hit.picture.startswith(b"\xff\xd8")
+    bucket.store.clear()
 
 
 def test_the_embeddings_are_the_models(whole, model, processor):

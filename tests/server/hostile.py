@@ -140,11 +140,17 @@ def run(folder: str, seed: int, count: int) -> None:
     from align_tf.server.status_codes import RequestError
 
     servable = Servable(pathlib.Path(folder), "align", 1, Metrics())
-    before = {name: servable.predict(name, inputs) for name, inputs in GOOD.items()}
+
+    def session(name, inputs):
+        """What Servable.predict does, without its own look at the inputs."""
+        signature = servable.signatures[name or "serving_default"]
+        return servable._run(signature, sorted(signature.outputs), inputs)
+
+    before = {name: session(name, inputs) for name, inputs in GOOD.items()}
     for name, inputs in requests(seed, count):
         print(json.dumps({"signature": name, "request": told(inputs)}), flush=True)
         try:
-            outputs = servable.predict(name, inputs)
+            outputs = session(name, inputs)
             check_answer(name, inputs, outputs)
             result = ["OK", ""]
         except RequestError as error:
@@ -153,7 +159,7 @@ def run(folder: str, seed: int, count: int) -> None:
             result = ["WRONG", str(error)]
         print(json.dumps(result), flush=True)
     for name, inputs in GOOD.items():
-        for key, value in servable.predict(name, inputs).items():
+        for key, value in session(name, inputs).items():
             np.testing.assert_allclose(value, before[name][key], atol=1e-5)
     print(json.dumps("good requests are answered as before"), flush=True)
     os._exit(0)  # TensorFlow's threads are not waited for

@@ -204,8 +204,8 @@ def test_a_request_of_too_many_rows_is_refused_or_split():
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"x": np.float32(1)}, "must have at least one dimension"),
-        ({"x": np.ones(2), "z": np.ones(3)}, "must have equal 0th-dimension size"),
+        ({"x": np.float32(1)}, "must have at least one dimension: x"),
+        ({"x": np.ones(2), "z": np.ones(3)}, "must have equal 0th-dimension size: x 2, z 3"),
     ],
 )
 def test_inputs_without_a_common_first_dimension_are_refused(inputs, message):

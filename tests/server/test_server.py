@@ -270,6 +270,34 @@ def test_a_mistake_in_a_large_body_is_told_without_reading_it_anew(monkeypatch):
     assert str(error.value) == told
 
 
+PAIRS = rb"\ud83d\ude00 \\ud83d \\\\ \\\ud83d\ude00"
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (b'["%s"]' % PAIRS, ["\U0001f600 \\ud83d \\\\ \\\U0001f600"]),
+        (b"[1e100, 18446744073709551616, -3]", [1e100, 18446744073709551616.0, -3]),
+        (b'["%s\\ud83d", "a"]' % PAIRS, "The surrogate pair in string is invalid. at offset: {}"),
+        (b"[1e999]", "Number too big to be stored in double."),
+        (b"[-%s]" % (b"9" * 5000), "Number too big to be stored in double."),
+    ],
+    ids=["pairs", "large numbers", "half a pair", "too large", "digits"],
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_what_python_takes_otherwise_is_read_at_its_speed(monkeypatch, body, answer, large):
+    body = b'{"a": %s}' % body
+    if large:
+        body += b" " * rapidjson.EXACT_UP_TO
+        monkeypatch.setattr(rapidjson, "_ExactReader", None)  # not to be come to
+    if isinstance(answer, list):
+        assert rapidjson.read(body) == {"a": answer}
+        return
+    with pytest.raises(RequestError) as error:
+        rapidjson.read(body)
+    assert answer.format(8 + len(PAIRS)) in str(error.value)
+
+
 def test_deep_nesting_is_refused(server):
     status, answer = predict(server, '{"instances": ' + "[" * 100_000)
     assert (status, "nested too deeply" in answer["error"]) == (400, True)
@@ -325,7 +353,7 @@ REFUSED_BODIES = {
     '{"instances": [[[1], 2]]}': f"{ELEMENT}JSON Value: 2 found at incorrect level: 2 in the JSON "
     "DOM. Expected at level: 2",
     '{"inputs": [[1, 2], [3]]}': "Encountered list at unexpected size: 1 at level: 1 expected "
-    "size: 2",
+    "size: 2, in input: x",
     '{"instances": [[1, 2], [[1, 2]]]}': "Failed to process element: 1 of 'instances' list. "
     "Error: INVALID_ARGUMENT: Expecting shape [2] but got: [1,2]",
     '{"instances": [{"x": [1]}, [1]]}': "Expecting object but got list at item 1 of input list",
@@ -604,7 +632,7 @@ REFUSED_REQUESTS = {
     "wrong dtype": (
         request({"x": np.int64([[1, 2, 3, 4]])}),
         "INVALID_ARGUMENT",
-        "Expects arg[0] to be float but int64 is provided",
+        "x: expected float, but int64 is provided",
     ),
     "wrong shape": (
         request({"x": np.float32([[1, 2, 3]])}),

@@ -6,7 +6,6 @@ import gzip
 import http.client
 import json
 import os
-import pathlib
 import re
 import select
 import shutil
@@ -21,8 +20,22 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from asking import (
+    ANSWER,
+    HEAD,
+    PREDICT,
+    PROBE,
+    ROW,
+    Held,
+    ask,
+    connected,
+    grpc_request,
+    predict,
+    received,
+    stub,
+    wait_for_no_memory,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from align_tf.cli.main import main
 from align_tf.server import Limits, ModelServer, grpc_services, servables
@@ -31,62 +44,6 @@ from align_tf.server.limits import Memory
 from align_tf.server.model_server import _bind, serve
 from align_tf.server.prometheus import DEFAULT_PATH, Metrics, read_monitoring_config
 from align_tf.server.status_codes import Overloaded, RequestError
-
-GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
-PROBE = GOLDENS / "probe"
-ROW = b'{"instances": [[1, 2, 3, 4]]}'
-ANSWER = {"predictions": [[17.1428566, 20.0, 22.8571434]]}  # of version 2
-PREDICT = "/v1/models/align:predict"
-
-
-def ask(port, method="POST", path=PREDICT, body=ROW):
-    """Returns status and body of a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
-def predict(port, **parts):
-    status, body = ask(port, **parts)
-    return status, json.loads(body)
-
-
-def grpc_request(x, signature="", name="x"):
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name, request.model_spec.signature_name = "align", signature
-    request.inputs[name].CopyFrom(tf.make_tensor_proto(x))
-    return request
-
-
-@contextlib.contextmanager
-def stub(server, kind=prediction_service_pb2_grpc.PredictionServiceStub):
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        yield kind(channel)
-
-
-class Held:
-    """Takes the place of a server's run of a signature: holds each until it is let go."""
-
-    def __init__(self, server, monkeypatch):
-        self.at_work, self.go = threading.Semaphore(0), threading.Event()
-        servable = server._servables.find(
-            predict_pb2.PredictRequest(model_spec={"name": "align"}).model_spec
-        )
-        run = servable._run
-
-        def held(*arguments):
-            self.at_work.release()
-            assert self.go.wait(60)
-            return run(*arguments)
-
-        monkeypatch.setattr(servable, "_run", held)
-
-    def wait(self, count=1):
-        for _ in range(count):
-            assert self.at_work.acquire(timeout=60)
-
 
 # --- batching ------------------------------------------------------------------------------
 
@@ -162,9 +119,29 @@ def test_label_lists_of_different_lengths_share_a_batch(batched):
         assert all(callers.map(one, [1, 2, 3, 4] * 6))
 
 
+def test_an_output_filter_computes_nothing_else_anew(server, monkeypatch):
+    servable = server._servables.find(grpc_request(0.0).model_spec)
+    fetched, run = set(), servable._run
+
+    def noted(signature, names, inputs):
+        fetched.add(names)
+        return run(signature, names, inputs)
+
+    monkeypatch.setattr(servable, "_run", noted)
+    with stub(server) as predictions:
+        request = grpc_request(np.array([b"ab"], object), "text", "texts")
+        for names in ([], ["length"], ["echo", "length"]):
+            request.ClearField("output_filter")
+            request.output_filter.extend(names)
+            outputs = predictions.Predict(request).outputs
+            assert set(outputs) == set(names or ["echo", "echo_bytes", "length"])
+            assert outputs["length"].int_val == [2]
+    assert fetched == {("echo", "echo_bytes", "length")}
+
+
 def test_what_cannot_be_batched_is_refused(batched):
     body = b'{"signature_name": "scalar", "inputs": 1}'
-    error = "Batching Run() input tensors must have at least one dimension"
+    error = "Batching Run() input tensors must have at least one dimension: t"
     assert predict(batched.rest_port, body=body) == (400, {"error": error})
     error = "Task size 9 is larger than maximum input batch size 8"
     body = json.dumps({"instances": [[1, 2, 3, 4]] * 9})
@@ -279,24 +256,6 @@ def test_a_limit_of_nothing_is_refused(name):
         Limits(**{name: 0})
 
 
-HEAD = b"POST /v1/models/align:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 29\r\n\r\n"
-
-
-@contextlib.contextmanager
-def connected(server):
-    with socket.create_connection(("127.0.0.1", server.rest_port), timeout=60) as connection:
-        yield connection
-
-
-def received(connection):
-    """Returns all that comes until the server closes the connection."""
-    parts = []
-    with contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(65536):
-            parts.append(part)
-    return b"".join(parts)
-
-
 @pytest.mark.parametrize("sent", [b"", HEAD[:30]])
 def test_a_head_that_does_not_come_is_not_waited_for(hasty, sent):
     with connected(hasty) as connection:
@@ -384,7 +343,7 @@ def test_memory_is_bounded_by_what_a_request_becomes(bounded, body, status, erro
         answer = json.loads(response.read())
     assert response.status == status
     assert error is None or re.search(error, answer["error"])
-    assert bounded._gate.memory.taken == 0
+    wait_for_no_memory(bounded)
 
 
 @pytest.fixture(scope="module")
@@ -426,14 +385,16 @@ def test_a_message_is_bounded_by_what_it_declares(bounded):
 
 def test_requests_share_their_memory():
     memory = Memory(100)
-    with memory.request() as take, memory.request() as other:
-        take(60)
+    with memory.request() as share, memory.request() as other:
+        share.take(60)
         with pytest.raises(RequestError, match="about 101 bytes of memory, of 100 for all"):
-            take(41)
+            share.take(41)
         with pytest.raises(Overloaded, match="Too many large requests at once"):
-            other(41)
-        take(-30)
-        other(70)
+            other.take(41)
+        share.take(-30)
+        other.take(70)
+        other.keep(20)
+        share.take(50)
     assert memory.taken == 0
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import fsspec
 import keras
 import numpy as np
 import pytest
@@ -271,6 +272,48 @@ def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     assert_same_end(pathlib.Path(settings["output"]), unbroken)
     lines = (pathlib.Path(settings["output"]) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+def test_a_training_in_a_bucket_goes_on_from_its_last_whole_checkpoint(
+    settings, place, unbroken, when, capsys
+):
+    bucket = fsspec.filesystem("memory")
+    bucket.store.clear()
+    for file in (place / "pairs").iterdir():
+        bucket.pipe_file(f"/bucket/pairs/{file.name}", file.read_bytes())
+    for file in (place / "tiny").iterdir():
+        bucket.pipe_file(f"/bucket/tiny/{file.name}", file.read_bytes())
+    places = ("model", "tiny"), ("data", "pairs"), ("output", "out")
+    settings |= {key: f"memory://bucket/{name}" for key, name in places}
+
+    def break_off():
+        raise RuntimeError("broken off")
+
+    when["step 15/"] = break_off
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(Recipe(**settings))
+    found = sorted(path.split("/")[3] for path in bucket.find("/bucket/out"))
+    assert sorted(set(found)) == [
+        *("checkpoint-12", "checkpoint-6", "data_listing.npz", "metrics.jsonl", "recipe.yaml"),
+    ]
+    # As if it had been killed before the last file was sent.
+    bucket.rm_file("/bucket/out/checkpoint-12/training_state.json")
+    when.clear()
+    capsys.readouterr()
+    assert main(["train", *flags(settings)]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == settings["output"]
+    assert "Going on from step 6, memory://bucket/out/checkpoint-6" in err
+    bucket.get("/bucket/out", str(place / "fetched"), recursive=True)
+    (output,) = (path.parent for path in place.glob("fetched/**/recipe.yaml"))
+    assert_same_end(output, unbroken)
+    whole = {path.parent.name for path in output.glob("checkpoint-*/training_state.json")}
+    assert whole == {"checkpoint-18", "checkpoint-20"}
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
+    model = AlignModel.from_pretrained("memory://bucket/out/checkpoint-20")
+    assert model.config.projection_dim == 8
+    bucket.store.clear()
 
 
 @pytest.mark.slow  # the import and the first step of another process

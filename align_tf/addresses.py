@@ -1,0 +1,395 @@
+"""Addresses such as `gs://bucket/pairs`: to paths, and what lies there listed, fetched and sent."""
+
+import concurrent.futures
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from align_tf.terminal import say
+
+# What an address begins with; a drive of Windows has one letter.
+REMOTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+# scheme: the package that speaks it, and the extra that brings it, if it is not there anyway
+SCHEMES = {
+    "gs": ("gcsfs", "gcs"),
+    "s3": ("s3fs", "s3"),
+    "hf": ("huggingface_hub", ""),
+    "memory": ("fsspec", ""),
+}
+ATTEMPTS, PAUSE = 3, 1.0  # of a file, and the seconds after the first; they double
+SILENCE = 30  # seconds
+AT_A_TIME = 8  # files
+# What tells one state of a file from another, by the names that the schemes have for it.
+STATES = ("etag", "ETag", "generation", "blob_id", "md5Hash", "updated", "LastModified", "created")
+
+# What no second attempt mends.
+HOPELESS = ("NoCredentialsError", "DefaultCredentialsError")
+
+# A `pathlib.Path`, or a `upath.UPath`, which is loaded for an address alone.
+Place = Any
+
+
+class AddressError(ValueError):
+    """A bucket or a hub that did not answer, or refused; never that a file is not there."""
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Says whether a path is an address, such as `gs://bucket/pairs`."""
+    return bool(REMOTE.match(str(path)))
+
+
+def check(path: str | os.PathLike) -> None:
+    """Checks that what an address needs is installed; a path of this machine is fine.
+
+    Raises:
+        ValueError: it is an address of another kind.
+        ModuleNotFoundError: its package is absent; the message names the pip command.
+    """
+    match = REMOTE.match(str(path))
+    if not match:
+        return
+    scheme = match[1].lower()
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"{path}: not an address that is read or written; expected gs://, s3:// or hf://, or "
+            "a path on this machine"
+        )
+    package, extra = SCHEMES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f'{path}: {scheme}:// needs {package}: pip install "align-tf[{extra}]"', name=package
+        )
+
+
+def place(path: str | os.PathLike) -> Place:
+    """Takes a path or an address to what has pathlib's methods.
+
+    Args:
+        path: of this machine, or an address of `SCHEMES`.
+
+    Returns:
+        A `pathlib.Path`; of an address a `upath.UPath`.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `check`.
+    """
+    if not is_remote(path):
+        return pathlib.Path(path)
+    check(path)
+    import upath
+
+    scheme, rest = REMOTE.match(str(path))[1].lower(), REMOTE.sub("", str(path), count=1)
+    return upath.UPath(f"{scheme}://{rest.rstrip('/')}", **_options(scheme))
+
+
+@functools.cache
+def _options(scheme: str) -> dict[str, Any]:
+    """How long a client waits for a server that is silent; fsspec's own settings go before."""
+    import fsspec
+
+    options = {}
+    if scheme == "s3":
+        times = {
+            "connect_timeout": SILENCE,
+            "read_timeout": SILENCE,
+            "retries": {"max_attempts": 0},
+        }
+        options = {"config_kwargs": times}  # s3fs itself asks again
+    elif scheme == "gs":
+        import aiohttp
+
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        options = {"requests_timeout": silence}
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # which writes traces of its own
+    return {**options, **fsspec.config.conf.get(scheme, {})}
+
+
+def is_local(path: Place) -> bool:
+    """Says whether what `place` returned is on this machine."""
+    return isinstance(path, pathlib.Path)
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """Returns the absolute path of a path, and an address as it is."""
+    return str(place(path)) if is_remote(path) else os.path.abspath(path)
+
+
+@contextlib.contextmanager
+def told(path: Place) -> Iterator[None]:
+    """Has what a bucket's client raises in the block be an error of one line with the address.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or bucket.
+        AddressError: anything else: no credentials, no answer, no right.
+    """
+    try:
+        yield
+    except Exception as error:  # each client and what lies below it raises kinds of its own
+        reason = _reason(error)
+        if is_local(path) or isinstance(error, AddressError) or str(path) in reason:
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: no such file, folder or bucket: {reason}") from error
+        raise AddressError(f"{path}: cannot be reached: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- listing -------------------------------------------------------------------------------
+
+
+def listed(folder: Place) -> dict[str, dict[str, Any]]:
+    """Lists an address with all below it, once and anew.
+
+    Returns:
+        The address of each file -> what its bucket tells of it; in order of the addresses.
+    """
+    with told(folder):
+        folder.fs.invalidate_cache()
+        found = folder.fs.find(folder.path, detail=True)
+    return {_address(folder, name): found[name] for name in sorted(found)}
+
+
+def names(folder: Place) -> list[str]:
+    """Lists the names of the files and folders right in a folder; none where it is not there."""
+    if is_local(folder):
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    with told(folder):
+        folder.fs.invalidate_cache()
+        try:
+            found = folder.fs.ls(folder.path, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(os.path.basename(name.rstrip("/")) for name in found)
+
+
+def matching(pattern: str) -> list[str]:
+    """Lists what is at an address, or what its wildcards stand for, in order."""
+    path = place(pattern)
+    with told(path):
+        return [_address(path, name) for name in sorted(path.fs.glob(path.path))]
+
+
+def state(path: str) -> tuple[int, int] | None:
+    """Returns the size of a file and a number that another content changes; None without one."""
+    there = place(path)
+    if is_local(there):
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):  # a name that no file can have
+            return None
+        return found.st_size, found.st_mtime_ns
+    if len(there.parts) == 1:
+        return 0, 0  # a bucket
+    return _states(str(there.parent)).get(there.name)
+
+
+@functools.cache
+def _states(folder: str) -> dict[str, tuple[int, int]]:
+    """Lists once, until `look_again`, the sizes and states of the files right in a folder."""
+    there = place(folder)
+    try:
+        with told(there):
+            there.fs.invalidate_cache()
+            found = there.fs.ls(there.path, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {
+        os.path.basename(info["name"].rstrip("/")): (info["size"] or 0, _state(info))
+        for info in found
+    }
+
+
+def look_again() -> None:
+    """Has `state` ask the buckets anew."""
+    _states.cache_clear()
+
+
+def _state(info: dict[str, Any]) -> int:
+    told_states = [str(info[name]) for name in STATES if info.get(name) is not None]
+    return zlib.crc32("\0".join(told_states).encode())
+
+
+def _address(folder: Place, name: str) -> str:
+    return f"{folder.protocol}://{name.lstrip('/')}"
+
+
+# --- fetching ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fetched(path: Place) -> Iterator[pathlib.Path]:
+    """Gives a file on this machine until the end of the block: a copy, where it is remote.
+
+    Raises:
+        FileNotFoundError, AddressError: as `told`, where it is remote.
+    """
+    if is_local(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="align_tf-") as folder:
+        target = pathlib.Path(folder, path.name)
+        _fetch(path, target)
+        yield target
+
+
+def fetched_folder(folder: Place, wanted: Sequence[str] | None = None) -> pathlib.Path:
+    """Copies files right in a remote folder to this machine, where they stay until it ends.
+
+    Args:
+        folder: one on this machine is itself returned.
+        wanted: names of the files; None takes all.
+
+    Returns:
+        A folder on this machine.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no such file in it.
+        AddressError: as `told`.
+    """
+    if is_local(folder):
+        return folder
+    with told(folder):
+        folder.fs.invalidate_cache()
+        found = folder.fs.ls(folder.path, detail=True)
+    files = {
+        name: (info["size"], _state(info))
+        for info in found
+        if info["type"] == "file" and (name := os.path.basename(info["name"]))
+        if wanted is None or name in wanted
+    }
+    if not files:
+        raise FileNotFoundError(f"{folder}: no such folder, or it holds nothing of what is read")
+    one = f"{zlib.crc32(repr(sorted(files.items())).encode()):08x}"  # the same files are the same
+    target = pathlib.Path(_copies().name, one, *REMOTE.sub("", str(folder)).split("/"))
+    if not target.exists():
+        new = target.with_name(f".{target.name}")
+        new.mkdir(parents=True)
+        list(each(lambda name: _fetch(folder / name, new / name), sorted(files)))
+        new.rename(target)
+    return target
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory:
+    """Where copies lie until the process ends."""
+    return tempfile.TemporaryDirectory(prefix="align_tf-")
+
+
+def opened(path: Place) -> Any:
+    """Opens a file for a library that reads parts of it; one on this machine is its path."""
+    if is_local(path):
+        return path
+    with told(path):
+        return path.fs.open(path.path, "rb")
+
+
+def contents(paths: Sequence[str]) -> list[bytes | None]:
+    """Reads small files, remote ones several at a time; None is one of these that is not there.
+
+    Raises:
+        OSError: one on this machine cannot be read.
+        AddressError: as `told`.
+    """
+
+    def read(path: str) -> bytes | None:
+        there = place(path)
+        if is_local(there):
+            return there.read_bytes()
+        try:
+            return _again(there, lambda: there.fs.cat_file(there.path))
+        except FileNotFoundError:
+            return None
+
+    return list((each if any(map(is_remote, paths)) else map)(read, paths))
+
+
+def _fetch(path: Place, target: pathlib.Path) -> None:
+    def fetch() -> None:
+        path.fs.get_file(path.path, str(target))
+        size, came = path.fs.info(path.path)["size"], target.stat().st_size
+        if size is not None and size != came:
+            raise OSError(f"{came:,} of {size:,} bytes came")
+
+    _again(path, fetch)
+
+
+def _again(path: Place, call: Callable[[], Any]) -> Any:
+    """Calls what a network may break, a few times."""
+    with told(path):
+        for attempt in range(ATTEMPTS):
+            try:
+                return call()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                if attempt == ATTEMPTS - 1 or type(error).__name__ in HOPELESS:
+                    raise
+                say(f"{path}: {_reason(error)}; trying again")
+            time.sleep(PAUSE * 2**attempt)
+            path.fs.invalidate_cache()
+    return None
+
+
+def each(call: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Calls a function of each item, several at a time, and yields the results in order."""
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as threads:
+        yield from threads.map(call, items)
+
+
+# --- sending -------------------------------------------------------------------------------
+
+
+def send(file: pathlib.Path, path: Place) -> None:
+    """Copies a file to an address, where it appears whole."""
+    _again(path, lambda: path.fs.put_file(str(file), path.path))
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Checks that files may be written at an address, by one that is empty and goes again.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `check`.
+        FileNotFoundError, AddressError: as `told`.
+    """
+    probe = place(path) / f".align_tf-{os.getpid()}"
+    if probe.protocol == "hf":  # each file is a commit, which stays
+        return
+    with told(place(path)):
+        probe.fs.pipe_file(probe.path, b"")
+        with contextlib.suppress(Exception):  # one who may write may not be allowed to remove
+            probe.fs.rm_file(probe.path)
+
+
+def send_folder(folder: pathlib.Path, address: Place, last: str = "") -> None:
+    """Copies a folder with all below it to an address.
+
+    Args:
+        folder: on this machine.
+        address: what lies there stays, but for files of the same names.
+        last: the name of the file that tells that all others are there, sent after them.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    for part in ([f for f in found if f.name != last], [f for f in found if f.name == last]):
+        list(each(lambda file: send(file, address.joinpath(*file.relative_to(folder).parts)), part))
+
+
+def remove(folder: Place, first: str = "") -> None:
+    """Removes a remote folder, beginning with the file that tells that all others are there."""
+    found = sorted(listed(folder), key=lambda name: (os.path.basename(name) != first, name))
+    for name in found:
+        there = place(name)
+        with told(there), contextlib.suppress(FileNotFoundError):
+            there.fs.rm_file(there.path)

@@ -1,0 +1,141 @@
+"""The processes of one training, on one host or many: joined, and which of them writes."""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from align_tf.terminal import say
+
+# What says that there are several processes: Keras's own, then what JAX finds out itself.
+KERAS = ("KERAS_DISTRIBUTION_JOB_ADDRESSES", "KERAS_DISTRIBUTION_NUM_PROCESSES")
+NUMBERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+NAMES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+# Of a Cloud TPU whose environment says nothing its metadata server does.
+TPU_FILES, METADATA = ("/dev/accel0", "/dev/vfio/0"), "metadata.google.internal"
+WORKERS = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+ANSWER = 5  # seconds that it has
+
+
+def join() -> None:
+    """Joins the processes that the environment says there are, before anything is computed.
+
+    Raises:
+        ValueError: there are several, and Keras does not run on JAX.
+        RuntimeError: they do not find each other.
+    """
+    by_keras = any(os.environ.get(name) for name in KERAS)
+    if keras.backend.backend() != "jax":
+        if by_keras:
+            raise ValueError(
+                f"{KERAS[0]}: several processes train by `align-tf train` on Keras's JAX backend "
+                "alone; expected KERAS_BACKEND=jax"
+            )
+        return
+    import jax
+
+    if jax.distributed.is_initialized() or not (by_keras or _several()):
+        return
+    if not jax.config.jax_cpu_collectives_implementation:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if by_keras:
+        keras.distribution.initialize()
+    else:
+        jax.distributed.initialize()
+
+
+def _several() -> bool:
+    """Says whether the environment of a cluster tells of several processes."""
+    numbers = [os.environ.get(name, "") for name in NUMBERS]
+    if any(number.isdecimal() and int(number) > 1 for number in numbers):
+        return True
+    named = [os.environ[name] for name in NAMES if os.environ.get(name)]
+    if named:
+        return "," in named[0]
+    if "TPU_SKIP_MDS_QUERY" in os.environ or not any(map(os.path.exists, TPU_FILES)):
+        return False
+    url = WORKERS.format(os.environ.get("GCE_METADATA_IP", METADATA))
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER) as answer:
+            return b"," in answer.read()
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def place() -> tuple[int, int]:
+    """Returns this process's index and the number of processes, as `make_dataset`'s `shard`."""
+    if keras.backend.backend() != "jax":
+        return 0, 1
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def is_first() -> bool:
+    """Says whether this is the process that writes."""
+    return place()[0] == 0
+
+
+def say_first(message: str) -> None:
+    """Says something on stderr, once for all processes."""
+    if is_first():
+        say(message)
+
+
+def by_first(call: Callable[[], Any]) -> Any:
+    """Calls a function in the first process, while the others wait for its end.
+
+    Returns:
+        What it returned; None in the others.
+
+    Raises:
+        ValueError: in the others, if it failed there; in the first its own error.
+    """
+    index, count = place()
+    if count == 1:
+        return call()
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    result = error = None
+    if index == 0:
+        try:
+            result = call()
+        except Exception as caught:  # the others are told of whatever it is
+            error = caught
+    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("the first process has ended in an error, which it tells")
+    return result
+
+
+def any_of(said: bool) -> bool:
+    """Says whether any of the processes says so."""
+    if place()[1] == 1:
+        return said
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(said)).any())
+
+
+def agree(value: int, what: str) -> None:
+    """Checks that a number is the same in all processes.
+
+    Raises:
+        ValueError: it is not; the message names what it is.
+    """
+    if place()[1] == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    values = np.unique(multihost_utils.process_allgather(np.array(value)))
+    if len(values) > 1:
+        raise ValueError(f"{what}: {', '.join(map(str, values))} in the processes; expected one")

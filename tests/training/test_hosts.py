@@ -1,0 +1,252 @@
+"""Several processes train as one: to its weights, with its figures, and after one was killed."""
+
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_run import flags, place, settings_of  # noqa: F401  a fixture
+
+from align_tf.training import hosts
+
+STEPS = 20
+WEIGHTS = ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors")
+
+
+# Two epochs of `fit`, and the validation of each; the first process writes.
+FIT = """
+import json, os, sys
+import jax, keras
+if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    keras.distribution.initialize()
+from align_tf import AlignModel, AlignProcessor
+from align_tf.data import make_dataset
+from align_tf.training import ResumableCheckpoint, RetrievalEvaluation, data_parallel
+
+place, output = sys.argv[1:]
+index, count = jax.process_index(), jax.process_count()
+processor = AlignProcessor.from_pretrained(place + "/tiny")
+options = {"batch_size": 8 // count, "shard": (index, count)}
+keras.utils.set_random_seed(0)
+with data_parallel().scope():
+    model = AlignModel.from_pretrained(place + "/tiny")
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    checkpoints = ResumableCheckpoint(output, processor)
+    assert checkpoints.restore(model) == 0
+    history = model.fit(
+        make_dataset(place + "/pairs", processor, training=True, **options),
+        steps_per_epoch=3, epochs=2, shuffle=False, verbose=0,
+        validation_data=make_dataset(place + "/pairs", processor, **options),
+        callbacks=[
+            RetrievalEvaluation(make_dataset(place + "/pairs", processor, batch_size=8)),
+            checkpoints,
+        ],
+    ).history
+if index == 0:
+    print(json.dumps(history))
+"""
+
+
+def start(
+    count: int, devices: int, settings: dict, command: list[str] | None = None
+) -> list[subprocess.Popen]:
+    """Starts the processes of a training, each with so many devices."""
+    command = command or ["-m", "align_tf", "train", *flags(settings)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if count > 1:
+        environment |= {
+            "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+            "KERAS_DISTRIBUTION_NUM_PROCESSES": str(count),
+        }
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**environment, "KERAS_DISTRIBUTION_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """Waits for all, and returns what each has said on stderr."""
+    try:
+        said = [process.communicate()[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return said
+
+
+def apart(one, other, left_out: str = "seed") -> float:
+    """How far the weights and states of two trainings are from each other."""
+    found = 0.0
+    for name in WEIGHTS:
+        ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (one, other))
+        assert ours.keys() == theirs.keys()
+        names = [name for name in ours if not re.search(left_out, name)]
+        found = max(found, *(np.abs(ours[name] - theirs[name]).max() for name in names))
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(place):  # noqa: F811
+    pytest.importorskip("jax")
+    return {**settings_of(place, "?"), "validation_data": str(place / "pairs"), "devices": None}
+
+
+def run(settings, output, count: int, devices: int = 1) -> list[str]:
+    given = {key: value for key, value in settings.items() if value is not None}
+    return finish(start(count, devices, {**given, "output": str(output)}))
+
+
+@pytest.fixture(scope="module")
+def of_one(settings, tmp_path_factory):
+    """The folder of a training by one process."""
+    output = tmp_path_factory.mktemp("hosts") / "one"
+    run(settings, output, 1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def of_two(settings, of_one):
+    """The same by two."""
+    said = run(settings, of_one.with_name("two"), 2)
+    assert "Devices: 2 CPU devices" in said[0] and "step 20/20" in said[0]
+    assert "step" not in said[1]
+    return of_one.with_name("two")
+
+
+def figures(output) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_alike(output, of_one) -> None:
+    # Attention does not depend on its keys' bias: the gradient is rounding, which LAMB makes large.
+    assert apart(output, of_one, r"seed|key.bias") < 1e-5
+    found, expected = figures(output), figures(of_one)
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    assert sum("val_r1_i2t" in line for line in found) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(of_one, of_two):
+    assert_alike(of_two, of_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(4, 1), (2, 2)])
+def test_more_processes_and_devices_take_them_too(settings, of_one, tmp_path, count, devices):
+    run(settings, tmp_path / "out", count, devices)
+    assert_alike(tmp_path / "out", of_one)
+
+
+@pytest.mark.slow
+def test_fit_by_two_processes_is_that_of_one(place, tmp_path):  # noqa: F811
+    pytest.importorskip("jax")
+    histories = []
+    for count in (1, 2):
+        processes = start(count, 1, {}, ["-c", FIT, str(place), str(tmp_path / str(count))])
+        outs = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, outs
+        histories.append(json.loads(outs[0][0].splitlines()[-1]))
+    assert histories[1].keys() == histories[0].keys() >= {"val_loss", "val_r1_i2t"}
+    for name, values in histories[0].items():
+        assert histories[1][name] == pytest.approx(values, abs=1e-5), name
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / name / "checkpoint-6" / "training_state.safetensors")
+        for name in ("1", "2")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_after_a_kill_of_one_all_go_on_to_the_weights_of_an_unbroken_run(
+    settings, of_two, tmp_path
+):
+    given = {key: value for key, value in settings.items() if value is not None}
+    given |= {"output": str(tmp_path / "out")}
+    processes = start(2, 1, given)
+    for line in processes[0].stderr:
+        if line.startswith("step 10/"):
+            break
+    processes[1].send_signal(signal.SIGKILL)
+    for process in processes:
+        process.kill()  # as who runs a pod starts all anew
+        process.communicate()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    said = run(settings, tmp_path / "out", 2)
+    assert "Going on from step 6, " in said[0]
+    assert apart(tmp_path / "out", of_two, "$^") == 0.0
+    assert figures(tmp_path / "out") == figures(of_two)
+
+
+# --- what the environment says -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),  # as Colab has it
+        ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2", "TPU_WORKER_HOSTNAMES": "t1v-0"}, True),
+    ],
+)
+def test_several_processes_are_told_by_the_environment(monkeypatch, environment, expected):
+    for name in (*hosts.NUMBERS, *hosts.NAMES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._several() is expected
+
+
+@pytest.mark.parametrize(("workers", "expected"), [("10.0.0.1", False), ("10.0.0.1,b", True)])
+def test_a_tpu_without_an_environment_asks_its_metadata(monkeypatch, tmp_path, workers, expected):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            fine = self.headers["Metadata-Flavor"] == "Google"
+            fine &= self.path == "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+            self.send_response(200 if fine else 404)
+            self.end_headers()
+            self.wfile.write(workers.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    for name in (*hosts.NUMBERS, *hosts.NAMES, "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "TPU_FILES", (str(tmp_path),))
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_address[1]}")
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert hosts._several() is expected
+        thread.join()
