@@ -11,6 +11,7 @@ from align_tf.data.limit import LIMIT, is_limit
 from align_tf.data.readers import PathOrPaths, open_source
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
+from align_tf.files import readable
 from align_tf.preprocessing.image_processing import FINE
 from align_tf.preprocessing.processor import AlignProcessor
 
@@ -158,6 +159,25 @@ def make_dataset(
         end = tf.data.Dataset.range(1).flat_map(_graph(lambda _: dataset.take(left_out.ended())))
         dataset = dataset.concatenate(end)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def batch_keys(source: PathOrPaths, batch_size: int, seed: int, step: int) -> list[str]:
+    """Says which records are in a batch of a training.
+
+    Args:
+        source: as `make_dataset` takes it, with `batch_size` and `seed` of the same.
+        batch_size: pairs in the batch of all workers.
+        seed: of the order.
+        step: the number of the batch, from 0.
+
+    Returns:
+        The keys of its records.
+    """
+    opened = open_source(source, None, None)
+    batches, _ = _batches(opened, batch_size, True, seed, None, step)
+    keys = _graph(lambda _, elements: _load(opened, elements)["key"])
+    (found,) = batches.take(1).map(keys)
+    return [readable(key.decode(errors="surrogateescape")) for key in found.numpy()]
 
 
 def _check_arguments(

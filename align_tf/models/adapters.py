@@ -101,8 +101,8 @@ class Adapters(KeepsFrozen):
     def load_adapter(
         self,
         name_or_path: str | os.PathLike,
-        *,
         name: str = DEFAULT,
+        *,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,

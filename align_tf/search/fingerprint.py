@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from align_tf.models.align import AlignModel
+from align_tf.models.effective_weights import effective_weights
 from align_tf.preprocessing.processor import AlignProcessor
 
 
@@ -20,8 +21,13 @@ def fingerprint(model: AlignModel, processor: AlignProcessor) -> str:
     images = processor.image_processor.to_dict()
     images.pop("max_image_pixels", None)
     digest = hashlib.sha256(json.dumps([config, images], sort_keys=True, default=str).encode())
+    # With an adapter, as the model has it merged.
+    weights = effective_weights(model) if model.active_adapter else model._relative_weights()
     for weight in sorted(model.weights, key=lambda weight: weight.path):
-        values = np.asarray(ops.convert_to_numpy(weight), np.float32)
+        found = weights.get(weight.path.removeprefix(f"{model.path}/"))
+        if found is None:  # the adapter's own
+            continue
+        values = np.asarray(ops.convert_to_numpy(found), np.float32)
         digest.update(f"{weight.path.removeprefix(model.path)} {values.shape}".encode())
         digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()[:32]

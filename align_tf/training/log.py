@@ -112,6 +112,9 @@ class Log(keras.callbacks.Callback):
             "temperature": float(ops.convert_to_numpy(model.temperature)),
             "learning_rate": float(ops.convert_to_numpy(model.optimizer.learning_rate)),
         }
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        if getattr(optimizer, "gradient_norm", None) is not None:
+            values["gradient_norm"] = float(ops.convert_to_numpy(optimizer.gradient_norm))
         line = f"{self._place()}  loss {values['loss']:.4f}  "
         line += f"temperature {values['temperature']:.4f}  rate {values['learning_rate']:.2e}"
         if self.step > self.marked[0]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -81,6 +81,7 @@ class _OwnRates:
     """
 
     rates: dict[str, float] = {}
+    watches_gradients = False  # whether `gradient_norm` is kept
 
     def build(self, variables: list) -> None:
         if self.built:
@@ -88,6 +89,10 @@ class _OwnRates:
         self._own_rates = [self.rates.get(variable.path, 1.0) for variable in variables]
         self.exclude_from_weight_decay(var_list=[v for v in variables if v.name in NOT_DECAYED])
         super().build(variables)
+        if self.watches_gradients:
+            self.gradient_norm = self.add_variable(
+                (), name="gradient_norm", aggregation="only_first_replica"
+            )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         own_rate = self._own_rates[self._get_variable_index(variable)]
@@ -104,22 +109,31 @@ class _OwnRates:
     def _clip_gradients(self, gradients: list) -> list:
         if keras.backend.backend() == "tensorflow":
             return gradients  # a replica's share here; the sum is clipped below
+        self._measure(gradients)
         return super()._clip_gradients(gradients)
 
     def _all_reduce_sum_gradients(self, grads_and_vars: list) -> list:
         """Sums the replicas' shares, then clips, so that the step is that of one device."""
         gradients, variables = zip(*super()._all_reduce_sum_gradients(grads_and_vars), strict=True)
+        self._measure(gradients)
         return list(zip(super()._clip_gradients(gradients), variables, strict=True))
 
+    def _measure(self, gradients: Sequence) -> None:
+        """Keeps the norm of all gradients together, before they are clipped."""
+        if self.watches_gradients:
+            squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in gradients]
+            self.gradient_norm.assign(ops.sqrt(sum(squares)))
+
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "rates": dict(self.rates)}
+        own = {"rates": dict(self.rates), "watches_gradients": self.watches_gradients}
+        return {**super().get_config(), **own}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         config = dict(config)
-        rates = config.pop("rates")
+        rates, watches = config.pop("rates"), config.pop("watches_gradients", False)
         optimizer = super().from_config(config, custom_objects)
-        optimizer.rates = rates
+        optimizer.rates, optimizer.watches_gradients = rates, watches
         return optimizer
 
 
@@ -207,6 +221,7 @@ def make_optimizer(
     layer_decay: float = 1.0,
     clip_norm: float | None = None,
     ema_momentum: float | None = None,
+    watch_gradients: bool = False,
 ) -> keras.optimizers.Optimizer:
     """Returns the optimizer of the paper's recipe (ALIGN, arXiv 2102.05918, section 5).
 
@@ -227,6 +242,8 @@ def make_optimizer(
             does not clip.
         ema_momentum: keep a moving average of the weights, which `fit` puts in their place when
             it ends; None keeps none.
+        watch_gradients: keep the norm of each step's gradients, before they are clipped, as
+            `gradient_norm`.
 
     Returns:
         An optimizer for `model.compile`.
@@ -250,6 +267,7 @@ def make_optimizer(
         name=optimizer,
     )
     made.rates = learning_rates(model, **settings)
+    made.watches_gradients = watch_gradients
     return made
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from align_tf import addresses
+from align_tf import addresses, files
 from align_tf.configuration.align import AlignConfig
-from align_tf.data.dataset import make_dataset
+from align_tf.data.dataset import batch_keys, make_dataset
 from align_tf.data.listing import Listing
 from align_tf.data.readers import list_files, open_source
 from align_tf.graph_errors import plain
@@ -31,6 +31,8 @@ from align_tf.training.recipe import Recipe, check_extras, read_recipe
 from align_tf.training.validation import Best, make_validation
 
 LISTING_NAME, COUNTS_NAME = "data_listing.npz", "data_counts.json"
+BATCH_NAME = "not_finite.txt"  # the keys of a batch whose loss was not
+KEYS_SAID = 4  # of it in the error
 ADAPTER_FOLDER = "adapter"  # beside the model that it is merged into
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
@@ -250,6 +252,7 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         layer_decay=recipe.layer_decay,
         clip_norm=recipe.clip_norm,
         ema_momentum=recipe.ema_momentum,
+        watch_gradients=True,
     )
     model.compile(optimizer=optimizer, accumulation=recipe.accumulation, remat=recipe.remat)
     model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
@@ -343,14 +346,15 @@ class Checkpoints(resume.MeasuresAverages):
         asked = hosts.place()[1] == 1 or self.step % self.recipe.log_every == 0
         stopping = asked and hosts.any_of(self.stopping)
         ending = stopping or self.step == self.recipe.steps
+        if not math.isfinite(logs["loss"]):  # a mean over steps, so the first that is not
+            raise ValueError(
+                f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
+                "lower learning_rate, a longer warmup or clip_norm may keep it finite, unless it "
+                f"is one of its pairs: {self._said_batch()}"
+            )
         # Where an epoch ends too, and so where it is validated.
         if not ending and (self.step - self.first) % self.recipe.save_every:
             return
-        if not math.isfinite(logs["loss"]):
-            raise ValueError(
-                f"step {self.step}: the loss is {logs['loss']}, so no checkpoint is written; a "
-                "lower learning_rate, a longer warmup or clip_norm may keep it finite"
-            )
         kept = self.recipe.keep, self.best.step
         resume.save(self.output, self.step, self.model, self.processor, *kept)
         if stopping:
@@ -358,6 +362,17 @@ class Checkpoints(resume.MeasuresAverages):
             raise KeyboardInterrupt  # past the validation
         if ending:
             self.model.stop_training = True
+
+    def _said_batch(self) -> str:
+        """Names the pairs of the step, in a file where they are many."""
+        recipe = self.recipe
+        keys = batch_keys(recipe.data, recipe.batch_size, recipe.seed, self.step - 1)
+        if len(keys) <= KEYS_SAID:
+            return ", ".join(keys)
+        path = self.output / BATCH_NAME
+        if hosts.is_first():
+            files.write_text(path, "".join(f"{key}\n" for key in keys))
+        return f"{', '.join(keys[:KEYS_SAID])} and {len(keys) - KEYS_SAID} more, listed in {path}"
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from align_tf import AlignConfig, AlignModel, AlignProcessor, AlignTextModel
 from align_tf.files import CheckpointError
 from align_tf.models import fused_training
 from align_tf.models.plain_copy import plain_copy
+from align_tf.search.fingerprint import fingerprint
 
 EMBEDS = ("image_embeds", "text_embeds")
 
@@ -132,7 +133,7 @@ def test_adapters_go_by_name(adapted, checkpoint, pairs, tmp_path):
     adapted.set_adapter(None)
     assert_same(embeds(adapted, pairs), plain)
     adapted.delete_adapter("images")
-    adapted.load_adapter(tmp_path / "images", name="read")
+    adapted.load_adapter(tmp_path / "images", "read")
     assert_same(embeds(adapted, pairs), second)
     predicted = adapted.predict(pairs, batch_size=4, verbose=0)
     assert_same([predicted[name] for name in EMBEDS], second)
@@ -170,6 +171,20 @@ def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path
     assert adapted.adapters == []
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         adapted.merge_adapter()
+
+
+def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp_path):
+    processor = AlignProcessor.from_pretrained(checkpoint)
+    found = fingerprint(adapted, processor)
+    assert found != fingerprint(AlignModel.from_pretrained(checkpoint), processor)
+    adapted.save_adapter(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        assert fingerprint(AlignModel.from_pretrained(tmp_path / name), processor) == found
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 4}))
+    other = AlignModel.from_pretrained(tmp_path / "adapter")
+    assert fingerprint(other, processor) != found
 
 
 def test_a_folder_of_an_adapter_is_a_model(adapted, checkpoint, pairs, tmp_path):

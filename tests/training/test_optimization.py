@@ -31,6 +31,23 @@ def run(optimizer, *, rates=None, name="kernel"):
     return steps
 
 
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+@pytest.mark.parametrize("kind", ["lamb", "adamw"])
+def test_the_norm_of_the_gradients_is_kept(kind, clip_norm, tiny_config):
+    optimizer = make_optimizer(
+        AlignModel(tiny_config),
+        optimizer=kind,
+        total_steps=5,
+        clip_norm=clip_norm,
+        watch_gradients=True,
+    )
+    again = type(optimizer).from_config(optimizer.get_config())
+    for made in (optimizer, again):
+        run(made)
+        found = float(ops.convert_to_numpy(made.gradient_norm))
+        assert found == pytest.approx(0.11**0.5, rel=1e-5)  # of the second, before it is clipped
+
+
 def schedule(steps, **settings):
     made = WarmupDecay(**settings)
     return [float(made(step)) for step in steps]

@@ -195,7 +195,8 @@ def test_training_leaves_what_from_pretrained_reads(unbroken):
     assert lines[0]["learning_rate"] == pytest.approx(0.01 * 15 / 17)
     assert lines[-1]["learning_rate"] == 0.0
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert {"temperature", "images_per_second"} <= lines[1].keys()
+    assert {"temperature", "images_per_second", "gradient_norm"} <= lines[1].keys()
+    assert all(line["gradient_norm"] > 0 for line in lines)
     name = "model.safetensors"
     assert (unbroken / name).read_bytes() == (unbroken / "checkpoint-20" / name).read_bytes()
 
@@ -439,9 +440,16 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(settings, traced_once, m
         return model
 
     monkeypatch.setattr(run, "make_model", make_broken_model)
-    with pytest.raises(ValueError, match=r"step 6: the loss is nan"):
+    message = r"step 1: the loss is nan, so no .* unless it is one of its pairs: "
+    with pytest.raises(ValueError, match=message) as error:
         train(Recipe(**settings))
-    assert not list(pathlib.Path(settings["output"]).glob("*checkpoint-*"))
+    output = pathlib.Path(settings["output"])
+    assert not list(output.glob("*checkpoint-*"))
+    keys = (output / "not_finite.txt").read_text().splitlines()
+    assert len(set(keys)) == 8
+    assert {f"{index:02}" for index in range(24)} >= {pathlib.Path(key).stem for key in keys}
+    said = f"{', '.join(keys[:4])} and 4 more, listed in {output / 'not_finite.txt'}"
+    assert str(error.value).endswith(said)
 
 
 @pytest.mark.slow  # of another shape than the others, so all is traced anew, validation too
