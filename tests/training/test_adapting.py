@@ -20,16 +20,16 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blu
 KILLED = """
 import os, signal, sys
 from align_tf.cli.main import main
-from align_tf.training import log
+from align_tf.training import hosts
 
-say = log.say
+say = hosts.say
 
 def say_and_die(message):
     say(message)
     if message.startswith("step 4/"):
         os.kill(os.getpid(), signal.SIGKILL)
 
-log.say = say_and_die
+hosts.say = say_and_die
 sys.exit(main())
 """
 

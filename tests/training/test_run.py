@@ -22,7 +22,16 @@ from align_tf.cli.main import main
 from align_tf.configuration import presets
 from align_tf.data import make_dataset
 from align_tf.files import CheckpointError
-from align_tf.training import Recipe, RetrievalEvaluation, log, read_recipe, resume, run, train
+from align_tf.training import (
+    Recipe,
+    RetrievalEvaluation,
+    devices,
+    hosts,
+    read_recipe,
+    resume,
+    run,
+    train,
+)
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["a", "dark", "bright", "red", "green", "blue"]
@@ -172,7 +181,7 @@ def flags(settings):
 def when(monkeypatch):
     """The beginning of a line -> what is done when the training has said such a line."""
 
-    say, actions = log.say, {}
+    say, actions = hosts.say, {}
 
     def say_and_act(message):
         say(message)
@@ -180,7 +189,7 @@ def when(monkeypatch):
             if message.startswith(beginning):
                 action()
 
-    monkeypatch.setattr(log, "say", say_and_act)
+    monkeypatch.setattr(hosts, "say", say_and_act)
     return actions
 
 
@@ -261,7 +270,7 @@ def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     header = [
         f"Training {settings['model']} on {settings['data']}: loading TensorFlow ...",
         f"Data: {settings['data']}, 24 pairs, 8 in a batch",
-        f"Devices: {log.devices.describe_devices()}, float32",
+        f"Devices: {devices.describe_devices()}, float32",
         "Training: 3,113 of 3,465 weights",
         "Optimizer: lamb, learning_rate 0.01, warmup_steps 3, schedule linear",
         "Steps: 20, 3 an epoch; a line every 1, a checkpoint every 2",
