@@ -169,8 +169,11 @@ def _devices(topology: str) -> list:
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    # A host of v5e and v6e has 2x2 chips, unless told that this is a single one.
+    options = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        described = topologies.get_topology_desc(topology, "tpu", **options)
+        return list(described.devices)
     except Exception as error:  # of several kinds, from the compiler's own code
         raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}") from error
 
