@@ -35,13 +35,16 @@ ADAPTER_TORCH_NAME = "adapter_model.bin"
 RECIPE_NAME = "recipe.yaml"  # of a training, which stays beside the model that it gave
 # Of a training, what is no part of that model.
 OF_TRAINING = (
-    *("checkpoint-*/*", ".*", "metrics.jsonl", "data_listing*", "tensorboard/*"),
+    *("checkpoint-*/*", ".*", "metrics.jsonl", "data_*", "tensorboard/*"),
     *(RECIPE_NAME, "training_state.*"),  # a recipe names places of the machine
 )
 
 # Of a remote folder: what is small, and the formats of weights in the order of preference.
 SMALL = (".json", ".txt", ".index")
-WEIGHTS = (r"model.*\.safetensors", r"pytorch_model.*\.bin", r".*\.data-\d+-of-\d+")
+WEIGHTS = (
+    *(r"model.*\.safetensors", r"pytorch_model.*\.bin", r".*\.data-\d+-of-\d+"),
+    r"adapter_model\.(safetensors|bin)",
+)
 
 _DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
 _PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"

@@ -14,7 +14,7 @@ from align_tf import AlignModel, AlignProcessor, addresses, hub
 from align_tf.cli.main import main
 from align_tf.files import write_text
 
-ADDRESS = "memory://bucket/align"
+ADDRESS, ADAPTER = "memory://bucket/align", "memory://bucket/adapter"
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +146,15 @@ def test_paths_of_this_machine_load_nothing():
     code = "import sys; from align_tf import addresses, files; addresses.place('a/b'); "
     code += "sys.exit(bool({'fsspec', 'upath', 's3fs', 'gcsfs'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_adapter_goes_to_an_address_and_comes_back(checkpoint):
+    model = AlignModel.from_pretrained(checkpoint)
+    model.enable_lora(rank=2)
+    model.save_adapter(ADAPTER)
+    found = AlignModel.from_pretrained(ADAPTER)
+    assert found.active_adapter is not None
+    assert sorted(addresses.names(addresses.place(ADAPTER))) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from align_tf import files
+from align_tf import addresses, files
 from align_tf.checkpoints.name_table import permute
 from align_tf.checkpoints.tensors import FLOAT_DTYPES, read_header, read_tensors
 from align_tf.files import CheckpointError
@@ -254,7 +254,7 @@ def write_adapter(
     """
     import safetensors.numpy
 
-    folder = pathlib.Path(folder)
+    folder = addresses.place(folder)
     tensors = {
         f"{PREFIX}{name}.{key}": np.ascontiguousarray(_to_peft(pair[side], kinds[name], side))
         for name, pair in sides.items()

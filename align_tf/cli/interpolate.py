@@ -3,11 +3,11 @@
 import argparse
 import json
 import math
-import pathlib
 import types
 from collections.abc import Callable
 from typing import Any
 
+from align_tf.addresses import is_local, names, place
 from align_tf.cli.common import hint, import_tensorflow, print_table, say
 
 TASKS = ("retrieval", "zero-shot")
@@ -74,8 +74,8 @@ def run(arguments: Any) -> int:
 
 def _check(arguments: Any) -> list[tuple[str, str]]:
     """Returns what a sweep measures: each task, and its data."""
-    output = pathlib.Path(arguments.output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    output = place(arguments.output)
+    if (is_local(output) and output.is_file()) or names(output):
         raise FileExistsError(f"{output}: it is there already; expected a new folder")
     if arguments.alpha is not None and not math.isfinite(arguments.alpha):
         raise ValueError(f"--alpha {arguments.alpha}: expected a number")

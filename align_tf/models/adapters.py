@@ -153,7 +153,7 @@ class Adapters(KeepsFrozen):
         held = self._all.held[self._active_or(name)]
         self._park()
         kinds = {hf: kind for hf, (_, kind, _) in self._adaptable().items()}
-        adapters.write_adapter(pathlib.Path(folder), held.config, held.sides, kinds)
+        adapters.write_adapter(folder, held.config, held.sides, kinds)
 
     def push_adapter_to_hub(
         self,

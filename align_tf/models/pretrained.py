@@ -101,7 +101,7 @@ class Pretrained:
             model = cls(config, dtype=dtype)
         model._load(source, prefix=cls.prefix, unused=cls.unused)
         model._start_fine_tuning()
-        model.name_or_path, model.revision = os.fspath(name_or_path), revision
+        model.name_or_path, model.revision = str(name_or_path), revision
         return model
 
     @classmethod

@@ -96,7 +96,7 @@ def embed(
     opened = open_source(*reading, need_captions=False)
     name = ""
     if not isinstance(model, AlignModel):
-        name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+        name = os.path.abspath(model) if os.path.isdir(str(model)) else str(model)
     model, processor = load_model(model, processor)
     settings = Settings(
         source=os.pathsep.join(source) if isinstance(source, list) else opened.name,

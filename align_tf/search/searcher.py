@@ -48,7 +48,7 @@ class Searcher:
             self.encoder = client
             self._check_server()
             return
-        name = "the model given" if isinstance(model, AlignModel) else os.fspath(model or "")
+        name = "the model given" if isinstance(model, AlignModel) else str(model or "")
         if model is None:
             name, model = about["model"], self._own_model(about["model"])
         model, processor = load_model(model, processor)

@@ -102,7 +102,7 @@ def test_the_configuration_keeps_it():
 def test_a_recipe_has_it(checkpoint, processor, tmp_path):
     places = {"model": str(checkpoint), "data": str(tmp_path), "output": str(tmp_path)}
     recipe = Recipe(**places, steps=2, batch_size=4, virtual_batch_size=2, batch_norm="trained")
-    model = run._make_model(recipe.counted(2), processor, 1)
+    model = run.make_model(recipe.counted(2), processor, 1)
     norms = [norm for _, norm in model.vision_model._batch_norms()]
     assert {(type(n).__name__, n.virtual_batch_size) for n in norms} == {
         ("GhostBatchNormalization", 2)
