@@ -8,7 +8,8 @@ from typing import Any
 
 from align_tf.cli.common import EXIT_USER_ERROR, import_tensorflow, print_table, say
 from align_tf.cli.settings import add_settings, given_settings
-from align_tf.training.recipe import BATCH, MODEL, OPTIMIZER, TRAINS, read_recipe
+from align_tf.training.recipe import BATCH, MODEL, OPTIMIZER, TRAINS
+from align_tf.training.recipe_file import read_recipe
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from align_tf.cli.common import hint, import_tensorflow, say
 from align_tf.cli.settings import add_settings, given_settings
-from align_tf.training.recipe import check_extras, read_recipe
+from align_tf.training.recipe import check_extras
+from align_tf.training.recipe_file import read_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,5 +6,6 @@ from .callbacks import (
 )
 from .devices import data_parallel as data_parallel, describe_devices as describe_devices
 from .optimization import make_optimizer as make_optimizer
-from .recipe import Recipe as Recipe, read_recipe as read_recipe
+from .recipe import Recipe as Recipe
+from .recipe_file import read_recipe as read_recipe
 from .run import train as train

@@ -27,7 +27,8 @@ from align_tf.terminal import say
 from align_tf.training import devices, hosts, resume
 from align_tf.training.log import METRICS_NAME, Log, say_header
 from align_tf.training.optimization import make_optimizer
-from align_tf.training.recipe import Recipe, check_extras, read_recipe
+from align_tf.training.recipe import Recipe, check_extras
+from align_tf.training.recipe_file import read_recipe
 from align_tf.training.validation import Best, make_validation
 
 LISTING_NAME, COUNTS_NAME = "data_listing.npz", "data_counts.json"
