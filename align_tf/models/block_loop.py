@@ -1,8 +1,9 @@
-"""The blocks of a tower in training on JAX: those that are alike share one loop, and keep little.
+"""The blocks of a tower in training on JAX: those that are alike share one loop, compiled once.
 
-What XLA compiles for a TPU grows with the blocks, and 55 of EfficientNet-B7 took 25 minutes; in a
-loop over their stacked weights a body is compiled once for each kind. A block keeps for its
-gradient what is dear to compute again, by `worth_keeping`.
+What XLA compiles for a TPU grows with the blocks, of which EfficientNet-B7 has 55; in a loop over
+their stacked weights a body is compiled once for each kind. A block keeps for its gradient what is
+dear to compute again, by `worth_keeping`. A CPU runs the loop in nearly twice the time of the
+blocks.
 """
 
 import math
@@ -18,18 +19,6 @@ from align_tf.models.step_state import step_variables
 # The products that widen the images' early stages, where memory goes, lie below it; those that
 # narrow them, and all others of both towers, above.
 DEAR = 200
-
-
-def is_chosen(tower: keras.Model) -> bool:
-    """Says whether a tower's blocks run in loops: by its `loop_blocks`, else where JAX has a TPU.
-
-    A CPU runs the loop slower than the blocks, in nearly twice the time, and compiles it no sooner.
-    """
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return jax.default_backend() == "tpu" if tower.loop_blocks is None else tower.loop_blocks
 
 
 def run_blocks(

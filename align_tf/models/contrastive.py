@@ -51,6 +51,7 @@ class ContrastiveTraining:
         auto_scale_loss: bool = True,
         accumulation: int = 1,
         remat: bool = False,
+        loop_blocks: bool = False,
     ) -> None:
         """Prepares the model for `fit`; the loss and the metrics are its own.
 
@@ -68,14 +69,19 @@ class ContrastiveTraining:
                 arXiv 2101.06983); see `align_tf.models.accumulation`.
             remat: compute the activations inside a block again for its gradient instead of
                 keeping them: less memory, more time.
+            loop_blocks: on JAX, run blocks that are alike in a loop, which is compiled once: for
+                a TPU in less time; see `align_tf.models.block_loop`.
 
         Raises:
-            ValueError: a loss or a metric is given, or accumulation is not a positive integer.
+            ValueError: a loss or a metric is given, accumulation is not a positive integer, or
+                loop_blocks on another backend.
         """
         losses = {"loss": loss, "loss_weights": loss_weights}
         _check_own(losses, metrics=metrics, weighted_metrics=weighted_metrics)
         if not isinstance(accumulation, int) or accumulation < 1:
             raise ValueError(f"accumulation={accumulation!r}: expected a positive integer")
+        if loop_blocks and keras.backend.backend() != "jax":
+            raise ValueError("loop_blocks=True: the loop is JAX's; expected KERAS_BACKEND=jax")
         if optimizer is None:
             optimizer = keras.optimizers.AdamW(LEARNING_RATE)
         self._keep_frozen()  # whatever was set of a layer alone
@@ -87,12 +93,15 @@ class ContrastiveTraining:
             auto_scale_loss=auto_scale_loss,
         )
         self.accumulation = accumulation
-        self.text_model.remat = self.vision_model.remat = remat
+        for tower in (self.text_model, self.vision_model):
+            tower.remat, tower.loop_blocks = remat, loop_blocks
 
     def get_compile_config(self) -> dict[str, Any]:
         if not self.compiled:
             return {}
-        options = {"accumulation": self.accumulation, "remat": self.vision_model.remat}
+        tower = self.vision_model
+        options = {"remat": tower.remat, "loop_blocks": tower.loop_blocks}
+        options["accumulation"] = self.accumulation
         return {**super().get_compile_config(), **options}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from keras import layers, ops
 from align_tf.checkpoints import name_table
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.models.bert import EncoderLayer, TextEmbeddings, dense, embedding
-from align_tf.models.block_loop import is_chosen, run_blocks
+from align_tf.models.block_loop import run_blocks
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
 from align_tf.models.inputs import ID_INPUTS, PAIR_INPUTS, TakesNames, check_ids, check_known
@@ -66,7 +66,7 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         ]
         self.pooler = dense(config, config.hidden_size, activation="tanh", name="pooler", **options)
         self.remat = False
-        self.loop_blocks: bool | None = None  # see `block_loop`
+        self.loop_blocks = False  # see `block_loop`
         self.build()
         self._remember_layers()
 
@@ -115,7 +115,7 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         x = self.embeddings(**given, training=training)
         hidden_states, attentions = [x], []
         wanted = output_hidden_states or output_attentions or first_token_only
-        looped = training and is_chosen(self) and not wanted
+        looped = training and self.loop_blocks and not wanted
         if looped:
             x = run_blocks(self.blocks, x, attention_mask, keep_inputs_alone=self.remat)
         for block in () if looped else self.blocks:

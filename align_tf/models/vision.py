@@ -12,7 +12,7 @@ from align_tf.configuration.blocks import block_table
 from align_tf.configuration.vision import AlignVisionConfig
 from align_tf.models import fused_training
 from align_tf.models.activation import get_activation
-from align_tf.models.block_loop import is_chosen, run_blocks
+from align_tf.models.block_loop import run_blocks
 from align_tf.models.efficientnet import MBConvBlock, batch_norm, conv
 from align_tf.models.exports import Exports
 from align_tf.models.freezing import Tower
@@ -58,7 +58,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             for index, spec in enumerate(block_table(config))
         ]
         self.remat = False
-        self.loop_blocks: bool | None = None  # see `block_loop`
+        self.loop_blocks = False  # see `block_loop`
         self.build()
         self._set_batch_norm(frozen=bool(config.freeze_batch_norm))
         self._remember_layers()
@@ -97,7 +97,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         else:
             x = self.activation(self.stem_bn(x, training=training))
         hidden_states = [given(x)]
-        if training and is_chosen(self) and not output_hidden_states:
+        if training and self.loop_blocks and not output_hidden_states:
             x = run_blocks(self.blocks, x, keep_inputs_alone=self.remat)
         else:
             for block in self.blocks:

@@ -121,6 +121,12 @@ class Recipe:
     remat: bool = _setting(
         BATCH, False, "compute activations again for the gradient, to save more", bool
     )
+    loop_blocks: bool = _setting(
+        BATCH,
+        False,
+        "on JAX, run blocks that are alike in one loop: compiled for a TPU in less time",
+        bool,
+    )
     steps: int | None = _setting(BATCH, None, "steps of the whole training", COUNT)
     epochs: int | None = _setting(BATCH, None, "the same, in passes over the data", COUNT)
     optimizer: str | None = _setting(

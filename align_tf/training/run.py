@@ -255,7 +255,12 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         ema_momentum=recipe.ema_momentum,
         watch_gradients=True,
     )
-    model.compile(optimizer=optimizer, accumulation=recipe.accumulation, remat=recipe.remat)
+    model.compile(
+        optimizer=optimizer,
+        accumulation=recipe.accumulation,
+        remat=recipe.remat,
+        loop_blocks=recipe.loop_blocks,
+    )
     model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
     return model
 

@@ -53,7 +53,8 @@ class Program:
         state_bytes: on each chip, weights, optimizer and batch.
         temporary_bytes: on each chip, beside them while the step runs.
         chip_bytes: what a chip has.
-        flops_per_pair: floating-point operations of the step, a pair.
+        flops_per_pair: floating-point operations of the step, a pair; None where blocks run in
+            loops, of which the compiler counts one round.
         collectives: what goes between the chips.
         seconds: that the compilation took.
         foreign: what has no place on a TPU, such as float64; empty.
@@ -65,7 +66,7 @@ class Program:
     state_bytes: int
     temporary_bytes: int
     chip_bytes: int
-    flops_per_pair: float
+    flops_per_pair: float | None
     collectives: list[Collective]
     seconds: float
     foreign: list[str]
@@ -129,7 +130,6 @@ def compile_step(
     recipe = recipe.counted(recipe.steps or (recipe.warmup_steps or 0) + 1)
     processor = make_processor(recipe)
     model = make_model(recipe, processor, len(devices))
-    model.text_model.loop_blocks = model.vision_model.loop_blocks = True  # as where there is a TPU
     height, width, channels = processor.image_processor.output_shape
     if height is None:
         raise ValueError(
@@ -149,7 +149,7 @@ def compile_step(
         from align_tf import files
 
         files.write_text(pathlib.Path(program_path), text)
-    memory = compiled.memory_analysis()
+    memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
     return Program(
         topology=topology,
         chips=len(devices),
@@ -157,7 +157,7 @@ def compile_step(
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         chip_bytes=MEMORY[topology.partition(":")[0]] * GIB,
-        flops_per_pair=compiled.cost_analysis()["flops"] * len(devices) / recipe.batch_size,
+        flops_per_pair=None if recipe.loop_blocks else flops * len(devices) / recipe.batch_size,
         collectives=collectives_of(text),
         seconds=seconds,
         foreign=foreign_parts(text),
