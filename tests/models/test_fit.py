@@ -509,3 +509,6 @@ def test_what_fit_cannot_take_is_told(steady_config, pairs):
         model.compile(optimizer="sgd", loss="mse")
     with pytest.raises(ValueError, match="accumulation=0: expected a positive integer"):
         model.compile(optimizer="sgd", accumulation=0)
+    if keras.backend.backend() != "jax":
+        with pytest.raises(ValueError, match="loop_blocks=True: the loop is JAX's"):
+            model.compile(loop_blocks=True)
