@@ -104,6 +104,24 @@ def test_where_nothing_can_be_written_is_told_before_the_work(capsys, tmp_path, 
         assert run(capsys, *arguments, tmp_path)[2] == folder
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["classify", "x", "--labels", "a", "--model"], "--model"),
+        (["interpolate", "--output", "x", "align-tiny"], "tuned"),
+        (["train", "--model"], "--model"),
+        (["convert", "--from", "align-tiny", "--to", "hf", "--output", "x", "--processor"], None),
+    ],
+)
+def test_a_name_of_a_model_that_is_none_is_told_before_the_work(capsys, arguments, place):
+    code, _, err = run(capsys, *arguments, "")
+    said = f"align-tf: error: {place or '--processor'}: an empty name; expected a path\n"
+    assert (code, err) == (2, said)
+    code, _, err = run(capsys, *arguments, "ftp://bucket/align")
+    assert code == 2
+    assert err.startswith("align-tf: error: ftp://bucket/align: not an address that is read or w")
+
+
 def test_no_command_shows_help_and_fails(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
