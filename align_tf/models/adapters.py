@@ -227,7 +227,8 @@ class Adapters(KeepsFrozen):
     def merge_adapter(self) -> None:
         """Adds the active adapter to the weights, and takes all adapters off; compile after it.
 
-        The model is then one without LoRA, and what trained before `enable_lora` trains again.
+        The model is then one without LoRA, and what trained before `enable_lora` trains again. An
+        adapter that is made of it names no model: save it too.
 
         Raises:
             ValueError: no adapter is active, or a layer that it adapts is quantized.
@@ -246,6 +247,7 @@ class Adapters(KeepsFrozen):
         for layer in adapted.values():
             path = f"{layer.path}/{lora.adapted_weight(layer)}".removeprefix(f"{self.path}/")
             weights[path].assign(merged[path])
+        self.name_or_path = self.revision = None  # the next adapter is of other weights
         self._leave()
 
     @property

@@ -216,6 +216,13 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         vision = {"virtual_batch_size": recipe.virtual_batch_size}
         given = {"vision_config": vision} if recipe.virtual_batch_size else None
         model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype, config=given)
+        if model.active_adapter is not None:
+            if recipe.lora_rank is not None:
+                raise ValueError(
+                    f"model={recipe.model!r}: an adapter; with lora_rank expected a whole model, "
+                    "which align-tf convert --to hf makes of it"
+                )
+            model.merge_adapter()
     else:
         config = AlignConfig.from_preset(recipe.preset)
         vocab_size = len(processor.tokenizer)

@@ -216,6 +216,10 @@ def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path
     assert adapted.adapters == []
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         adapted.merge_adapter()
+    adapted.enable_lora(2)
+    adapted.save_adapter(tmp_path / "next")  # of no model that has a name
+    with pytest.raises(ValueError, match="an adapter that names no model"):
+        AlignModel.from_pretrained(tmp_path / "next")
 
 
 def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp_path):
