@@ -285,6 +285,8 @@ def test_a_flag_may_be_cut_short_and_what_follows_two_dashes_is_none(capsys):
         ("cat\na dog\n", "txt", [(None, "cat"), (None, "a dog")]),
         ("id,label\n0,cat\n1,'a dog, big'\n", "csv", [("0", "cat"), ("1", "a dog, big")]),
         ("Label\ncat\n", "csv", [(None, "cat")]),
+        ("label;id\n'a dog; big';1\n", "csv", [("1", "a dog; big")]),
+        ("cat;dog\n", "csv", [(None, "cat;dog")]),
         ("cat\n'a dog, big'\n", "csv", [(None, "cat"), (None, "a dog, big")]),
         ("label,folder\na cat,c\ndog\n", "csv", [("c", "a cat"), (None, "dog")]),
         ("folder\tlabel\nc\ta 'cat\n", "tsv", [("c", 'a "cat')]),
