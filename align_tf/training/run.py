@@ -119,7 +119,14 @@ def _save(
 
 def _take_best(output: addresses.Place, model: AlignModel, best: Best) -> None:
     """Puts the checkpoint of the best validation into the model."""
-    step = resume.restore(output / resume.FOLDER.format(best.step), model)
+    there = output / resume.FOLDER.format(best.step)
+    if there.name not in [folder.name for folder in resume.list_checkpoints(output)]:
+        which = "no validation has found it" if best.step is None else f"{there} is gone"
+        raise ValueError(
+            f"keep_best={best.key!r}: {which}; expected keep_best from the beginning of a "
+            "training, in another output"
+        )
+    step = resume.restore(there, model)
     hosts.say_first(f"The best {best.key}, {best.values[step]:.4f}, was that of step {step}.")
 
 
