@@ -337,6 +337,8 @@ def test_a_name_that_is_none_is_told(adapted, checkpoint):
             call(["x"])
     with pytest.raises(ValueError, match="the bias of the sigmoid loss is no part of an adapter"):
         adapted.use_sigmoid_loss(4)
+    with pytest.raises(ValueError, match="new word embeddings are no part of an adapter: expected"):
+        adapted.resize_token_embeddings(50)
     plain = AlignModel.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         plain.save_adapter("nowhere")
