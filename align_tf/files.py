@@ -166,7 +166,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             yield pathlib.Path(folder, path.name)
             addresses.send(pathlib.Path(folder, path.name), path)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{path.parent}: a file; expected a folder") from None
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = pathlib.Path(name)

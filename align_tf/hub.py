@@ -41,10 +41,8 @@ OF_TRAINING = (
 
 # Of a remote folder: what is small, and the formats of weights in the order of preference.
 SMALL = (".json", ".txt", ".index")
-WEIGHTS = (
-    *(r"model.*\.safetensors", r"pytorch_model.*\.bin", r".*\.data-\d+-of-\d+"),
-    r"adapter_model\.(safetensors|bin)",
-)
+WEIGHTS = (r"model.*\.safetensors", r"pytorch_model.*\.bin", r".*\.data-\d+-of-\d+")
+WEIGHTS_OF_ADAPTERS = (re.escape(ADAPTER_WEIGHTS_NAME), re.escape(ADAPTER_TORCH_NAME))
 
 _DTYPE = 'dtype="mixed_bfloat16" of a model, or another policy of Keras'
 _PLACED = "nothing: Keras places the model, and keras.distribution spreads it over devices"
@@ -135,9 +133,12 @@ def resolve_folder(
     if addresses.is_remote(name_or_path):
         if local_files_only:
             raise FileNotFoundError(f"{name_or_path}: not on this machine, which alone is asked")
-        return _fetched(addresses.place(name_or_path), weights)
+        kinds = (*WEIGHTS, *WEIGHTS_OF_ADAPTERS) if weights else WEIGHTS_OF_ADAPTERS * adapter
+        return _fetched(addresses.place(name_or_path), kinds)
     folder = pathlib.Path(name_or_path).expanduser()
     name = os.fspath(name_or_path)
+    if not name:  # to pathlib the working directory
+        raise FileNotFoundError("'': an empty name; expected a checkpoint's folder or id")
     if folder.is_dir():
         if name in BUNDLED and not folder.samefile(BUNDLED[name]):
             _tell_taken(name, folder.resolve())
@@ -186,11 +187,11 @@ def _tell_taken(name: str, folder: pathlib.Path) -> None:
     logger.warning("%s: taken from %s, not the bundled one of that name", name, folder)
 
 
-def _fetched(folder: addresses.Place, weights: bool) -> pathlib.Path:
+def _fetched(folder: addresses.Place, kinds: Iterable[str]) -> pathlib.Path:
     """Copies what a remote checkpoint is read from; of several formats of weights the first."""
     names = addresses.names(folder)
     wanted = [name for name in names if name.endswith(SMALL)]
-    for kind in WEIGHTS if weights else ():
+    for kind in kinds:
         if found := [name for name in names if re.fullmatch(kind, name)]:
             wanted += found
             break
@@ -280,8 +281,7 @@ def push(
     """
     import huggingface_hub
 
-    if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"repo_id={repo_id!r}: expected an owner and a name, such as me/my-align")
+    check_id(repo_id)
     api = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -299,6 +299,16 @@ def push(
         reason = " ".join(str(error).split())
         raise OSError(f"{repo_id}: the Hugging Face hub took nothing: {reason}") from error
     return commit.pr_url if create_pr else commit.commit_url
+
+
+def check_id(repo_id: str) -> None:
+    """Checks that a repository's name is one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise ValueError(f"repo_id={repo_id!r}: expected an owner and a name, such as me/my-align")
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
@@ -322,7 +332,7 @@ def resolve_settings(
         return folder
     values = read_json(folder / ADAPTER_CONFIG_NAME)
     base = values.get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         return folder
     return resolve_folder(base, **{**options, "revision": values.get("revision")})
 

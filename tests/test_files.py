@@ -79,3 +79,10 @@ def test_json_that_is_nested_too_deep_is_no_json(tmp_path):
 )
 def test_a_readable_text_is_one_that_can_be_written(text, expected):
     assert files.readable(text) == expected
+
+
+def test_a_file_where_a_folder_is_to_be_is_told(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(FileExistsError, match=f"{tmp_path}/file: a file; expected a folder$"):
+        files.write_text(tmp_path / "file" / "new", "text")
+    assert (tmp_path / "file").read_text() == "kept"

@@ -210,6 +210,10 @@ def test_mistakes_are_told(hub, trained, tmp_path, capsys, monkeypatch):
     assert said(trained, "me mine") == (
         "repo_id='me mine': expected an owner and a name, such as me/my-align"
     )
+    assert said(trained, "me mine", "--dry-run").startswith("repo_id='me mine': expected an owner")
+    assert said("gs://bucket/model", "me/mine").startswith(
+        "gs://bucket/model: remote folders are not supported here"
+    )
     (tmp_path / "figures.json").write_text("{}")
     (trained / "README.md").unlink(missing_ok=True)
     broken = said(trained, "me/mine", "--figures", tmp_path / "figures.json")
@@ -218,3 +222,8 @@ def test_mistakes_are_told(hub, trained, tmp_path, capsys, monkeypatch):
     line = said(trained, "me/mine")
     assert line.startswith("me/mine: the Hugging Face hub took nothing: ")
     assert "You have no rights here" in line
+    assert not (trained / "README.md").exists()  # the next attempt may give a license
+    (trained / "README.md").write_bytes("# Gr\u00fc\u00dfe".encode("cp1252"))
+    assert main(["push", str(trained), "me/mine", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "# Gr\u00fc\u00dfe"
+    (trained / "README.md").unlink()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 from typing import Any
@@ -132,6 +131,9 @@ def read_config(folder: pathlib.Path) -> AdapterConfig:
             )
     known = {field.name for field in dataclasses.fields(AdapterConfig)}
     given = {key: value for key, value in values.items() if key in known and value is not None}
+    for key in ("r", "lora_alpha", "target_modules"):
+        if key not in given:
+            raise CheckpointError(f"{path}: {key} is missing")
     try:
         config = AdapterConfig(**given)
         _check_config(config)
@@ -141,6 +143,11 @@ def read_config(folder: pathlib.Path) -> AdapterConfig:
 
 
 def _check_config(config: AdapterConfig) -> None:
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(getattr(config, key), str | None):
+            raise ValueError(f"{key}={getattr(config, key)!r}: expected a text")
+    if not isinstance(config.use_rslora, bool):
+        raise ValueError(f"use_rslora={config.use_rslora!r}: expected true or false")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(getattr(config, key), dict):
             raise ValueError(
@@ -242,19 +249,18 @@ def _to_peft(array: np.ndarray, kind: str, side: int) -> np.ndarray:
 
 
 def write_adapter(
-    folder: str | os.PathLike, config: AdapterConfig, sides: Sides, kinds: dict[str, str]
+    folder: addresses.Place, config: AdapterConfig, sides: Sides, kinds: dict[str, str]
 ) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT reads them.
 
     Args:
-        folder: made if it is not there.
+        folder: made if it is not there; also a remote one.
         config: the adapter's.
         sides: the matrices by the layers' names in Hugging Face's model.
         kinds: the transform of each layer's weight.
     """
     import safetensors.numpy
 
-    folder = addresses.place(folder)
     tensors = {
         f"{PREFIX}{name}.{key}": np.ascontiguousarray(_to_peft(pair[side], kinds[name], side))
         for name, pair in sides.items()

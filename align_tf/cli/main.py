@@ -39,10 +39,14 @@ EXIT_INTERRUPTED = 130
 PATHS = (
     *("output", "source", "data", "train_data", "images", "image", "embeddings", "index", "recipe"),
     *("html", "montage", "plot", "log", "program", "directory", "model_config_file", "config"),
+    *("model", "processor", "base", "tuned", "folder"),
 )
 
 # Those that may be addresses, such as gs://bucket/x.
-ADDRESSES = ("output", "source", "data", "embeddings", "index", "recipe")
+ADDRESSES = (
+    *("output", "source", "data", "embeddings", "index", "recipe"),
+    *("model", "processor", "base", "tuned"),
+)
 
 # Those that are written, and of these the ones that are a file each.
 FILES = ("html", "montage", "plot", "program")

@@ -32,6 +32,7 @@ def run(arguments: Any) -> int:
     from align_tf import files, hub
     from align_tf.cards import CARD_NAME, make_card
 
+    hub.check_id(arguments.repo_id)
     folder = pathlib.Path(arguments.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -49,21 +50,27 @@ def run(arguments: Any) -> int:
             figures=[pathlib.Path(name) for name in arguments.figures],
         )
     else:
-        card = path.read_text(encoding="utf-8")
+        card = files.decode_text(path.read_bytes())[0]
     if arguments.dry_run:
         print(card, end="")
         return 0
-    if not path.is_file():
+    own = not path.is_file()
+    if own:
         files.write_text(path, card)
     say(f"Uploading {folder} to {arguments.repo_id} ...")
-    url = hub.push(
-        folder,
-        arguments.repo_id,
-        private=arguments.private or None,
-        revision=arguments.revision,
-        commit_message=arguments.message,
-        create_pr=arguments.create_pr,
-    )
+    try:
+        url = hub.push(
+            folder,
+            arguments.repo_id,
+            private=arguments.private or None,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+            create_pr=arguments.create_pr,
+        )
+    except BaseException:  # the next attempt may be to give another license
+        if own:
+            path.unlink()
+        raise
     print(url)
     hint("align-tf classify", "photo.jpg", "--labels", "a cat", "--model", arguments.repo_id)
     return 0

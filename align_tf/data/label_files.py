@@ -51,7 +51,10 @@ def read_labels(name: str) -> list[tuple[str | None, str]]:
             return [(folder or None, label) for folder, _, label in pairs]
     else:
         try:
-            rows = list(csv.reader(lines, strict=True))
+            # Excel separates by semicolons where the comma is that of numbers.
+            semicolons = _has_header([lines[0].split(";")])
+            delimiter = ";" if semicolons and "," not in lines[0] else ","
+            rows = list(csv.reader(lines, strict=True, delimiter=delimiter))
         except csv.Error as error:
             raise ValueError(f"{file}: not a .csv: {error}") from error
     header = [cell.strip().lower() for cell in rows[0]]

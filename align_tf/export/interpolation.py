@@ -33,7 +33,7 @@ class Interpolation:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: two of them differ in more than their weights.
+        ValueError: two of them differ in more than their weights, or one holds a NaN.
     """
 
     def __init__(self, base: str, tuned: Sequence[str]) -> None:
@@ -55,9 +55,16 @@ class Interpolation:
 
         Args:
             alpha: below 0 and above 1 the line goes on.
+
+        Raises:
+            ValueError: so far out that a weight is no longer finite.
         """
         for path, weight in self._weights.items():
-            weight.assign(self._base[path] + alpha * self._change[path])
+            with np.errstate(over="ignore"):
+                value = (self._base[path] + alpha * self._change[path]).astype("float32")
+            if not np.isfinite(value).all():
+                raise ValueError(f"alpha={alpha!r}: {path} is no longer finite; expected less")
+            weight.assign(value)
 
     def save(self, output: str | pathlib.Path) -> None:
         """Writes the model as it is, and its processor, for `from_pretrained`."""
@@ -70,10 +77,12 @@ class Interpolation:
         vocab = AlignProcessor.from_pretrained(name).tokenizer.vocab
         if vocab != self.processor.tokenizer.vocab:
             raise ValueError(f"{name}: another vocabulary than that of {first}: expected the same")
-        return {
-            path: ops.convert_to_numpy(value).astype("float64")
-            for path, value in effective_weights(model).items()
-        }
+        weights = {}
+        for path, value in effective_weights(model).items():
+            weights[path] = ops.convert_to_numpy(value).astype("float64")
+            if not np.isfinite(weights[path]).all():
+                raise ValueError(f"{name}: {path} holds a NaN or an infinity: expected numbers")
+        return weights
 
 
 def sweep(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from keras import layers, ops
 
-from align_tf import hub
+from align_tf import addresses, hub
 from align_tf.checkpoints import adapters, name_table
 from align_tf.checkpoints.adapters import AdapterConfig, Sides
 from align_tf.models import lora
@@ -77,16 +78,19 @@ class Adapters(KeepsFrozen):
 
         Raises:
             ValueError: the rank is no positive integer or alpha no positive number, there is no
-                such tower, or an adapter has that name.
+                such tower, or the name is none or that of an adapter.
         """
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank={rank!r}: expected a positive integer")
         alpha = rank if alpha is None else alpha
-        if not isinstance(alpha, (int, float)) or not alpha > 0:
+        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha={alpha!r}: expected a positive number")
-        towers = [towers] if isinstance(towers, str) else list(towers)
-        if not towers or not set(towers) <= set(TARGETS):
+        several = isinstance(towers, Iterable) and not isinstance(towers, str)
+        towers = list(towers) if several else [towers]
+        if not towers or any(tower not in tuple(TARGETS) for tower in towers):
             raise ValueError(f"towers={towers!r}: expected some of {', '.join(TARGETS)}")
+        if not isinstance(use_rslora, bool):
+            raise ValueError(f"use_rslora={use_rslora!r}: expected True or False")
         config = AdapterConfig(
             r=rank,
             lora_alpha=alpha,
@@ -144,7 +148,7 @@ class Adapters(KeepsFrozen):
         `peft.PeftModel.from_pretrained` puts it on transformers' AlignModel.
 
         Args:
-            folder: made if it is not there.
+            folder: made if it is not there; also a remote one, such as `gs://bucket/adapter`.
             name: of the adapter; None means the active one.
 
         Raises:
@@ -153,7 +157,7 @@ class Adapters(KeepsFrozen):
         held = self._all.held[self._active_or(name)]
         self._park()
         kinds = {hf: kind for hf, (_, kind, _) in self._adaptable().items()}
-        adapters.write_adapter(folder, held.config, held.sides, kinds)
+        adapters.write_adapter(addresses.place(folder), held.config, held.sides, kinds)
 
     def push_adapter_to_hub(
         self,
@@ -213,7 +217,7 @@ class Adapters(KeepsFrozen):
         Raises:
             ValueError: there is no such adapter.
         """
-        self._active_or(name)
+        name = self._active_or(name)
         if name == self.active_adapter:
             self.set_adapter(None)
         del self._all.held[name]
@@ -223,7 +227,8 @@ class Adapters(KeepsFrozen):
     def merge_adapter(self) -> None:
         """Adds the active adapter to the weights, and takes all adapters off; compile after it.
 
-        The model is then one without LoRA, and what trained before `enable_lora` trains again.
+        The model is then one without LoRA, and what trained before `enable_lora` trains again. An
+        adapter that is made of it names no model: save it too.
 
         Raises:
             ValueError: no adapter is active, or a layer that it adapts is quantized.
@@ -242,6 +247,7 @@ class Adapters(KeepsFrozen):
         for layer in adapted.values():
             path = f"{layer.path}/{lora.adapted_weight(layer)}".removeprefix(f"{self.path}/")
             weights[path].assign(merged[path])
+        self.name_or_path = self.revision = None  # the next adapter is of other weights
         self._leave()
 
     @property
@@ -263,6 +269,11 @@ class Adapters(KeepsFrozen):
             raise ValueError(
                 f"{folder}: an adapter that names no model: expected a checkpoint, whose "
                 "load_adapter takes this folder"
+            )
+        if hub.is_adapter(pathlib.Path(base).expanduser()):
+            raise ValueError(
+                f"{folder}: an adapter of {base}, which is an adapter itself: expected the model "
+                "that both adapt"
             )
         try:
             model = cls.from_pretrained(base, **{**options, "revision": config.revision})
@@ -306,12 +317,19 @@ class Adapters(KeepsFrozen):
         name = self.active_adapter if name is None else name
         if name is None:
             raise ValueError("no adapter is active: expected enable_lora or load_adapter before it")
-        if name not in self._all.held:
+        if name not in self.adapters:  # a list, that what cannot be a key is as wrong as others
             known = ", ".join(self._all.held) or "none"
             raise ValueError(f"name={name!r}: no such adapter; there are: {known}")
         return name
 
+    def _trains(self, layer: layers.Layer) -> bool:
+        # A copy has the adapter merged, and trains what trained before there was one.
+        flags = self._all.flags
+        return super()._trains(layer) if flags is None else flags.trained(layer)
+
     def _check_free(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name={name!r}: expected a text, the name of an adapter")
         if name in self._all.held:
             raise ValueError(f"name={name!r}: there is such an adapter; expected another name")
         foreign = [] if self.active_adapter else list(self._adapted().values())

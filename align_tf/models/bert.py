@@ -37,7 +37,7 @@ def look_up(table: layers.Embedding, ids: Any, training: bool) -> Any:
     rows, a row for each occurrence of a token, and Keras's optimizers would square these one by
     one for the second moment and for the norm of the gradient.
     """
-    if not training:
+    if not training or table.quantization_mode:  # quantized, it does not train
         return table(ids)
     rows = ops.take(table.embeddings * 1.0, ids, axis=0)  # the product makes the gradient dense
     return ops.cast(rows, table.compute_dtype)

@@ -369,9 +369,15 @@ class ContrastiveTraining:
                 log(p / (1 - p)), p = 1 / batch_size.
 
         Raises:
-            ValueError: batch_size is not an integer of 2 or more.
+            ValueError: batch_size is not an integer of 2 or more; or LoRA is on, of which the bias
+                is no part.
         """
         value = initial_logit_bias(batch_size)
+        if self.base_frozen:
+            raise ValueError(
+                "the bias of the sigmoid loss is no part of an adapter: expected "
+                "use_sigmoid_loss(batch_size) after merge_adapter(), or no LoRA"
+            )
         added = not self.has_logit_bias
         self.config.logit_bias_init_value = value
         if not added:

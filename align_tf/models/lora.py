@@ -52,11 +52,14 @@ def detach(layer: layers.Layer) -> None:
 
 
 def freeze_base(owner: layers.Layer) -> None:
-    """Freezes all below a layer but LoRA's matrices, and of layers that do not train these too."""
+    """Freezes all below a layer but LoRA's matrices, and of layers that do not train these too.
+
+    A layer that can be adapted stays as it is but for its weights: another adapter may be of it.
+    """
     for layer in owner._flatten_layers():
         for weight in layer._trainable_variables:
             weight.trainable = is_side(weight) and layer._trainable
-        if not layer._layers and not getattr(layer, "lora_enabled", False):
+        if not layer._layers and adapted_weight(layer) is None:
             layer._trainable = False  # of a BatchNorm, its averages stay too
 
 
@@ -69,13 +72,17 @@ class Flags:
     """What trains of a model, to be put back."""
 
     def __init__(self, owner: layers.Layer) -> None:
-        self._of_layers = [(layer, layer._trainable) for layer in owner._flatten_layers()]
-        weights = (weight for layer, _ in self._of_layers for weight in layer._trainable_variables)
+        self._of_layers = {layer: layer._trainable for layer in owner._flatten_layers()}
+        weights = (weight for layer in self._of_layers for weight in layer._trainable_variables)
         self._of_weights = [(weight, weight.trainable) for weight in weights]
+
+    def trained(self, layer: layers.Layer) -> bool:
+        """Says whether a layer trained."""
+        return self._of_layers.get(layer, layer.trainable)
 
     def restore(self) -> None:
         """Has the layers and weights train as they did."""
-        for layer, trainable in self._of_layers:
+        for layer, trainable in self._of_layers.items():
             layer._trainable = trainable
         for weight, trainable in self._of_weights:
             weight.trainable = trainable

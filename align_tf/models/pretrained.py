@@ -299,9 +299,12 @@ class Pretrained:
             self._check_layers()
         return self._make_config()
 
+    def _trains(self, layer: Any) -> bool:
+        return layer.trainable
+
     def _make_config(self) -> dict[str, Any]:
         layers = self._flatten_layers(include_self=False)
-        frozen = [layer.path for layer in layers if layer.weights and not layer.trainable]
+        frozen = [layer.path for layer in layers if layer.weights and not self._trains(layer)]
         state = {"frozen": frozen}
         if self._vision_tower() is not None:
             state["batch_norm"] = self._vision_tower().batch_norm

@@ -172,8 +172,14 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             vocab_size: rows to have.
 
         Raises:
-            ValueError: it is no positive integer, or the embeddings are quantized or have LoRA.
+            ValueError: it is no positive integer, the embeddings are quantized, or the model has
+                LoRA, of which they are no part.
         """
+        if self.base_frozen:
+            raise ValueError(
+                "new word embeddings are no part of an adapter: expected "
+                "resize_token_embeddings(vocab_size) after merge_adapter(), or before LoRA"
+            )
         config = dataclasses.replace(self.config, vocab_size=vocab_size)  # checks the value
         layer = self.embeddings.word_embeddings
         check_plain(layer)

@@ -19,12 +19,12 @@ PAIRS = "a whole number of 2 or more, since a pair is told from the others of it
 SHARE = "a number of 0 or more, below 1"
 
 CHECKS = {
-    POSITIVE: lambda value: value > 0,
+    POSITIVE: lambda value: 0 < value < math.inf,
     NATURAL: lambda value: isinstance(value, int) and value >= 0,
     COUNT: lambda value: isinstance(value, int) and value >= 1,
     PAIRS: lambda value: isinstance(value, int) and value >= 2,
     SHARE: lambda value: 0 <= value < 1,
-    "a number of 0 or more": lambda value: value >= 0,
+    "a number of 0 or more": lambda value: 0 <= value < math.inf,
     LIMIT: is_limit,
 }
 
@@ -263,7 +263,7 @@ class Recipe:
         if self.length_buckets is not None and not are_lengths(self.length_buckets):
             raise ValueError(f"length_buckets={self.length_buckets!r}: expected {LENGTHS}")
         for tower, blocks in self.frozen().items():
-            numbers = isinstance(blocks, list) and all(isinstance(block, int) for block in blocks)
+            numbers = isinstance(blocks, list) and all(type(block) is int for block in blocks)
             if tower not in ("text", "vision") or not (blocks is None or numbers):
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
@@ -316,7 +316,9 @@ class Recipe:
             texts = all(isinstance(value, str) for value in options.values())
             named = isinstance(name, str) and (name.isidentifier() or name == "")
             right = (
-                "data" in options and options["task"] in FIGURES and options.keys() <= known.keys()
+                "data" in options
+                and options["task"] in VALIDATED
+                and options.keys() <= known.keys()
             )
             if not (texts and named and right):
                 raise ValueError(
@@ -377,6 +379,8 @@ class Recipe:
         """Returns the towers that do not train, each with its frozen blocks, or None for all."""
         if isinstance(self.freeze, dict):
             return self.freeze
+        if isinstance(self.freeze, list):  # of towers
+            return dict.fromkeys(map(str, self.freeze))
         return {} if self.freeze is None else {self.freeze: None}
 
     def to_dict(self) -> dict[str, Any]:

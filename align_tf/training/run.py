@@ -120,7 +120,14 @@ def _save(
 
 def _take_best(output: addresses.Place, model: AlignModel, best: Best) -> None:
     """Puts the checkpoint of the best validation into the model."""
-    step = resume.restore(output / resume.FOLDER.format(best.step), model)
+    there = output / resume.FOLDER.format(best.step)
+    if there.name not in [folder.name for folder in resume.list_checkpoints(output)]:
+        which = "no validation has found it" if best.step is None else f"{there} is gone"
+        raise ValueError(
+            f"keep_best={best.key!r}: {which}; expected keep_best from the beginning of a "
+            "training, in another output"
+        )
+    step = resume.restore(there, model)
     hosts.say_first(f"The best {best.key}, {best.values[step]:.4f}, was that of step {step}.")
 
 
@@ -217,6 +224,13 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         vision = {"virtual_batch_size": recipe.virtual_batch_size}
         given = {"vision_config": vision} if recipe.virtual_batch_size else None
         model = AlignModel.from_pretrained(recipe.model, dtype=recipe.dtype, config=given)
+        if model.active_adapter is not None:
+            if recipe.lora_rank is not None:
+                raise ValueError(
+                    f"model={recipe.model!r}: an adapter; with lora_rank expected a whole model, "
+                    "which align-tf convert --to hf makes of it"
+                )
+            model.merge_adapter()
     else:
         config = AlignConfig.from_preset(recipe.preset)
         vocab_size = len(processor.tokenizer)

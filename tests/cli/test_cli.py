@@ -104,6 +104,24 @@ def test_where_nothing_can_be_written_is_told_before_the_work(capsys, tmp_path, 
         assert run(capsys, *arguments, tmp_path)[2] == folder
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["classify", "x", "--labels", "a", "--model"], "--model"),
+        (["interpolate", "--output", "x", "align-tiny"], "tuned"),
+        (["train", "--model"], "--model"),
+        (["convert", "--from", "align-tiny", "--to", "hf", "--output", "x", "--processor"], None),
+    ],
+)
+def test_a_name_of_a_model_that_is_none_is_told_before_the_work(capsys, arguments, place):
+    code, _, err = run(capsys, *arguments, "")
+    said = f"align-tf: error: {place or '--processor'}: an empty name; expected a path\n"
+    assert (code, err) == (2, said)
+    code, _, err = run(capsys, *arguments, "ftp://bucket/align")
+    assert code == 2
+    assert err.startswith("align-tf: error: ftp://bucket/align: not an address that is read or w")
+
+
 def test_no_command_shows_help_and_fails(capsys):
     code, out, err = run(capsys)
     assert (code, out) == (2, "")
@@ -267,6 +285,8 @@ def test_a_flag_may_be_cut_short_and_what_follows_two_dashes_is_none(capsys):
         ("cat\na dog\n", "txt", [(None, "cat"), (None, "a dog")]),
         ("id,label\n0,cat\n1,'a dog, big'\n", "csv", [("0", "cat"), ("1", "a dog, big")]),
         ("Label\ncat\n", "csv", [(None, "cat")]),
+        ("label;id\n'a dog; big';1\n", "csv", [("1", "a dog; big")]),
+        ("cat;dog\n", "csv", [(None, "cat;dog")]),
         ("cat\n'a dog, big'\n", "csv", [(None, "cat"), (None, "a dog, big")]),
         ("label,folder\na cat,c\ndog\n", "csv", [("c", "a cat"), (None, "dog")]),
         ("folder\tlabel\nc\ta 'cat\n", "tsv", [("c", 'a "cat')]),

@@ -60,6 +60,21 @@ def test_weights_are_on_the_line(count, options, added, checkpoint, tuned, capsy
     assert AlignProcessor.from_pretrained(output).tokenizer.vocab_size == 10
 
 
+def test_weights_that_are_no_numbers_are_told(checkpoint, tuned, capsys, tmp_path):
+    code, _, err = run(capsys, checkpoint, tuned[0], "--output", tmp_path / "x", "--alpha", "1e39")
+    said = "align-tf: error: --alpha 1e+39: text_projection/bias is no longer finite; expected less"
+    assert (code, err.splitlines()[-1]) == (2, said)
+    broken = tmp_path / "broken"
+    shutil.copytree(tuned[0], broken)
+    values = tensors(broken)
+    values["text_projection.bias"][0] = np.nan
+    safetensors.numpy.save_file(values, broken / "model.safetensors", {"format": "pt"})
+    code, _, err = run(capsys, checkpoint, broken, "--output", tmp_path / "x")
+    said = f"align-tf: error: {broken}: text_projection/bias holds a NaN or an infinity: expected n"
+    assert (code, err.splitlines()[-1][: len(said)]) == (2, said)
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_adapter_counts_as_the_model_that_it_makes(checkpoint, pairs, tmp_path):
     model = AlignModel.from_pretrained(checkpoint)
     model.enable_lora(2)

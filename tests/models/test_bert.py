@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from align_tf import AlignTextConfig, AlignTextModel
+from align_tf.models.bert import look_up
 
 IDS = np.array([[2, 11, 5, 38, 7, 3]], "int32")
 
@@ -182,3 +183,13 @@ def test_initializers(tiny_config):
             assert np.std(weight) == pytest.approx(0.5, rel=0.15), path
         else:
             assert (weight == (1 if path.endswith("gamma") else 0)).all(), path
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_table_gives_the_same_rows_in_training(mode):
+    table = keras.layers.Embedding(6, 4)
+    table.build()
+    table.quantize(mode)
+    ids = np.array([[1, 5]])
+    found = ops.convert_to_numpy(look_up(table, ids, training=True))
+    np.testing.assert_array_equal(found, ops.convert_to_numpy(table(ids)))

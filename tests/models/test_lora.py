@@ -1,5 +1,6 @@
 """LoRA on a model: what trains, adapters by name, their files, and what becomes of the weights."""
 
+import copy
 import json
 
 import keras
@@ -158,6 +159,50 @@ def test_an_adapter_of_the_same_layers_is_exchanged_for_another(adapted, pairs, 
     assert_same([predicted[name] for name in EMBEDS], first)
 
 
+def test_each_adapter_trains_when_it_is_active(checkpoint):
+    model = AlignModel.from_pretrained(checkpoint)
+    model.enable_lora(2, towers="text", name="texts")
+    model.freeze()
+    model.unfreeze()
+    texts = names(model)
+    model.enable_lora(3, towers="vision", name="images")
+    images = names(model)
+    assert len(texts) == 2 * (2 * 6 + 1)
+    assert len(images) == 2 * (3 + 2 * 4)
+    assert all(name.startswith("vision_model/") for name in images)
+    model.set_adapter(None)
+    assert names(model) == []
+    model.set_adapter("texts")
+    assert names(model) == texts
+    model.set_adapter("images")
+    assert names(model) == images
+
+
+def test_a_copy_has_the_adapter_merged_and_trains_what_trained_before(checkpoint, pairs):
+    model = AlignModel.from_pretrained(checkpoint)
+    model.freeze("text")
+    before = names(model)
+    model.enable_lora(2)
+    draw(model)
+    again = copy.deepcopy(model)
+    assert again.adapters == []
+    assert_same(embeds(again, pairs), embeds(model, pairs))
+    assert names(again) == before
+
+
+def test_an_adapter_lies_at_an_address(adapted, checkpoint, pairs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    adapted.save_adapter("memory://bucket/adapter")
+    assert list(tmp_path.iterdir()) == []
+    again = AlignModel.from_pretrained(checkpoint)
+    again.load_adapter("memory://bucket/adapter")
+    assert_same(embeds(again, pairs), embeds(adapted, pairs))
+    model = AlignModel.from_pretrained("memory://bucket/adapter")
+    assert_same(embeds(model, pairs), embeds(adapted, pairs))
+    with pytest.raises(ValueError, match="xx://bucket/adapter: not an address that is read or wr"):
+        adapted.save_adapter("xx://bucket/adapter")
+
+
 def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path):
     expected = embeds(adapted, pairs)
     adapted.save_pretrained(tmp_path / "saved")
@@ -171,6 +216,10 @@ def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path
     assert adapted.adapters == []
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         adapted.merge_adapter()
+    adapted.enable_lora(2)
+    adapted.save_adapter(tmp_path / "next")  # of no model that has a name
+    with pytest.raises(ValueError, match="an adapter that names no model"):
+        AlignModel.from_pretrained(tmp_path / "next")
 
 
 def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp_path):
@@ -206,6 +255,11 @@ def test_a_folder_of_an_adapter_is_a_model(adapted, checkpoint, pairs, tmp_path)
         json.dumps({**config, "base_model_name_or_path": None})
     )
     with pytest.raises(ValueError, match="an adapter that names no model: expected a checkpoint"):
+        AlignModel.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path)})
+    )
+    with pytest.raises(ValueError, match="which is an adapter itself: expected the model that bot"):
         AlignModel.from_pretrained(tmp_path)
 
 
@@ -256,6 +310,13 @@ def test_an_optimizer_of_other_weights_is_told(checkpoint, pairs):
         ({"rank": 0}, "rank=0: expected a positive integer"),
         ({"rank": 2.0}, "rank=2.0: expected a positive integer"),
         ({"rank": 2, "alpha": 0}, "alpha=0: expected a positive number"),
+        ({"rank": 2, "alpha": float("inf")}, "alpha=inf: expected a positive number"),
+        ({"rank": 2, "use_rslora": "no"}, "use_rslora='no': expected True or False"),
+        ({"rank": 2, "name": None}, "name=None: expected a text, the name of an adapter"),
+        ({"rank": 2, "name": ""}, "name='': expected a text, the name of an adapter"),
+        ({"rank": 2, "name": ["a"]}, r"name=\['a'\]: expected a text, the name of an adapter"),
+        ({"rank": 2, "towers": 3}, r"towers=\[3\]: expected some of text, vision"),
+        ({"rank": 2, "towers": [["text"]]}, r"towers=\[\['text'\]\]: expected some of text"),
         ({"rank": 2, "towers": ("image",)}, r"towers=\['image'\]: expected some of text, vision"),
         ({"rank": 2, "towers": ()}, r"towers=\[\]: expected some of text, vision"),
         ({"rank": 2, "name": "default"}, "name='default': there is such an adapter; expected ano"),
@@ -270,6 +331,12 @@ def test_a_name_that_is_none_is_told(adapted, checkpoint):
     for call in (adapted.set_adapter, adapted.delete_adapter):
         with pytest.raises(ValueError, match="name='x': no such adapter; there are: default"):
             call("x")
+        with pytest.raises(ValueError, match=r"name=\['x'\]: no such adapter; there are: default"):
+            call(["x"])
+    with pytest.raises(ValueError, match="the bias of the sigmoid loss is no part of an adapter"):
+        adapted.use_sigmoid_loss(4)
+    with pytest.raises(ValueError, match="new word embeddings are no part of an adapter: expected"):
+        adapted.resize_token_embeddings(50)
     plain = AlignModel.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         plain.save_adapter("nowhere")
@@ -314,6 +381,10 @@ SETTINGS = {
     "query='2': expected a positive integer": {"rank_pattern": {"query": "2"}},
     "lora_alpha='1': expected a number": {"lora_alpha": "1"},
     "target_modules=3: expected names, or an expression": {"target_modules": 3},
+    "target_modules is missing": {"target_modules": None},
+    "r is missing": {"r": None},
+    "use_rslora='no': expected true or false": {"use_rslora": "no"},
+    "base_model_name_or_path=3: expected a text": {"base_model_name_or_path": 3},
     "missing ), unterminated subpattern at position 0": {"target_modules": "("},
     "rank_pattern=[]: expected numbers by the ends of names": {"rank_pattern": []},
 }

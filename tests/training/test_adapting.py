@@ -14,6 +14,8 @@ from PIL import Image
 
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
 from align_tf.cli.main import main
+from align_tf.training.recipe import Recipe
+from align_tf.training.run import make_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue"]
 # Is killed, as by kill -9, after the step behind the first checkpoint.
@@ -173,3 +175,19 @@ def test_a_training_that_is_killed_reaches_the_same_adapter(unbroken, place, cap
     assert main(command(place, output)) == 0
     assert "Going on from step 3, " in capsys.readouterr().err
     assert_same(output, unbroken)
+
+
+def test_an_adapter_is_trained_on_as_the_model_that_it_makes(place, tmp_path):
+    adapted = AlignModel.from_pretrained(place / "tiny")
+    before = [weight.path for weight in adapted.trainable_weights]
+    adapted.enable_lora(2)
+    adapted.save_adapter(tmp_path)
+    settings = {"model": str(tmp_path), "data": "pairs", "output": "out", "steps": 10}
+    recipe = Recipe(**settings).counted(10)
+    processor = AlignProcessor.from_pretrained(tmp_path)
+    model = make_model(recipe, processor, 1)
+    assert model.adapters == []
+    assert [weight.path for weight in model.trainable_weights] == before
+    recipe = Recipe(**settings, lora_rank=2).counted(10)
+    with pytest.raises(ValueError, match="an adapter; with lora_rank expected a whole model, wh"):
+        make_model(recipe, processor, 1)

@@ -71,6 +71,7 @@ def test_yaml_and_flags_make_a_recipe(tmp_path):
     assert recipe.model is None
     assert read_recipe(path, {"output": "out", "epochs": "2"}).steps is None
     assert Recipe(**LEAST, freeze="vision").frozen() == {"vision": None}
+    assert Recipe(**LEAST, freeze=["text"]).frozen() == {"text": None}
 
 
 def test_an_adapter_learns_faster_and_leaves_out_what_is_frozen():
@@ -124,6 +125,11 @@ def test_example_recipes_are_read():
         ({"learning_rate": "fast"}, "learning_rate='fast': expected a number above 0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0: expected a number of 0 or more, below 1"),
         ({"optimizer": "sgd"}, "optimizer='sgd': expected one of lamb, adamw"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf: expected a number above 0"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf: expected a number of 0 or more"),
+        ({"freeze": [["text"]]}, "freeze=[['text']]: expected text, vision, or"),
+        ({"freeze": {"text": [True]}}, "freeze={'text': [True]}: expected text, vision, or"),
+        ({"validation_data": {"a": {"data": "x", "task": [1]}}}, "expected a source of pairs, or"),
         ({"freeze": "both"}, "freeze='both': expected text, vision, or"),
         ({"freeze": {"text": 3}}, "freeze={'text': 3}: expected text, vision, or"),
         ({"preset": "align-mini"}, "expected model, a checkpoint to fine-tune, or preset"),

@@ -32,6 +32,8 @@ from align_tf.training import (
     run,
     train,
 )
+from align_tf.training.run import _take_best
+from align_tf.training.validation import Best
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS += ["a", "dark", "bright", "red", "green", "blue"]
@@ -559,3 +561,23 @@ def test_data_that_changed_are_refused(settings, place, tmp_path, traced_once):
     )
     with pytest.raises(ValueError, match=f"{message}.*expected the same files, or another output"):
         train(Recipe(**settings))
+
+
+def test_a_best_that_was_not_kept_is_told(tmp_path):
+    recipe = Recipe(
+        model="align-tiny",
+        data="pairs",
+        output=str(tmp_path),
+        steps=2,
+        validation_data="pairs",
+        keep_best="val_loss",
+    )
+    figures = tmp_path / "metrics.jsonl"
+    with pytest.raises(ValueError, match="keep_best='val_loss': no validation has found it; expe"):
+        _take_best(tmp_path, None, Best(recipe, figures, 2))
+    figures.write_text('{"step": 1, "val_loss": 0.5}\n{"step": 2, "val_loss": 0.6}\n')
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(
+        ValueError, match=r"keep_best='val_loss': .*/checkpoint-1 is gone; expected"
+    ):
+        _take_best(tmp_path, None, Best(recipe, figures, 2))
