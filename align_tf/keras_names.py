@@ -17,6 +17,7 @@ CLASSES = {
     "SelfAttention": "align_tf.models.bert",
     "TextEmbeddings": "align_tf.models.bert",
     "MBConvBlock": "align_tf.models.efficientnet",
+    "GhostBatchNormalization": "align_tf.models.ghost_batch_norm",
     "AdamW": "align_tf.training.optimization",
     "Lamb": "align_tf.training.optimization",
     "WarmupDecay": "align_tf.training.optimization",

@@ -12,7 +12,7 @@ from PIL import Image
 from align_tf.data import make_dataset
 from align_tf.data.left_out import NO_IMAGE, LeftOut
 from align_tf.data.readers import open_source
-from align_tf.training.recipe import Recipe, read_recipe
+from align_tf.training import Recipe, read_recipe
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay"]
 
