@@ -67,6 +67,8 @@ _CLASSES = _message_classes()
 BatchingParameters = _CLASSES["BatchingParameters"]
 MonitoringConfig = _CLASSES["MonitoringConfig"]
 
+LONGEST_ERROR = 400  # characters of a parser's
+
 
 def read_text_proto(path: str | os.PathLike, message: Message, kind: str) -> Any:
     """Fills a message from a text proto file and returns it.
@@ -86,5 +88,7 @@ def read_text_proto(path: str | os.PathLike, message: Message, kind: str) -> Any
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), message)
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        name = message.DESCRIPTOR.name
-        raise ValueError(f"{path}: not a {kind} file, a {name} in text: {error}") from None
+        name, said = message.DESCRIPTOR.name, str(error)
+        if len(said) > LONGEST_ERROR:  # it holds what was met in its place
+            said = f"{said[: LONGEST_ERROR // 2]} ... {said[-LONGEST_ERROR // 2 :]}"
+        raise ValueError(f"{path}: not a {kind} file, a {name} in text: {said}") from None

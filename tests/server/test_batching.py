@@ -282,3 +282,11 @@ def test_a_wrong_parameters_file_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_batching_parameters(path)
     assert str(path) in str(error.value)
+
+
+def test_a_parser_that_repeats_what_it_met_is_told_in_short(tmp_path):
+    path = tmp_path / "batching.txt"
+    path.write_text("{" * 100_000)
+    with pytest.raises(ValueError, match="not a batching parameters file") as told:
+        read_batching_parameters(path)
+    assert len(str(told.value)) < 1000
