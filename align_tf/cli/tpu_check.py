@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     recipe = read_recipe(arguments.recipe, given_settings(arguments), SILENT)
-    from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_step
+    from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_steps
 
     check_topology(arguments.topology)
     os.environ.update(ENVIRONMENT)
@@ -44,9 +44,8 @@ def run(arguments: Any) -> int:
     )
     import_tensorflow()
     programs = []
-    for tokens in recipe.lengths(on_tpu=True):
-        program = compile_step(recipe, arguments.topology, tokens, arguments.program)
-        say(f"{tokens} tokens: compiled in {program.seconds:.0f} s")
+    for program in compile_steps(recipe, arguments.topology, arguments.program):
+        say(f"{program.tokens} tokens: compiled in {program.seconds:.0f} s")
         programs.append(program)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(p) | {"fits": p.fits} for p in programs], indent=2))

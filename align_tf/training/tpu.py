@@ -98,30 +98,35 @@ def check_topology(topology: str) -> None:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def compile_step(
-    recipe: Recipe, topology: str, tokens: int, program_path: str | None = None
-) -> Program:
-    """Compiles a recipe's training step.
+def compile_steps(
+    recipe: Recipe, topology: str, program_path: str | None = None
+) -> Iterator[Program]:
+    """Compiles a recipe's training step, for each length that it pads texts to.
 
     Args:
         recipe: the settings; its data and output are not touched.
         topology: see `check_topology`.
-        tokens: the length of the texts in a batch.
-        program_path: a file for the compiled program's text.
+        program_path: a file for the text of the last compiled program.
 
-    Returns:
-        What it takes.
+    Yields:
+        What each program takes.
 
     Raises:
-        ValueError: the batch cannot be spread over the chips, the topology is not known to the
-            compiler, or the program takes more memory than a chip has; the message says how much.
+        ValueError: the batch cannot be spread over the chips, or is to be over some of them, the
+            topology is not known to the compiler, or the program takes more memory than a chip
+            has; the message says how much.
     """
     check_topology(topology)
-    import jax
+    import keras
 
     from align_tf.training.run import make_model, make_processor
 
     devices = _devices(topology)
+    if recipe.devices not in (None, len(devices)):
+        raise ValueError(
+            f"devices={recipe.devices}: {topology} has {len(devices)} chips, which all share a "
+            "batch; expected another topology"
+        )
     if recipe.batch_size % len(devices):
         raise ValueError(
             f"batch_size={recipe.batch_size}: expected a multiple of {topology}'s "
@@ -129,16 +134,32 @@ def compile_step(
         )
     recipe = recipe.counted(recipe.steps or (recipe.warmup_steps or 0) + 1)
     processor = make_processor(recipe)
-    model = make_model(recipe, processor, len(devices))
-    height, width, channels = processor.image_processor.output_shape
-    if height is None:
+    image_shape = processor.image_processor.output_shape
+    if image_shape[0] is None:
         raise ValueError(
             f"{recipe.processor or recipe.model}: leaves images of any size, and a TPU runs "
             "programs of fixed shapes; expected one that crops, or image_size"
         )
-    state, batch, shardings = _arguments(
-        model, devices, recipe.batch_size, tokens, (height, width, channels)
-    )
+    model = make_model(recipe, processor, len(devices))
+    mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
+    # Not around the model, whose weights would be put on the chips.
+    with keras.distribution.DataParallel(device_mesh=mesh).scope():
+        for tokens in recipe.lengths(on_tpu=True):
+            yield _compile(recipe, model, devices, topology, image_shape, tokens, program_path)
+
+
+def _compile(
+    recipe: Recipe,
+    model: Any,
+    devices: list,
+    topology: str,
+    image_shape: tuple,
+    tokens: int,
+    program_path: str | None,
+) -> Program:
+    import jax
+
+    state, batch, shardings = _arguments(model, devices, recipe.batch_size, tokens, image_shape)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
     start = time.monotonic()
     with _plain_errors(topology):

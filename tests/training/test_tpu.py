@@ -126,3 +126,13 @@ def test_a_step_that_no_chip_holds_is_one_line(check):
     code, _, err = check("--topology", "v5e:1x1", "--batch-size", "262144", "--length-buckets", "8")
     assert code == 2
     assert "v5e:1x1: the step takes" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_what_a_topology_does_not_have_is_told_before_the_model(check):
+    code, _, err = check("--topology", "v6e:2x4", "--batch-size", "32", "--devices", "4")
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "align-tf: error: --devices 4: v6e:2x4 has 8 chips, which all share a batch; expected "
+        "another topology"
+    )
