@@ -136,7 +136,8 @@ def told(path: Place) -> Iterator[None]:
         yield
     except Exception as error:  # each client and what lies below it raises kinds of its own
         reason = _reason(error)
-        if is_local(path) or isinstance(error, AddressError) or str(path) in reason:
+        own = isinstance(error, (OSError, ValueError)) and str(path) in reason
+        if is_local(path) or isinstance(error, AddressError) or own:
             raise
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"{path}: no such file, folder or bucket: {reason}") from error

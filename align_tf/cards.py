@@ -140,7 +140,10 @@ def _recipe(folder: pathlib.Path) -> dict[str, Any]:
     import yaml
 
     path = folder / RECIPE_NAME
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     return values if isinstance(values, dict) else {}
 
 
@@ -159,7 +162,10 @@ def _figures(paths: Iterable[pathlib.Path]) -> list[str]:
     for path in paths:
         report = files.read_json(path)
         metrics = report.get("metrics")
-        if not isinstance(metrics, dict) or "task" not in report:
+        numbers = isinstance(metrics, dict) and all(
+            isinstance(value, (int, float)) for value in metrics.values()
+        )
+        if not numbers or "task" not in report or not isinstance(report.get("images", 0), int):
             raise ValueError(f"{path}: expected what align-tf evaluate --output writes")
         images = f"{report['images']:,} images" if "images" in report else "images"
         name = pathlib.PurePath(str(report.get("data", ""))).name

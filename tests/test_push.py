@@ -218,6 +218,13 @@ def test_mistakes_are_told(hub, trained, tmp_path, capsys, monkeypatch):
     (trained / "README.md").unlink(missing_ok=True)
     broken = said(trained, "me/mine", "--figures", tmp_path / "figures.json")
     assert broken.endswith("figures.json: expected what align-tf evaluate --output writes")
+    (tmp_path / "figures.json").write_text('{"task": "knn", "metrics": {"top1": "high"}}')
+    broken = said(trained, "me/mine", "--figures", tmp_path / "figures.json")
+    assert broken.endswith("figures.json: expected what align-tf evaluate --output writes")
+    recipe = (trained / "recipe.yaml").read_text()
+    (trained / "recipe.yaml").write_text("a: [1")
+    assert "recipe.yaml: not valid YAML" in said(trained, "me/mine")
+    (trained / "recipe.yaml").write_text(recipe)
     hub.refuses = True
     line = said(trained, "me/mine")
     assert line.startswith("me/mine: the Hugging Face hub took nothing: ")

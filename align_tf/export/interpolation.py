@@ -72,7 +72,7 @@ class Interpolation:
         self.processor.save_pretrained(output)
 
     def _read(self, name: str, first: str) -> dict[str, np.ndarray]:
-        model = AlignModel.from_pretrained(name)
+        model = self.model if name == first else AlignModel.from_pretrained(name)
         _check_same(_settings(model), _settings(self.model), name, first)
         vocab = AlignProcessor.from_pretrained(name).tokenizer.vocab
         if vocab != self.processor.tokenizer.vocab:

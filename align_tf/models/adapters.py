@@ -211,8 +211,11 @@ class Adapters(KeepsFrozen):
         self._park()
         self._activate(name, held)
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, name: str | None) -> None:
         """Forgets an adapter; without the active one, the model computes what it does without any.
+
+        Args:
+            name: of the adapter; None means the active one.
 
         Raises:
             ValueError: there is no such adapter.

@@ -195,8 +195,7 @@ def restore_last(output: addresses.Place, model: Any) -> int:
     Raises:
         CheckpointError: there are some, and none is whole.
     """
-    if hosts.is_first():
-        clear_unfinished(output)
+    hosts.by_first(lambda: clear_unfinished(output))
     found = list_checkpoints(output)
     for folder in reversed(found):
         try:

@@ -93,7 +93,6 @@ def train(recipe: Recipe) -> addresses.Place:
         model = make_model(recipe, processor, count)
         if hosts.is_first():
             say_header(recipe, model, pairs, count)
-        hosts.by_first(lambda: resume.clear_unfinished(output))
         step = resume.restore_last(output, model)
         hosts.agree(step, f"{output}: the last checkpoint's step")
         best = Best(recipe, output / METRICS_NAME, step)
