@@ -12,6 +12,7 @@ from align_tf.data.readers import PathOrPaths, open_source
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
 from align_tf.files import readable
+from align_tf.preprocessing.apart import functions_apart
 from align_tf.preprocessing.image_processing import FINE
 from align_tf.preprocessing.processor import AlignProcessor
 
@@ -142,9 +143,10 @@ def make_dataset(
         rows = slice(index * batch_size, (index + 1) * batch_size)
         loaded = _load(opened, tf.nest.map_structure(lambda x: x[rows], elements))
         draws = tf.random.stateless_uniform([workers * batch_size, 4], [seed, step])[rows]
-        batch, problems = _prepare(
-            loaded, draws, processor, training, training and augment, sorted(length_buckets)
-        )
+        with functions_apart():
+            batch, problems = _prepare(
+                loaded, draws, processor, training, training and augment, sorted(length_buckets)
+            )
         with tf.control_dependencies([left_out.report(step, loaded["key"], problems)]):
             return {name: tf.identity(value) for name, value in batch.items()}
 

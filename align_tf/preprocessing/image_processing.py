@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from align_tf import addresses, files, hub
 from align_tf.graph_errors import plain_errors
-from align_tf.preprocessing import image_input
+from align_tf.preprocessing import apart, image_input
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.decoding import reading
 from align_tf.preprocessing.decoding.orientation import exif_orientation, turn_upright
@@ -386,14 +386,16 @@ class AlignImageProcessor:
 
         elements = (image_bytes,) if crop_at is None else (image_bytes, crop_at)
 
+        def preprocess(
+            is_fine: tf.Tensor, image: tf.Tensor, place: tf.Tensor | None = None
+        ) -> tf.Tensor:
+            return tf.cond(
+                is_fine, lambda: self.preprocess_pixels(image, place), lambda: tf.zeros(shape)
+            )
+
         def load(element: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             image, problem, size = self._read(element[0])
-            place = None if crop_at is None else element[1]
-            pixels = tf.cond(
-                problem == FINE,
-                lambda: self.preprocess_pixels(image, place),
-                lambda: tf.zeros(shape),
-            )
+            pixels = apart.call(preprocess, problem == FINE, image, *element[1:])
             return pixels, problem, size
 
         return tf.map_fn(

@@ -14,7 +14,7 @@ from tensorflow_text.core.pybinds import (
 )
 
 from align_tf import addresses, files, hub
-from align_tf.preprocessing import tokenizer_files
+from align_tf.preprocessing import apart, tokenizer_files
 from align_tf.preprocessing.batch_feature import BatchFeature, as_tensors
 from align_tf.preprocessing.normalizer import BertNormalizer, placeholder
 from align_tf.preprocessing.tokenizer_files import MAX_WORD_LENGTH, SUFFIX
@@ -310,8 +310,8 @@ class AlignTokenizer:
                 raise ValueError("texts: expected strings (n,), or one as a str")
             texts = tf.constant([_utf8(text) for text in texts], tf.string)
         if padding == "longest":
-            return self._encode(texts, max_length, 0)
-        output = self._encode(texts, max_length, max_length)
+            return apart.call(self._encode, texts, max_length, 0)
+        output = apart.call(self._encode, texts, max_length, max_length)
         return {k: tf.ensure_shape(v, [None, max_length]) for k, v in output.items()}
 
     def _tokenize(

@@ -13,6 +13,7 @@ from align_tf.data.sources import Source
 from align_tf.evaluation.embedder import Embedder
 from align_tf.graph_errors import plain
 from align_tf.preprocessing import image_processing
+from align_tf.preprocessing.apart import functions_apart
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.search.collection import COLUMNS, SKIPPED_NAMED, Settings, Shard, write_shard
 from align_tf.search.thumbnail import thumbnail, to_jpeg
@@ -77,7 +78,8 @@ class ShardWriter:
         def load(_: tf.Tensor, elements: Any) -> dict[str, Any]:
             loaded = self.opened.load(elements)
             images = loaded["image_bytes"]
-            pixels, problems, _ = self.processor.image_processor.try_pixel_values(images)
+            with functions_apart():
+                pixels, problems, _ = self.processor.image_processor.try_pixel_values(images)
             problems = tf.where(images == "", left_out.NO_IMAGE, problems)
             return {**loaded, "pixel_values": pixels, "problem": problems}
 

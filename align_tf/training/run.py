@@ -29,7 +29,7 @@ from align_tf.training.log import METRICS_NAME, Log, say_header
 from align_tf.training.optimization import make_optimizer
 from align_tf.training.recipe import Recipe, check_extras
 from align_tf.training.recipe_file import read_recipe
-from align_tf.training.validation import Best, make_validation
+from align_tf.training.validation import Best, count_steps, make_validation
 
 LISTING_NAME, COUNTS_NAME = "data_listing.npz", "data_counts.json"
 BATCH_NAME = "not_finite.txt"  # the keys of a batch whose loss was not
@@ -302,6 +302,7 @@ def _fit(
         max_errors=recipe.max_errors,
     )
     validation, evaluations = make_validation(recipe, processor, lengths)
+    steps = None if validation is None else count_steps(validation)
     checkpoints = Checkpoints(recipe, processor, output, step, best)
     epoch_steps = pairs and pairs // recipe.batch_size
     with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():
@@ -315,7 +316,8 @@ def _fit(
             # An epoch is what lies between two checkpoints; `Checkpoints` ends the last one.
             epochs=math.ceil((recipe.steps - step) / recipe.save_every),
             steps_per_epoch=recipe.save_every,
-            validation_data=validation,
+            validation_data=validation if steps is None else validation.repeat(),
+            validation_steps=steps,  # where they are known, Keras keeps its iterator
             # The log reads what the evaluations have found.
             callbacks=[*evaluations, log, best, checkpoints],
             shuffle=False,  # the dataset is

@@ -1,13 +1,15 @@
 """What a training is validated on, and what it does by that: keeps the best, ends early."""
 
 import functools
+import itertools
 import json
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from align_tf import addresses
 from align_tf.data.dataset import make_dataset
@@ -52,12 +54,40 @@ def make_validation(
         )
         # Retrieval is among the pairs of all processes; of their loss each finds its part.
         dataset = opened(batch_size=recipe.batch_size)
-        callbacks.append(RetrievalEvaluation(dataset, name=name))
+        callbacks.append(RetrievalEvaluation(Passes(dataset), name=name))
         index, processes = hosts.place()
         if first is None and processes > 1:
             dataset = opened(batch_size=recipe.batch_size // processes, shard=(index, processes))
         first = dataset if first is None else first
     return first, callbacks
+
+
+class Passes:
+    """The passes over a data set, by one iterator: another one takes most of a second.
+
+    Args:
+        dataset: one that ends.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset) -> None:
+        self.dataset, self.steps = dataset, count_steps(dataset)
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.steps is None:
+            yield from self.dataset
+            return
+        # A pass that breaks off leaves none behind.
+        iterator, self._iterator = self._iterator, None
+        iterator = iter(self.dataset.repeat()) if iterator is None else iterator
+        yield from itertools.islice(iterator, self.steps)
+        self._iterator = iterator
+
+
+def count_steps(dataset: tf.data.Dataset) -> int | None:
+    """Returns the batches of a data set that ends, or None where only a pass tells."""
+    steps = int(dataset.cardinality())
+    return steps if steps >= 0 else None
 
 
 class Best(keras.callbacks.Callback):

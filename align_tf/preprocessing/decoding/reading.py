@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from align_tf.preprocessing import apart
 from align_tf.preprocessing.decoding.bmp import bmp_size, decode_bmp
 from align_tf.preprocessing.decoding.file_bytes import read_header, starts_with
 from align_tf.preprocessing.decoding.gif import decode_gif, gif_size
@@ -52,7 +53,7 @@ def read(
     """
     if tf.executing_eagerly():
         return _read_any(image_bytes, max_pixels, exact)
-    return _reader(max_pixels, exact)(image_bytes)
+    return apart.call(_reader(max_pixels, exact), image_bytes)
 
 
 @functools.cache
