@@ -39,6 +39,8 @@ def run(arguments: Any) -> int:
         raise ValueError("expected a SavedModel folder or --model-config-file, one of them")
     if arguments.batching_parameters_file is not None and not arguments.enable_batching:
         raise ValueError("--batching-parameters-file is for --enable-batching")
+    names = [field.name for field in dataclasses.fields(Limits)]
+    limits = Limits(**{name: getattr(arguments, name) for name in names})
     import_tensorflow()
     from align_tf.server.batching import BatchingParameters, read_batching_parameters
     from align_tf.server.model_server import ModelServer, serve
@@ -52,8 +54,6 @@ def run(arguments: Any) -> int:
     metrics_path = None
     if arguments.monitoring_config_file is not None:
         metrics_path = read_monitoring_config(arguments.monitoring_config_file)
-    names = [field.name for field in dataclasses.fields(Limits)]
-    limits = Limits(**{name: getattr(arguments, name) for name in names})
     model_server = ModelServer(
         arguments.directory,
         model_name=arguments.model_name,

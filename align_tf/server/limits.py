@@ -48,10 +48,12 @@ class Limits:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not value >= 0 or (value == 0 and name not in _MAY_BE_NOTHING):
-                raise ValueError(f"{name} is {value}, expected a positive number")
+            may_be_nothing = name in _MAY_BE_NOTHING
+            if not value >= 0 or (value == 0 and not may_be_nothing):
+                least = "0 or more" if may_be_nothing else "a positive number"
+                raise ValueError(f"{name}={value}: expected {least}")
             if isinstance(value, float) and value > LONGEST_SECONDS:
-                raise ValueError(f"{name} is {value}, expected {LONGEST_SECONDS} seconds at most")
+                raise ValueError(f"{name}={value}: expected {LONGEST_SECONDS} seconds at most")
 
     @property
     def threads(self) -> int:

@@ -92,3 +92,11 @@ def wait_for_no_memory(server):
     while server._gate.memory.taken:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def exchange(server, request):
+    with connected(server) as connection:
+        connection.sendall(request)
+        with contextlib.suppress(OSError):  # refused already
+            connection.shutdown(socket.SHUT_WR)
+        return received(connection)
