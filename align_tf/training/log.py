@@ -11,6 +11,8 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import addresses, files
+from align_tf.data.mixing import Mixture
+from align_tf.data.sources import Source
 from align_tf.models.fit_watch import check_contrast
 from align_tf.progress import Bar
 from align_tf.terminal import say
@@ -23,17 +25,18 @@ METRICS_NAME = "metrics.jsonl"
 VALIDATION_SHOWN = ("val_loss", "r1_i2t", "r1_t2i", "r5_i2t", "r5_t2i", "top1")
 
 
-def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_count: int) -> None:
+def say_header(
+    recipe: Recipe, model: keras.Model, opened: Source | Mixture, device_count: int
+) -> None:
     """Says on stderr what is trained, on what and for how long.
 
     Args:
         recipe: the settings, its steps counted.
         model: the model, compiled.
-        pairs: of the data; None where they do not say how many they are.
+        opened: its data.
         device_count: how many devices share a batch.
     """
-    found = f"{pairs:,} pairs" if pairs is not None else "pairs of a number that it does not say"
-    say(f"Data: {recipe.data}, {found}, {recipe.batch_size:,} in a batch")
+    _say_data(recipe, opened)
     share = f"{device_count} of " if device_count < devices.count_devices() else ""
     say(f"Devices: {share}{devices.describe_devices()}, {recipe.dtype}")
     trained = sum(math.prod(weight.shape) for weight in model.trainable_weights)
@@ -47,11 +50,22 @@ def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_cou
         f"Optimizer: {recipe.optimizer}, learning_rate {recipe.learning_rate:g}, warmup_steps "
         f"{recipe.warmup_steps:,}, schedule {recipe.schedule}"
     )
-    epochs = "" if pairs is None else f", {pairs // recipe.batch_size:,} an epoch"
     say(
-        f"Steps: {recipe.steps:,}{epochs}; a line every {recipe.log_every:,}, "
-        f"a checkpoint every {recipe.save_every:,}"
+        f"Steps: {recipe.steps:,}, {opened.count // recipe.batch_size:,} an epoch; a line every "
+        f"{recipe.log_every:,}, a checkpoint every {recipe.save_every:,}"
     )
+
+
+def _say_data(recipe: Recipe, opened: Source | Mixture) -> None:
+    """Says what a training is on, and of several sources how much and how often each is read."""
+    names, in_a_batch = recipe.said_data(), f"{recipe.batch_size:,} in a batch"
+    if len(names) == 1:
+        say(f"Data: {names[0]}, {opened.count:,} pairs, {in_a_batch}")
+        return
+    say(f"Data: {len(names)} sources, {opened.count:,} pairs, {in_a_batch}")
+    drawn = opened.drawn(recipe.steps * recipe.batch_size)
+    for name, source, pairs in zip(names, opened.sources, drawn, strict=True):
+        say(f"  {name}: {source.count:,} pairs, each {pairs / source.count:.3g} times in all")
 
 
 def _said_frozen(tower: str, blocks: list[int] | None) -> str:

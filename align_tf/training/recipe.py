@@ -6,10 +6,11 @@ import os
 import reprlib
 from typing import Any
 
-from align_tf.addresses import place
+from align_tf.addresses import check, place
 from align_tf.configuration.presets import PRESETS
 from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
+from align_tf.data.weights import is_weight, shares_of
 from align_tf.extras import extra
 
 POSITIVE = "a number above 0"
@@ -17,6 +18,7 @@ NATURAL = "a whole number of 0 or more"
 COUNT = "a whole number of 1 or more"
 PAIRS = "a whole number of 2 or more, since a pair is told from the others of its batch"
 SHARE = "a number of 0 or more, below 1"
+SOURCES = "a source, a list of files of one kind, or of {source: ..., weight: ...}"
 
 CHECKS = {
     POSITIVE: lambda value: 0 < value < math.inf,
@@ -81,7 +83,13 @@ class Recipe:
     processor: str | None = _setting(
         MODEL, None, "the checkpoint whose tokenizer and image settings are used (that of model)"
     )
-    data: str | None = _setting(MODEL, None, "pairs to train on: a file, a folder or a glob")
+    data: Any = _setting(  # noqa: RUF009
+        MODEL,
+        None,
+        "pairs to train on: a file, a folder or a glob; files of one kind; or several sources by "
+        "their shares of each batch, as in [{source: a, weight: 3}, {source: b, weight: 1}]",
+        SOURCES,
+    )
     validation_data: Any = _setting(  # noqa: RUF009
         MODEL,
         None,
@@ -268,6 +276,7 @@ class Recipe:
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
+        self.data = _checked_data(self.data)
         self._check_lora()
         self._check_validation()
         if self.batch_size % self.accumulation:
@@ -291,6 +300,20 @@ class Recipe:
             raise ValueError(f"lora_rank={self.lora_rank!r}: expected model, which it adapts")
         if not self.adapted():
             raise ValueError(f"freeze={self.freeze!r}: expected a tower for lora_rank to adapt")
+
+    def drawn(self) -> tuple[list[Any], list[float]]:
+        """Returns the sources of `data` and their weights, as `make_dataset` takes them."""
+        parts = [{"source": self.data, "weight": 1}] if _is_source(self.data) else self.data
+        return [part["source"] for part in parts], [part["weight"] for part in parts]
+
+    def said_data(self) -> list[str]:
+        """Returns the sources in words, several with their shares."""
+        sources, weights = self.drawn()
+        names = [name if isinstance(name, str) else ", ".join(name) for name in sources]
+        if len(names) == 1:
+            return names
+        parts = zip(names, shares_of(weights), strict=True)
+        return [f"{name} ({float(100 * share):.3g}%)" for name, share in parts]
 
     def adapted(self) -> list[str]:
         """Returns the towers that LoRA adapts: those that are not frozen as a whole."""
@@ -408,8 +431,15 @@ def check_extras(recipe: Recipe) -> None:
     """Sees that what a recipe asks for is installed, before anything is loaded or written.
 
     Raises:
-        ModuleNotFoundError: `tensorboard` without TensorBoard; the message names the pip command.
+        ValueError: a place is an address of a kind that is not read.
+        ModuleNotFoundError: `tensorboard` without TensorBoard, an address without its package; the
+            message names the pip command.
     """
+    sets = [options["data"] for options in recipe.validations().values()]
+    sources, _ = recipe.drawn()
+    names = [name for of in sources for name in ([of] if isinstance(of, str) else of)]
+    for name in (*names, *sets, recipe.output, recipe.model, recipe.processor):
+        check(name or "")
     if recipe.tensorboard:
         with extra("tensorboard", "tensorboard: true needs TensorBoard"):
             import tensorboard  # noqa: F401  which tf.summary is made of
@@ -417,7 +447,7 @@ def check_extras(recipe: Recipe) -> None:
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     expected = field.metadata["expected"]
-    if expected is object:
+    if expected in (object, SOURCES):
         return value
     if isinstance(expected, type):
         valid, wanted = isinstance(value, expected), {str: "text", bool: "true or false"}[expected]
@@ -439,3 +469,34 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _is_source(value: Any) -> bool:
+    """Says whether a value is a source without a weight: a name, or a list of them."""
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) and name for name in names)
+
+
+def _checked_data(data: Any) -> Any:
+    """Checks the sources; of several with weights, one that has none gets 1.
+
+    Raises:
+        ValueError: they are no sources, or a weight is none; the message names it.
+    """
+    if _is_source(data):
+        return data
+    parts = [{"source": of} if _is_source(of) else of for of in data] if type(data) is list else []
+    for part in parts:
+        if not (isinstance(part, dict) and {"source"} <= part.keys() <= {"source", "weight"}):
+            raise ValueError(f"data={reprlib.repr(part)}: expected {SOURCES}")
+    if not parts or not all(_is_source(part["source"]) for part in parts):
+        raise ValueError(f"data={reprlib.repr(data)}: expected {SOURCES}")
+    return [{"source": part["source"], "weight": _checked_weight(part)} for part in parts]
+
+
+def _checked_weight(part: dict[str, Any]) -> float:
+    weight = part.get("weight", 1)
+    weight = _number(weight) if isinstance(weight, str) else weight
+    if not is_weight(weight):
+        raise ValueError(f"data={reprlib.repr(part)}: expected a weight above 0")
+    return int(weight) if weight == int(weight) else weight

@@ -19,7 +19,6 @@ from PIL import Image
 from align_tf import AlignImageProcessor, AlignProcessor, AlignTokenizer
 from align_tf.data import dataset as dataset_module, make_dataset, records
 from align_tf.data.readers import open_source
-from align_tf.preprocessing.image_processing import BROKEN, FINE
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "red", "a"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -171,19 +170,6 @@ def source(tmp_path_factory):
     return get
 
 
-class ImagesOfPng(AlignImageProcessor):
-    """Reads PNG alone: a graph with every format takes each data set three seconds to build."""
-
-    def _read(self, image_bytes):
-        image = tf.cond(
-            tf.strings.substr(image_bytes, 0, 4) == b"\x89PNG",
-            lambda: tf.io.decode_png(image_bytes, 3),
-            lambda: tf.zeros([0, 0, 3], tf.uint8),
-        )
-        problem = tf.where(tf.size(image) > 0, FINE, BROKEN)
-        return image, problem, tf.shape(image, tf.int64)[:2]
-
-
 SCALE = {"rescale_factor": 1.0, "rescale_offset": False}
 
 
@@ -194,10 +180,10 @@ def full_processor() -> AlignProcessor:
 
 
 @pytest.fixture(scope="module")
-def png_processor(full_processor) -> AlignProcessor:
+def png_processor(full_processor, png_images) -> AlignProcessor:
     """Gives what `full_processor` does, of intact PNG files."""
     return AlignProcessor(
-        ImagesOfPng(do_resize=False, crop_size=CROP, **SCALE), full_processor.tokenizer
+        png_images(do_resize=False, crop_size=CROP, **SCALE), full_processor.tokenizer
     )
 
 
