@@ -5,8 +5,9 @@ import dataclasses
 from typing import Any
 
 from align_tf.cli.common import setting_help
-from align_tf.training.recipe import COUNT, GROUPS, MODEL, NATURAL, PAIRS, SOURCES, Recipe
+from align_tf.training.recipe import COUNT, GROUPS, MODEL, NATURAL, PAIRS, Recipe
 from align_tf.training.recipe_file import read_recipe
+from align_tf.training.recipe_sources import SOURCES
 
 
 def add_settings(parser: argparse.ArgumentParser, groups: tuple[str, ...] = GROUPS) -> None:

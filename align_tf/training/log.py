@@ -1,13 +1,14 @@
-"""What a training says: its header, how it goes, in `metrics.jsonl` and for TensorBoard."""
+"""What a training says: its header, how it goes, in `metrics.jsonl` and for trackers."""
 
+import contextlib
 import json
 import math
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from align_tf import addresses, files
@@ -16,7 +17,7 @@ from align_tf.data.sources import Source
 from align_tf.models.fit_watch import check_contrast
 from align_tf.progress import Bar
 from align_tf.terminal import say
-from align_tf.training import devices, hosts
+from align_tf.training import devices, hosts, trackers
 from align_tf.training.recipe import Recipe
 
 METRICS_NAME = "metrics.jsonl"
@@ -74,9 +75,10 @@ def _said_frozen(tower: str, blocks: list[int] | None) -> str:
 
 
 class Log(keras.callbacks.Callback):
-    """Tells how the training goes: on stderr, in `metrics.jsonl` and for TensorBoard.
+    """Tells how the training goes: on stderr, in `metrics.jsonl` and to the trackers asked for.
 
-    Each value is the mean since the line before it. On a terminal a bar is beside the lines.
+    It is entered before `fit`, and left after it. Each value is the mean since the line before it.
+    On a terminal a bar is beside the lines.
 
     Args:
         recipe: the settings.
@@ -98,9 +100,7 @@ class Log(keras.callbacks.Callback):
             self.copies = tempfile.TemporaryDirectory(prefix="align_tf-")
             self.folder = pathlib.Path(self.copies.name)
         self.path = self.folder / METRICS_NAME
-        self.writer = None
-        if recipe.tensorboard and self.tells:
-            self.writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
+        self.trackers = contextlib.ExitStack()
         self.first: tuple[int, float] | None = None  # step and time when the model is compiled
         self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
         if not self.tells:
@@ -108,6 +108,15 @@ class Log(keras.callbacks.Callback):
         kept = output / METRICS_NAME
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
+
+    def __enter__(self) -> "Log":
+        if self.tells:
+            started = trackers.started(self.recipe, self.output, self.folder)
+            self.track = self.trackers.enter_context(started)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.trackers.__exit__(*error)
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         hosts.say_first("Compiling the first step, which takes longer than those after it ...")
@@ -168,8 +177,6 @@ class Log(keras.callbacks.Callback):
         return f"{place}  epoch {epoch}/{epochs}"
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        if self.writer is not None:
-            self.writer.close()
         self._send()
 
     def _send(self) -> None:
@@ -182,11 +189,7 @@ class Log(keras.callbacks.Callback):
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
-        if self.writer is not None:
-            with self.writer.as_default(self.step):
-                for key, value in values.items():
-                    tf.summary.scalar(key, value)
-            self.writer.flush()
+        self.track(self.step, values)
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,7 @@
 """The recipe of a training: its settings, checked, and written as YAML."""
 
 import dataclasses
+import importlib
 import math
 import os
 import reprlib
@@ -10,15 +11,19 @@ from align_tf.addresses import check, place
 from align_tf.configuration.presets import PRESETS
 from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
-from align_tf.data.weights import is_weight, shares_of
 from align_tf.extras import extra
+from align_tf.training.recipe_sources import (
+    SOURCES,
+    checked_sources,
+    drawn_sources,
+    said_sources,
+)
 
 POSITIVE = "a number above 0"
 NATURAL = "a whole number of 0 or more"
 COUNT = "a whole number of 1 or more"
 PAIRS = "a whole number of 2 or more, since a pair is told from the others of its batch"
 SHARE = "a number of 0 or more, below 1"
-SOURCES = "a source, a list of files of one kind, or of {source: ..., weight: ...}"
 
 CHECKS = {
     POSITIVE: lambda value: 0 < value < math.inf,
@@ -41,6 +46,9 @@ FIGURES = {
     "zero-shot": ["top1", "top5", "mean_per_class"],
 }
 VALIDATED = tuple(FIGURES)
+
+# Where figures go beside `metrics.jsonl`: the setting, which is the package and the extra too.
+TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 
 # The groups of settings, in the order of `--help`.
 GROUPS = ("model and data", "batch", "optimizer", "what trains", "output")
@@ -232,6 +240,12 @@ class Recipe:
         OUTPUT, None, "steps between two lines of progress (a hundredth of all, at most 100)", COUNT
     )
     tensorboard: bool = _setting(OUTPUT, False, "write TensorBoard's logs too", bool)
+    wandb: bool = _setting(
+        OUTPUT, False, "log to Weights & Biases too, as its variables say (WANDB_PROJECT ...)", bool
+    )
+    mlflow: bool = _setting(
+        OUTPUT, False, "log to MLflow too, as its variables say (MLFLOW_TRACKING_URI ...)", bool
+    )
 
     def __post_init__(self) -> None:
         for key in ("data", "output"):
@@ -276,7 +290,7 @@ class Recipe:
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
-        self.data = _checked_data(self.data)
+        self.data = checked_sources(self.data)
         self._check_lora()
         self._check_validation()
         if self.batch_size % self.accumulation:
@@ -303,17 +317,11 @@ class Recipe:
 
     def drawn(self) -> tuple[list[Any], list[float]]:
         """Returns the sources of `data` and their weights, as `make_dataset` takes them."""
-        parts = [{"source": self.data, "weight": 1}] if _is_source(self.data) else self.data
-        return [part["source"] for part in parts], [part["weight"] for part in parts]
+        return drawn_sources(self.data)
 
     def said_data(self) -> list[str]:
         """Returns the sources in words, several with their shares."""
-        sources, weights = self.drawn()
-        names = [name if isinstance(name, str) else ", ".join(name) for name in sources]
-        if len(names) == 1:
-            return names
-        parts = zip(names, shares_of(weights), strict=True)
-        return [f"{name} ({float(100 * share):.3g}%)" for name, share in parts]
+        return said_sources(self.data)
 
     def adapted(self) -> list[str]:
         """Returns the towers that LoRA adapts: those that are not frozen as a whole."""
@@ -432,17 +440,18 @@ def check_extras(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a place is an address of a kind that is not read.
-        ModuleNotFoundError: `tensorboard` without TensorBoard, an address without its package; the
-            message names the pip command.
+        ModuleNotFoundError: `tensorboard` without TensorBoard, an address without its package and
+            so on; the message names the pip command.
     """
     sets = [options["data"] for options in recipe.validations().values()]
     sources, _ = recipe.drawn()
     names = [name for of in sources for name in ([of] if isinstance(of, str) else of)]
     for name in (*names, *sets, recipe.output, recipe.model, recipe.processor):
         check(name or "")
-    if recipe.tensorboard:
-        with extra("tensorboard", "tensorboard: true needs TensorBoard"):
-            import tensorboard  # noqa: F401  which tf.summary is made of
+    for key, name in TRACKERS.items():
+        if getattr(recipe, key):
+            with extra(key, f"{key}: true needs {name}"):
+                importlib.import_module(key)
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
@@ -469,34 +478,3 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
-
-
-def _is_source(value: Any) -> bool:
-    """Says whether a value is a source without a weight: a name, or a list of them."""
-    names = value if isinstance(value, list) else [value]
-    return bool(names) and all(isinstance(name, str) and name for name in names)
-
-
-def _checked_data(data: Any) -> Any:
-    """Checks the sources; of several with weights, one that has none gets 1.
-
-    Raises:
-        ValueError: they are no sources, or a weight is none; the message names it.
-    """
-    if _is_source(data):
-        return data
-    parts = [{"source": of} if _is_source(of) else of for of in data] if type(data) is list else []
-    for part in parts:
-        if not (isinstance(part, dict) and {"source"} <= part.keys() <= {"source", "weight"}):
-            raise ValueError(f"data={reprlib.repr(part)}: expected {SOURCES}")
-    if not parts or not all(_is_source(part["source"]) for part in parts):
-        raise ValueError(f"data={reprlib.repr(data)}: expected {SOURCES}")
-    return [{"source": part["source"], "weight": _checked_weight(part)} for part in parts]
-
-
-def _checked_weight(part: dict[str, Any]) -> float:
-    weight = part.get("weight", 1)
-    weight = _number(weight) if isinstance(weight, str) else weight
-    if not is_weight(weight):
-        raise ValueError(f"data={reprlib.repr(part)}: expected a weight above 0")
-    return int(weight) if weight == int(weight) else weight

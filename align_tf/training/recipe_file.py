@@ -7,7 +7,8 @@ import reprlib
 from typing import Any
 
 from align_tf.addresses import Place, place
-from align_tf.training.recipe import SOURCES, Recipe
+from align_tf.training.recipe import Recipe
+from align_tf.training.recipe_sources import SOURCES
 
 # Of each two, a recipe states one.
 ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))

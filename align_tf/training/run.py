@@ -42,7 +42,7 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 # Settings that may change when a training goes on: no weight depends on them.
 FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
-    *("tensorboard", "keep_best", "early_stop"),
+    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop"),
 )
 
 
@@ -299,8 +299,12 @@ def _fit(
     validation, evaluations = make_validation(recipe, processor, lengths)
     checkpoints = Checkpoints(recipe, processor, output, step, best)
     epoch_steps = pairs // recipe.batch_size
-    with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():
-        log = Log(recipe, output, step, epoch_steps, bar)
+    with (
+        Bar("Training", recipe.steps, "steps", step) as bar,
+        Log(recipe, output, step, epoch_steps, bar) as log,
+        _signals(checkpoints),
+        _data_errors(),
+    ):
         if best.key is not None and step and step not in best.values:
             _validate(model, validation, [*evaluations, log, best])
             if best.over:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from png_reading import ImagesOfPng
 
 from align_tf import AlignImageProcessor, AlignProcessor, AlignTokenizer
 from align_tf.data import dataset as dataset_module, make_dataset, records
@@ -180,10 +181,10 @@ def full_processor() -> AlignProcessor:
 
 
 @pytest.fixture(scope="module")
-def png_processor(full_processor, png_images) -> AlignProcessor:
+def png_processor(full_processor) -> AlignProcessor:
     """Gives what `full_processor` does, of intact PNG files."""
     return AlignProcessor(
-        png_images(do_resize=False, crop_size=CROP, **SCALE), full_processor.tokenizer
+        ImagesOfPng(do_resize=False, crop_size=CROP, **SCALE), full_processor.tokenizer
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from png_reading import ImagesOfPng
 
 from align_tf import AlignProcessor
 from align_tf.data import dataset as dataset_module, make_dataset, write_tfrecords
@@ -134,8 +135,8 @@ def test_one_source_with_a_weight_is_as_one_without(place):
 
 
 @pytest.fixture(scope="module")
-def small_processor(processor, png_images) -> AlignProcessor:
-    return AlignProcessor(png_images(do_resize=False, crop_size=16), processor.tokenizer)
+def small_processor(processor) -> AlignProcessor:
+    return AlignProcessor(ImagesOfPng(do_resize=False, crop_size=16), processor.tokenizer)
 
 
 def test_workers_share_each_batch_and_a_pass_is_of_all_pairs(place, small_processor):

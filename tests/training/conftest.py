@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from png_reading import ImagesOfPng
 from small_training import COLORS, WORDS, settings_of
 
 from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
@@ -71,13 +72,26 @@ def place(tmp_path_factory, small_config):
     return folder
 
 
+@pytest.fixture(scope="session")
+def reading_png():
+    """Within it trainings read PNG files alone, so that their data are ready in less time."""
+
+    @contextlib.contextmanager
+    def within():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AlignImageProcessor, "_read", ImagesOfPng._read)
+            yield
+
+    return within
+
+
 @pytest.fixture
 def settings(place, tmp_path):
     return settings_of(place, tmp_path / "out")
 
 
 @pytest.fixture(scope="session")
-def making_once():
+def making_once(reading_png):
     """Within it trainings of one model by one recipe share it, and so its traced step.
 
     All that a step depends on is set to what it was when the model was made.
@@ -102,11 +116,18 @@ def making_once():
 
     @contextlib.contextmanager
     def within():
-        with pytest.MonkeyPatch.context() as patch:
+        with reading_png(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "make_model", make_once)
             yield
 
     return within
+
+
+@pytest.fixture(scope="module")
+def png_alone(reading_png):
+    """The trainings of a module read PNG files alone."""
+    with reading_png():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from align_tf.cli.main import main
 from align_tf.training.recipe import Recipe
 from align_tf.training.run import make_model
 
+pytestmark = pytest.mark.usefixtures("png_alone")
+
 # Is killed, as by kill -9, after the step behind the first checkpoint.
 KILLED = """
 import os, signal, sys
@@ -52,7 +54,7 @@ def command(place, output):
 
 
 @pytest.fixture(scope="module")
-def unbroken(place, tmp_path_factory):
+def unbroken(place, png_alone, tmp_path_factory):
     """The folder of a training that ran through."""
     output = tmp_path_factory.mktemp("adapting") / "out"
     assert main(command(place, output)) == 0

@@ -12,7 +12,8 @@ import safetensors.numpy
 from align_tf.cli.main import main
 from align_tf.training import Recipe, validation
 
-pytestmark = pytest.mark.slow  # a training, and towers traced for each set
+# A training, and towers traced for it.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("png_alone")]
 
 
 def recipe(place, output, **changes):
@@ -66,7 +67,7 @@ FIGURES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4, 12: 0.5}
 
 
 @pytest.fixture(scope="module")
-def unbroken(place, tmp_path_factory):
+def unbroken(place, png_alone, tmp_path_factory):
     """The best checkpoint of a training was that of step 4, which ended at step 8."""
     folder = tmp_path_factory.mktemp("validation")
     with pytest.MonkeyPatch.context() as patch:
