@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from align_tf import AlignModel, AlignProcessor
 from align_tf.cli.main import main
-from align_tf.training import Recipe, validation
+from align_tf.training import Recipe, RetrievalEvaluation, validation
 
 # A training, and towers traced for it.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("png_alone")]
@@ -91,6 +92,20 @@ def test_sets_are_measured_by_name(unbroken, place):
     end = "No better val_colors_top1 in 2 validations than 0.5000 at step 4: done."
     assert end in said
     assert not [line for line in said if line.startswith("Embedding")]  # within the bar's place
+
+
+def test_the_sets_share_one_embedder(place):
+    processor = AlignProcessor.from_pretrained(place / "tiny")
+    _, measures = validation.make_validation(recipe(place, "out"), processor, (8,))
+    model = AlignModel.from_pretrained(place / "tiny")
+    for _ in range(2):  # as for a validation before `fit`, and for `fit`
+        for callback in measures:
+            callback.set_model(model)
+    assert len(measures) == 2
+    assert measures[0].embedder is measures[1].embedder
+    alone = RetrievalEvaluation({})
+    alone.set_model(model)
+    assert alone.embedder is not measures[0].embedder
 
 
 def test_the_best_is_kept_and_is_the_trained_model(unbroken, place):
