@@ -32,8 +32,10 @@ def here(tmp_path_factory):
 
 def wandb_runs(folder, run):
     """Yields what each start of a run has written: its settings, figures, exit code."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # whose process may write after a run is over
     for file in sorted(folder.glob(f"wandb/offline-run-*/run-{run}.wandb")):
         content, place, whole = file.read_bytes(), 7, b""
         found = {"figures": {}, "exit": None}
