@@ -34,9 +34,14 @@ STATES = ("etag", "ETag", "generation", "blob_id", "md5Hash", "updated", "LastMo
 
 # What no second attempt mends.
 HOPELESS = ("NoCredentialsError", "DefaultCredentialsError")
+PATIENT = ("gs",)  # schemes whose client has asked again for minutes when it gives up
 
 # A `pathlib.Path`, or a `upath.UPath`, which is loaded for an address alone.
 Place = Any
+
+
+class _CutOffError(OSError):
+    """A file of which a client took a part for the whole."""
 
 
 class AddressError(ValueError):
@@ -322,7 +327,7 @@ def _fetch(path: Place, target: pathlib.Path) -> None:
         path.fs.get_file(path.path, str(target))
         size, came = path.fs.info(path.path)["size"], target.stat().st_size
         if size is not None and size != came:
-            raise OSError(f"{came:,} of {size:,} bytes came")
+            raise _CutOffError(f"{came:,} of {size:,} bytes came")
 
     _again(path, fetch)
 
@@ -336,7 +341,8 @@ def _again(path: Place, call: Callable[[], Any]) -> Any:
             except (FileNotFoundError, PermissionError):
                 raise
             except Exception as error:
-                if attempt == ATTEMPTS - 1 or type(error).__name__ in HOPELESS:
+                given_up = path.protocol in PATIENT and not isinstance(error, _CutOffError)
+                if given_up or attempt == ATTEMPTS - 1 or type(error).__name__ in HOPELESS:
                     raise
                 say(f"{path}: {_reason(error)}; trying again")
             time.sleep(PAUSE * 2**attempt)

@@ -35,7 +35,7 @@ ADAPTER_TORCH_NAME = "adapter_model.bin"
 RECIPE_NAME = "recipe.yaml"  # of a training, which stays beside the model that it gave
 # Of a training, what is no part of that model.
 OF_TRAINING = (
-    *("checkpoint-*/*", ".*", "metrics.jsonl", "data_*", "tensorboard/*"),
+    *("checkpoint-*/*", ".*", "metrics.jsonl", "data_*", "tensorboard/*", "runs.json"),
     *(RECIPE_NAME, "training_state.*"),  # a recipe names places of the machine
 )
 

@@ -29,7 +29,7 @@ SERVING = pathlib.Path(__file__).parents[1] / "serving"
 # Few tests that take long: pytest-xdist, which deals files out by their numbers of tests, would
 # come to these at the end, one worker having work left and the other none.
 LONGEST_FIRST = (
-    *("training/test_run.py", "test_readme.py", "server/test_fuzz.py", "cli/test_cli.py"),
+    *("training/test_resuming.py", "test_readme.py", "server/test_fuzz.py", "cli/test_cli.py"),
     *("test_serving_configs.py", "search/test_collection.py", "data/test_left_out.py"),
     *("training/test_callbacks.py", "evaluation/test_identity.py", "models/test_accumulation.py"),
 )

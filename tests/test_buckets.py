@@ -228,6 +228,7 @@ def test_a_bucket_that_stays_broken_is_one_line(bucket, shards, monkeypatch, cap
     assert main(["embed", f"{address}/pairs", "--output", str(tmp_path / "x")]) == 2
     said = capfd.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"align-tf: error: {address}/pairs/0.tar: cannot be reached: ")
+    assert 1000 - len(front.faults) <= 40  # of gcsfs itself six times six, which nothing sets
     assert not any("Traceback" in line for line in said)
 
 

@@ -84,6 +84,20 @@ ABSENT = [
         ),
         'tensorboard: true needs TensorBoard: pip install "align-tf[tensorboard]"',
     ),
+    (
+        "wandb",
+        lambda folder: recipe.check_extras(
+            recipe.Recipe(model="m", data="d", output="o", steps=1, wandb=True)
+        ),
+        'wandb: true needs Weights & Biases: pip install "align-tf[wandb]"',
+    ),
+    (
+        "mlflow",
+        lambda folder: recipe.check_extras(
+            recipe.Recipe(model="m", data="d", output="o", steps=1, mlflow=True)
+        ),
+        'mlflow: true needs MLflow: pip install "align-tf[mlflow]"',
+    ),
     *(
         (
             package,

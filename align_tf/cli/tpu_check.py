@@ -7,9 +7,8 @@ import os
 from typing import Any
 
 from align_tf.cli.common import EXIT_USER_ERROR, import_tensorflow, print_table, say
-from align_tf.cli.settings import add_settings, given_settings
+from align_tf.cli.settings import add_settings, read_settings
 from align_tf.training.recipe import BATCH, MODEL, OPTIMIZER, TRAINS
-from align_tf.training.recipe_file import read_recipe
 
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    recipe = read_recipe(arguments.recipe, given_settings(arguments), SILENT)
+    recipe = read_settings(arguments, SILENT)
     from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_steps
 
     check_topology(arguments.topology)

@@ -4,9 +4,8 @@ import argparse
 from typing import Any
 
 from align_tf.cli.common import hint, import_tensorflow, say
-from align_tf.cli.settings import add_settings, given_settings
+from align_tf.cli.settings import add_settings, read_settings
 from align_tf.training.recipe import check_extras
-from align_tf.training.recipe_file import read_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    recipe = read_recipe(arguments.recipe, given_settings(arguments))
+    recipe = read_settings(arguments)
     check_extras(recipe)
-    say(f"Training {recipe.model or recipe.preset} on {recipe.data}: loading TensorFlow ...")
+    on = ", ".join(recipe.said_data())
+    say(f"Training {recipe.model or recipe.preset} on {on}: loading TensorFlow ...")
     import_tensorflow()
     from align_tf.training.run import train
 

@@ -2,6 +2,7 @@
 
 dataset         batches for `fit`, `evaluate` and `predict`
 readers         which files a source is, and those whose records are known by their paths
+mixing, weights     several sources in shares of a batch
 streams         records that come in a row: TFRecord, tar, Parquet, a tf.data.Dataset
 tables, tars    the rows of a .csv, .tsv, .jsonl or .parquet; the members of a tar
 folders         which files of a folder are data

@@ -8,7 +8,8 @@ import tensorflow as tf
 from align_tf.data.left_out import JUDGED_FROM, NO_CAPTION, NO_IMAGE, LeftOut
 from align_tf.data.lengths import LENGTH_BUCKETS
 from align_tf.data.limit import LIMIT, is_limit
-from align_tf.data.readers import PathOrPaths, open_source
+from align_tf.data.mixing import Mixture
+from align_tf.data.readers import PathOrPaths, open_source, open_sources
 from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
 from align_tf.files import readable
@@ -63,6 +64,7 @@ def make_dataset(
     *,
     batch_size: int,
     training: bool = False,
+    weights: Sequence[float] | None = None,
     seed: int = 0,
     epochs: int | None = None,
     start_step: int = 0,
@@ -94,8 +96,12 @@ def make_dataset(
         processor: prepares images and texts.
         batch_size: pairs in a batch, of this worker.
         training: shuffles, draws among an image's captions, and augments.
+        weights: of training on several sources, a list of such: a number above 0 for each, its
+            share of the pairs of every batch being its weight of their sum, to within half a pair
+            for each source over all batches up to any. Each is shuffled and repeated for itself.
         seed: of the order and all draws.
-        epochs: passes over the data; None is endless in training and one in evaluation.
+        epochs: passes over the data; None is endless in training and one in evaluation. With
+            `weights` a pass is as many pairs as all sources hold together, whosever they are.
         start_step: the batches to leave out; they are not decoded.
         augment: crops and flips in training, where left and right mean the same; False takes the
             center of each image as evaluation does.
@@ -109,7 +115,7 @@ def make_dataset(
             which in training show another image of the batch, since BatchNorm sees them. Each
             counts once, and they are reported on stderr. `"5%"` allows that share of the records
             read, judged from the 1,000th on, or at the end of a pass over fewer. A whole pass
-            without a pair is an error in any case.
+            without a pair is an error in any case. Of several sources each is judged by itself.
         image_key: name of the image's column, feature, key or suffix; None finds the usual ones.
         caption_key: name of the caption's.
 
@@ -123,20 +129,25 @@ def make_dataset(
     Raises:
         FileNotFoundError: there is no such source.
         ValueError: it is remote and cannot be reached, empty, of no known kind, has no captions,
-            or has fewer records than a training batch; or an argument is out of range, such as a
-            batch_size of 1 in training, where a pair has no other to be told from.
+            or has fewer records than a training batch, or than its part of one; or an argument
+            is out of range, such as a batch_size of 1 in training, where a pair has no other to
+            be told from.
         ModuleNotFoundError: Parquet without pyarrow; the message names the pip command.
         tf.errors.InvalidArgumentError: in iteration, more than max_errors records are left out,
             or no record of a pass is a pair.
     """
     index, workers = shard
     _check_arguments(batch_size, start_step, shard, length_buckets, training, max_errors)
-    opened = open_source(source, image_key, caption_key)
+    if weights is not None and not training:
+        raise ValueError("weights: of training alone; in evaluation expected one source")
+    opened = open_sources(source, weights, image_key, caption_key)
     if epochs is None:
         epochs = None if training else 1
     batches, steps = _batches(opened, batch_size * workers, training, seed, epochs, start_step)
-    pass_steps = _pass_steps(opened, batch_size * workers, workers, training, start_step, steps)
-    left_out = LeftOut(opened, max_errors, pass_steps)
+    limits = [
+        LeftOut(part, max_errors, of_pass)
+        for part, of_pass in _first_passes(opened, batch_size, workers, training, start_step, steps)
+    ]
 
     @_graph
     def prepare(step: tf.Tensor, elements: Any) -> dict[str, tf.Tensor]:
@@ -147,7 +158,7 @@ def make_dataset(
             batch, problems = _prepare(
                 loaded, draws, processor, training, training and augment, sorted(length_buckets)
             )
-        with tf.control_dependencies([left_out.report(step, loaded["key"], problems)]):
+        with tf.control_dependencies(_reports(limits, step, loaded, problems)):
             return {name: tf.identity(value) for name, value in batch.items()}
 
     dataset = batches.map(prepare, num_parallel_calls=BATCHES_IN_FLIGHT, deterministic=True)
@@ -158,12 +169,18 @@ def make_dataset(
     if steps is not None:
         dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
     elif epochs is not None and workers == 1:  # the end alone tells that a pass is over
-        end = tf.data.Dataset.range(1).flat_map(_graph(lambda _: dataset.take(left_out.ended())))
+        end = tf.data.Dataset.range(1).flat_map(_graph(lambda _: dataset.take(limits[0].ended())))
         dataset = dataset.concatenate(end)
     return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
-def batch_keys(source: PathOrPaths, batch_size: int, seed: int, step: int) -> list[str]:
+def batch_keys(
+    source: PathOrPaths,
+    batch_size: int,
+    seed: int,
+    step: int,
+    weights: Sequence[float] | None = None,
+) -> list[str]:
     """Says which records are in a batch of a training.
 
     Args:
@@ -171,11 +188,12 @@ def batch_keys(source: PathOrPaths, batch_size: int, seed: int, step: int) -> li
         batch_size: pairs in the batch of all workers.
         seed: of the order.
         step: the number of the batch, from 0.
+        weights: of several sources.
 
     Returns:
         The keys of its records.
     """
-    opened = open_source(source, None, None)
+    opened = open_sources(source, weights)
     batches, _ = _batches(opened, batch_size, True, seed, None, step)
     keys = _graph(lambda _, elements: _load(opened, elements)["key"])
     (found,) = batches.take(1).map(keys)
@@ -207,25 +225,52 @@ def _check_arguments(
         raise ValueError(f"max_errors={max_errors!r}: expected {LIMIT}; or None")
 
 
-def _pass_steps(
-    opened: Source, size: int, workers: int, training: bool, start_step: int, steps: int | None
-) -> range | None:
-    """Returns the steps of a first pass, `steps` being all that come, or None as it is not known.
+def _first_passes(
+    opened: Source | Mixture,
+    batch_size: int,
+    workers: int,
+    training: bool,
+    start_step: int,
+    steps: int | None,
+) -> list[tuple[Source, range | None]]:
+    """Returns each source with the steps of its first pass, or None as they are not known.
 
-    Of a source of unknown length it is the first records of a training. The last batch of an
-    evaluation may leave one of several workers without rows, so that none can judge by its own.
+    `steps` are all that come. Of a source of unknown length the pass is the first records of a
+    training. The last batch of an evaluation may leave one of several workers without rows, so
+    that none can judge by its own.
     """
+    size = batch_size * workers
+    if isinstance(opened, Mixture):
+        return [
+            (source, source.count and opened.pass_steps(number, size, start_step))
+            for number, source in enumerate(opened.sources)
+        ]
     if not training and (workers > 1 or opened.count is None):
-        return None
+        return [(opened, None)]
     count = JUDGED_FROM if opened.count is None else opened.count
     of_pass = count // size if training and opened.count is not None else -(-count // size)
     if steps is not None and steps != tf.data.INFINITE_CARDINALITY:
         of_pass = min(of_pass, steps)
-    return range(start_step, start_step + of_pass)
+    return [(opened, range(start_step, start_step + of_pass))]
+
+
+def _reports(
+    limits: Sequence[LeftOut], step: tf.Tensor, loaded: dict[str, Any], problems: tf.Tensor
+) -> list[tf.Operation]:
+    """Tells each source's limit of the rows of a batch that are of it."""
+    keys = loaded["key"]
+    if "source" not in loaded:
+        return [limits[0].report(step, keys, problems)]
+    return [
+        one.report(
+            step, *(tf.boolean_mask(x, loaded["source"] == number) for x in (keys, problems))
+        )
+        for number, one in enumerate(limits)
+    ]
 
 
 def _batches(
-    opened: Source,
+    opened: Source | Mixture,
     size: int,
     training: bool,
     seed: int,
@@ -233,13 +278,13 @@ def _batches(
     start_step: int,
 ) -> tuple[tf.data.Dataset, int | None]:
     """Returns a dataset of (step, elements of a global batch) from a step on, and its length."""
-    first_epoch, first_step, length, count = 0, 0, None, opened.count
-    if training and count is None:
-        count = sum(1 for _ in opened.elements(None).take(size))
-    if training and count < size:
-        raise ValueError(f"{opened.name}: {count} records, expected {size} or more for a batch")
+    if isinstance(opened, Mixture):
+        return _mixed_batches(opened, size, seed, epochs, start_step)
+    first_epoch, first_step, length = 0, 0, None
+    if training:
+        opened.check(size)
     if opened.count is not None:
-        steps = count // size if training else -(-count // size)
+        steps = opened.count // size if training else -(-opened.count // size)
         first_epoch, first_step = divmod(start_step, steps)
         length = tf.data.INFINITE_CARDINALITY
         if epochs is not None:
@@ -259,7 +304,21 @@ def _batches(
     return batches.enumerate(start_step), length
 
 
-def _load(opened: Source, elements: Any) -> dict[str, Any]:
+def _mixed_batches(
+    opened: Mixture, size: int, seed: int, epochs: int | None, start_step: int
+) -> tuple[tf.data.Dataset, int]:
+    """Does the same of several sources, in training."""
+    opened.check(size)
+    batches = opened.batches(size, seed, start_step).enumerate(start_step)
+    if epochs is None:
+        return batches, tf.data.INFINITE_CARDINALITY
+    if opened.count is None:
+        raise ValueError(f"epochs={epochs}: {opened.name} do not say how many pairs they hold")
+    length = max(opened.count // size * epochs - start_step, 0)
+    return batches.take(length), length
+
+
+def _load(opened: Source | Mixture, elements: Any) -> dict[str, Any]:
     """Takes a batch of elements to records, without the captions that say nothing."""
     loaded = opened.load(elements)
     captions = loaded["captions"]

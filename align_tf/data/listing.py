@@ -41,6 +41,12 @@ class Listing:
         self.sizes.append(size)
         self.times.append(time if timed else 0)
 
+    def extend(self, other: "Listing") -> None:
+        """Adds the files of another listing."""
+        self.paths += other.paths
+        self.sizes += other.sizes
+        self.times += other.times
+
     def save(self, path: addresses.Place) -> None:
         """Writes the listing as a file that `read` takes."""
         paths = np.frombuffer(b"\0".join(map(os.fsencode, self.paths)), np.uint8)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from align_tf import addresses
 from align_tf.data.folders import ends, pictures
 from align_tf.data.listing import Listing
+from align_tf.data.mixing import Mixture
 from align_tf.data.patterns import matching
 from align_tf.data.sources import CAPTION, Keys, Source, read_captions, tell_foreign
 from align_tf.data.streams import (
@@ -23,6 +24,7 @@ from align_tf.data.streams import (
     open_tfrecords,
 )
 from align_tf.data.tables import image_rows
+from align_tf.data.weights import WEIGHTS, is_weight, shares_of
 from align_tf.files import readable
 from align_tf.progress import counted
 from align_tf.terminal import say_once
@@ -69,6 +71,35 @@ def open_source(
         return open_dataset(source, keys)
     name, kind, paths = _found(source, keys)
     return OPENERS[kind](name, paths, keys)
+
+
+def open_sources(
+    source: Any,
+    weights: Sequence[float] | None,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    index: addresses.Place | None = None,
+) -> Source | Mixture:
+    """Does the same of several sources with weights; one alone is as one without a weight.
+
+    Args:
+        source: one source, or with weights a list of them.
+        weights: a number above 0 for each; None opens one source.
+        image_key: as in `open_source`.
+        caption_key: as in `open_source`.
+        index: as in `open_source`.
+
+    Raises:
+        FileNotFoundError, ValueError, ModuleNotFoundError: as `open_source`; or weights are none.
+    """
+    if weights is None:
+        return open_source(source, image_key, caption_key, index=index)
+    several = list(source) if isinstance(source, list | tuple) else [source]
+    if len(weights) != len(several) or not all(map(is_weight, weights)):
+        found = f"{len(several)} sources" if len(several) > 1 else "one source"
+        raise ValueError(f"weights={list(weights)}: expected {WEIGHTS}, of which here is {found}")
+    opened = [open_source(one, image_key, caption_key, index=index) for one in several]
+    return opened[0] if len(opened) == 1 else Mixture(opened, shares_of(weights))
 
 
 def list_files(source: PathOrPaths, image_key: str | None = None) -> Listing:
@@ -118,7 +149,8 @@ def _found(source: Any, keys: Keys) -> tuple[str, str, list[addresses.Place]]:
     name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
-        raise ValueError(f"{name}: {ONE_KIND}, found {', '.join(sorted(kinds))}")
+        found = ", ".join(sorted(kinds))
+        raise ValueError(f"{name}: {ONE_KIND}, found {found}; in training, several take weights")
     kind = kinds.pop()
     if kind == "table" and any(image_column(path, keys.image) for path in paths):
         kind = "images in tables"

@@ -44,8 +44,9 @@ class Source:
         name: for messages.
         count: its records; None where only reading it through would tell.
         elements: takes None, or the seed of an epoch's order, int64 (2,), to a dataset of the
-            elements that stand for the records: row numbers, or records still encoded. With
-            `first` it leaves out so many, and does not open the files they fill.
+            elements that stand for the records: row numbers where there are `paths`, or records
+            still encoded, of key, image and captions. With `first` it leaves out so many, and does
+            not open the files they fill.
         load: takes a batch of elements to `key` (n,), `image_bytes` (n,) and `captions`, ragged
             (n, None). What could not be read has no image and no caption.
         paths: the image file of each record, where the images are files; None for one whose name
@@ -59,6 +60,26 @@ class Source:
     load: Callable[[Any], dict[str, Any]]
     paths: list[str | None] | None = None
     image_cause: str = ""
+
+    def check(self, size: int, of: str = "a batch", smaller: str = "") -> None:
+        """Checks that there are records for a batch.
+
+        Args:
+            size: how many it needs.
+            of: what needs them, for the message.
+            smaller: what else may be smaller than a batch's size, for the message.
+
+        Raises:
+            ValueError: there are fewer; the message names the source.
+        """
+        count = self.count
+        if count is None:
+            count = sum(1 for _ in self.elements(None).take(size))
+        if count < size:
+            raise ValueError(
+                f"{self.name}: {count} records, expected {size} or more for {of}, or a smaller "
+                f"{smaller}batch_size"
+            )
 
 
 def choose_key(

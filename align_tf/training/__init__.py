@@ -2,7 +2,8 @@
 
 run             the run: model, data, steps, and going on where it was stopped
 log             what it says: its header, its lines, `metrics.jsonl`
-recipe, recipe_file     the settings, and what reads them from YAML and flags
+trackers        where figures go beside it: TensorBoard, Weights & Biases, MLflow
+recipe, recipe_sources, recipe_file     the settings, and what reads them from YAML and flags
 callbacks       evaluation, checkpoints and compilations counted, within `fit`
 validation      what it is validated on; the best kept, an early end
 resume          the state of a training, saved and restored

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -28,6 +28,8 @@ class _Evaluation(keras.callbacks.Callback):
     Where the optimizer keeps moving averages of the weights, these are measured.
     """
 
+    make_embedder: Callable[[keras.Model], Embedder] = Embedder  # several may share one
+
     def __init__(self, every_steps: int | None, name: str = ""):
         super().__init__()
         self.prefix = f"val_{name}_" if name else "val_"
@@ -40,7 +42,7 @@ class _Evaluation(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        self.embedder = Embedder(model)
+        self.embedder = self.make_embedder(model)
 
     def evaluate(self) -> dict[str, float]:
         raise NotImplementedError

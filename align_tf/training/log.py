@@ -1,20 +1,23 @@
-"""What a training says: its header, how it goes, in `metrics.jsonl` and for TensorBoard."""
+"""What a training says: its header, how it goes, in `metrics.jsonl` and for trackers."""
 
+import contextlib
 import json
 import math
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 from align_tf import addresses, files
+from align_tf.data.mixing import Mixture
+from align_tf.data.sources import Source
 from align_tf.models.fit_watch import check_contrast
 from align_tf.progress import Bar
 from align_tf.terminal import say
-from align_tf.training import devices, hosts
+from align_tf.training import devices, hosts, trackers
 from align_tf.training.recipe import Recipe
 
 METRICS_NAME = "metrics.jsonl"
@@ -23,17 +26,18 @@ METRICS_NAME = "metrics.jsonl"
 VALIDATION_SHOWN = ("val_loss", "r1_i2t", "r1_t2i", "r5_i2t", "r5_t2i", "top1")
 
 
-def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_count: int) -> None:
+def say_header(
+    recipe: Recipe, model: keras.Model, opened: Source | Mixture, device_count: int
+) -> None:
     """Says on stderr what is trained, on what and for how long.
 
     Args:
         recipe: the settings, its steps counted.
         model: the model, compiled.
-        pairs: of the data; None where they do not say how many they are.
+        opened: its data.
         device_count: how many devices share a batch.
     """
-    found = f"{pairs:,} pairs" if pairs is not None else "pairs of a number that it does not say"
-    say(f"Data: {recipe.data}, {found}, {recipe.batch_size:,} in a batch")
+    _say_data(recipe, opened)
     share = f"{device_count} of " if device_count < devices.count_devices() else ""
     say(f"Devices: {share}{devices.describe_devices()}, {recipe.dtype}")
     trained = sum(math.prod(weight.shape) for weight in model.trainable_weights)
@@ -47,11 +51,22 @@ def say_header(recipe: Recipe, model: keras.Model, pairs: int | None, device_cou
         f"Optimizer: {recipe.optimizer}, learning_rate {recipe.learning_rate:g}, warmup_steps "
         f"{recipe.warmup_steps:,}, schedule {recipe.schedule}"
     )
-    epochs = "" if pairs is None else f", {pairs // recipe.batch_size:,} an epoch"
     say(
-        f"Steps: {recipe.steps:,}{epochs}; a line every {recipe.log_every:,}, "
-        f"a checkpoint every {recipe.save_every:,}"
+        f"Steps: {recipe.steps:,}, {opened.count // recipe.batch_size:,} an epoch; a line every "
+        f"{recipe.log_every:,}, a checkpoint every {recipe.save_every:,}"
     )
+
+
+def _say_data(recipe: Recipe, opened: Source | Mixture) -> None:
+    """Says what a training is on, and of several sources how much and how often each is read."""
+    names, in_a_batch = recipe.said_data(), f"{recipe.batch_size:,} in a batch"
+    if len(names) == 1:
+        say(f"Data: {names[0]}, {opened.count:,} pairs, {in_a_batch}")
+        return
+    say(f"Data: {len(names)} sources, {opened.count:,} pairs, {in_a_batch}")
+    drawn = opened.drawn(recipe.steps * recipe.batch_size)
+    for name, source, pairs in zip(names, opened.sources, drawn, strict=True):
+        say(f"  {name}: {source.count:,} pairs, each {pairs / source.count:.3g} times in all")
 
 
 def _said_frozen(tower: str, blocks: list[int] | None) -> str:
@@ -60,9 +75,10 @@ def _said_frozen(tower: str, blocks: list[int] | None) -> str:
 
 
 class Log(keras.callbacks.Callback):
-    """Tells how the training goes: on stderr, in `metrics.jsonl` and for TensorBoard.
+    """Tells how the training goes: on stderr, in `metrics.jsonl` and to the trackers asked for.
 
-    Each value is the mean since the line before it. On a terminal a bar is beside the lines.
+    It is entered before `fit`, and left after it. Each value is the mean since the line before it.
+    On a terminal a bar is beside the lines.
 
     Args:
         recipe: the settings.
@@ -84,9 +100,7 @@ class Log(keras.callbacks.Callback):
             self.copies = tempfile.TemporaryDirectory(prefix="align_tf-")
             self.folder = pathlib.Path(self.copies.name)
         self.path = self.folder / METRICS_NAME
-        self.writer = None
-        if recipe.tensorboard and self.tells:
-            self.writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
+        self.trackers = contextlib.ExitStack()
         self.first: tuple[int, float] | None = None  # step and time when the model is compiled
         self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
         if not self.tells:
@@ -94,6 +108,15 @@ class Log(keras.callbacks.Callback):
         kept = output / METRICS_NAME
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
+
+    def __enter__(self) -> "Log":
+        if self.tells:
+            started = trackers.started(self.recipe, self.output, self.folder)
+            self.track = self.trackers.enter_context(started)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.trackers.__exit__(*error)
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         hosts.say_first("Compiling the first step, which takes longer than those after it ...")
@@ -154,8 +177,6 @@ class Log(keras.callbacks.Callback):
         return f"{place}  epoch {epoch}/{epochs}"
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        if self.writer is not None:
-            self.writer.close()
         self._send()
 
     def _send(self) -> None:
@@ -168,11 +189,7 @@ class Log(keras.callbacks.Callback):
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
-        if self.writer is not None:
-            with self.writer.as_default(self.step):
-                for key, value in values.items():
-                    tf.summary.scalar(key, value)
-            self.writer.flush()
+        self.track(self.step, values)
 
 
 def _step_of(line: str) -> float:

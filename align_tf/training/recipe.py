@@ -1,16 +1,23 @@
 """The recipe of a training: its settings, checked, and written as YAML."""
 
 import dataclasses
+import importlib
 import math
 import os
 import reprlib
 from typing import Any
 
-from align_tf.addresses import place
+from align_tf.addresses import check, place
 from align_tf.configuration.presets import PRESETS
 from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
 from align_tf.extras import extra
+from align_tf.training.recipe_sources import (
+    SOURCES,
+    checked_sources,
+    drawn_sources,
+    said_sources,
+)
 
 POSITIVE = "a number above 0"
 NATURAL = "a whole number of 0 or more"
@@ -39,6 +46,9 @@ FIGURES = {
     "zero-shot": ["top1", "top5", "mean_per_class"],
 }
 VALIDATED = tuple(FIGURES)
+
+# Where figures go beside `metrics.jsonl`: the setting, which is the package and the extra too.
+TRACKERS = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
 
 # The groups of settings, in the order of `--help`.
 GROUPS = ("model and data", "batch", "optimizer", "what trains", "output")
@@ -81,7 +91,13 @@ class Recipe:
     processor: str | None = _setting(
         MODEL, None, "the checkpoint whose tokenizer and image settings are used (that of model)"
     )
-    data: str | None = _setting(MODEL, None, "pairs to train on: a file, a folder or a glob")
+    data: Any = _setting(  # noqa: RUF009
+        MODEL,
+        None,
+        "pairs to train on: a file, a folder or a glob; files of one kind; or several sources by "
+        "their shares of each batch, as in [{source: a, weight: 3}, {source: b, weight: 1}]",
+        SOURCES,
+    )
     validation_data: Any = _setting(  # noqa: RUF009
         MODEL,
         None,
@@ -224,6 +240,12 @@ class Recipe:
         OUTPUT, None, "steps between two lines of progress (a hundredth of all, at most 100)", COUNT
     )
     tensorboard: bool = _setting(OUTPUT, False, "write TensorBoard's logs too", bool)
+    wandb: bool = _setting(
+        OUTPUT, False, "log to Weights & Biases too, as its variables say (WANDB_PROJECT ...)", bool
+    )
+    mlflow: bool = _setting(
+        OUTPUT, False, "log to MLflow too, as its variables say (MLFLOW_TRACKING_URI ...)", bool
+    )
 
     def __post_init__(self) -> None:
         for key in ("data", "output"):
@@ -268,6 +290,7 @@ class Recipe:
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
+        self.data = checked_sources(self.data)
         self._check_lora()
         self._check_validation()
         if self.batch_size % self.accumulation:
@@ -291,6 +314,14 @@ class Recipe:
             raise ValueError(f"lora_rank={self.lora_rank!r}: expected model, which it adapts")
         if not self.adapted():
             raise ValueError(f"freeze={self.freeze!r}: expected a tower for lora_rank to adapt")
+
+    def drawn(self) -> tuple[list[Any], list[float]]:
+        """Returns the sources of `data` and their weights, as `make_dataset` takes them."""
+        return drawn_sources(self.data)
+
+    def said_data(self) -> list[str]:
+        """Returns the sources in words, several with their shares."""
+        return said_sources(self.data)
 
     def adapted(self) -> list[str]:
         """Returns the towers that LoRA adapts: those that are not frozen as a whole."""
@@ -408,16 +439,24 @@ def check_extras(recipe: Recipe) -> None:
     """Sees that what a recipe asks for is installed, before anything is loaded or written.
 
     Raises:
-        ModuleNotFoundError: `tensorboard` without TensorBoard; the message names the pip command.
+        ValueError: a place is an address of a kind that is not read.
+        ModuleNotFoundError: `tensorboard` without TensorBoard, an address without its package and
+            so on; the message names the pip command.
     """
-    if recipe.tensorboard:
-        with extra("tensorboard", "tensorboard: true needs TensorBoard"):
-            import tensorboard  # noqa: F401  which tf.summary is made of
+    sets = [options["data"] for options in recipe.validations().values()]
+    sources, _ = recipe.drawn()
+    names = [name for of in sources for name in ([of] if isinstance(of, str) else of)]
+    for name in (*names, *sets, recipe.output, recipe.model, recipe.processor):
+        check(name or "")
+    for key, name in TRACKERS.items():
+        if getattr(recipe, key):
+            with extra(key, f"{key}: true needs {name}"):
+                importlib.import_module(key)
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
     expected = field.metadata["expected"]
-    if expected is object:
+    if expected in (object, SOURCES):
         return value
     if isinstance(expected, type):
         valid, wanted = isinstance(value, expected), {str: "text", bool: "true or false"}[expected]

@@ -8,6 +8,7 @@ from typing import Any
 
 from align_tf.addresses import Place, place
 from align_tf.training.recipe import Recipe
+from align_tf.training.recipe_sources import SOURCES
 
 # Of each two, a recipe states one.
 ALTERNATIVES = (("model", "preset"), ("steps", "epochs"))
@@ -74,6 +75,8 @@ def _parsed(key: str, value: Any) -> Any:
     field = Recipe.__dataclass_fields__.get(key)
     if not isinstance(value, str) or field is None or field.metadata["expected"] is str:
         return value
+    if field.metadata["expected"] is SOURCES and not (value[:1] == "[" and value[-1:] == "]"):
+        return value  # a name, whatever is in it
     return _parsed_yaml(f"{key}={reprlib.repr(value)}", value)
 
 

@@ -17,7 +17,9 @@ from align_tf import addresses, files
 from align_tf.configuration.align import AlignConfig
 from align_tf.data.dataset import batch_keys, make_dataset
 from align_tf.data.listing import Listing
-from align_tf.data.readers import list_files, open_source
+from align_tf.data.mixing import Mixture
+from align_tf.data.readers import list_files, open_source, open_sources
+from align_tf.data.sources import Source
 from align_tf.graph_errors import plain
 from align_tf.hub import RECIPE_NAME
 from align_tf.models.align import AlignModel
@@ -40,7 +42,7 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 # Settings that may change when a training goes on: no weight depends on them.
 FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
-    *("tensorboard", "keep_best", "early_stop"),
+    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop"),
 )
 
 
@@ -87,17 +89,17 @@ def train(recipe: Recipe) -> addresses.Place:
         )
     processor = make_processor(recipe)
     hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
-    recipe, pairs = _counted(recipe, output)
+    recipe, opened = _counted(recipe, output)
     several = count > 1 or hosts.place()[1] > 1
     with devices.data_parallel(count).scope() if several else contextlib.nullcontext():
         model = make_model(recipe, processor, count)
         if hosts.is_first():
-            say_header(recipe, model, pairs, count)
+            say_header(recipe, model, opened, count)
         step = resume.restore_last(output, model)
         hosts.agree(step, f"{output}: the last checkpoint's step")
         best = Best(recipe, output / METRICS_NAME, step)
         if step < recipe.steps and not best.over:
-            _fit(model, processor, recipe, output, step, pairs, best)
+            _fit(model, processor, recipe, output, step, opened.count, best)
         else:
             end = f"It ended at step {step:,}." if best.over else "All of its {:,} steps are done."
             hosts.say_first(end.format(recipe.steps))
@@ -143,9 +145,6 @@ def limit_arenas() -> None:
 
 def _claim(recipe: Recipe) -> addresses.Place:
     """Takes the output folder, or refuses one that belongs to something else."""
-    sets = [options["data"] for options in recipe.validations().values()]
-    for address in (recipe.data, *sets, recipe.model, recipe.processor):
-        addresses.check(address or "")
     output = addresses.place(recipe.output)
     path = output / RECIPE_NAME
     with addresses.told(output):
@@ -168,14 +167,18 @@ def _claim(recipe: Recipe) -> addresses.Place:
 
 def _check_data(recipe: Recipe, output: addresses.Place) -> None:
     """Keeps the listing of the data, or refuses to go on over others: a step is a place in them."""
-    path, listing = output / LISTING_NAME, list_files(recipe.data)
+    (sources, _), listing = recipe.drawn(), Listing()
+    for source in sources:
+        listing.extend(list_files(source))
+    path = output / LISTING_NAME
     before = Listing.read(path) if resume.list_checkpoints(output) else None
     if before is None:
         listing.save(path)
     elif before.digest() != listing.digest():
+        root = recipe.data if isinstance(recipe.data, str) else ""
         raise ValueError(
-            f"{recipe.data}: changed since {output} was begun: "
-            f"{before.changes(listing, recipe.data)}; expected the same files, or another output"
+            f"{', '.join(recipe.said_data())}: changed since {output} was begun: "
+            f"{before.changes(listing, root)}; expected the same files, or another output"
         )
 
 
@@ -192,29 +195,19 @@ def make_processor(recipe: Recipe) -> AlignProcessor:
     return processor
 
 
-def _counted(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, int | None]:
-    """States a recipe's epochs in steps; also counts its pairs, None where they do not say.
+def _counted(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, Source | Mixture]:
+    """States a recipe's epochs in steps; also returns its data, opened, whose pairs are counted.
 
     What was counted is kept in the output: to go on does not read shards through once more.
     """
-    pairs = open_source(recipe.data, index=output / COUNTS_NAME).count
+    opened, size = open_sources(*recipe.drawn(), index=output / COUNTS_NAME), recipe.batch_size
     for options in recipe.validations().values():
         if options["task"] != "zero-shot":
             open_source(options["data"], index=output / COUNTS_NAME)
-    if pairs is not None and pairs < recipe.batch_size:
-        raise ValueError(
-            f"{recipe.data}: {pairs} records, expected {recipe.batch_size} or more for a batch, "
-            "or a smaller batch_size"
-        )
-    if recipe.epochs is None:
-        return recipe.counted(recipe.steps), pairs
-    if pairs is None:
-        raise ValueError(
-            f"epochs={recipe.epochs}: {recipe.data} does not say how many pairs it holds; "
-            "expected steps"
-        )
+    opened.check(size)
     # The last records of a pass, which fill no batch, wait for another.
-    return recipe.counted(recipe.epochs * (pairs // recipe.batch_size)), pairs
+    steps = recipe.steps or recipe.epochs * (opened.count // size)
+    return recipe.counted(steps), opened
 
 
 def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
@@ -284,17 +277,19 @@ def _fit(
     recipe: Recipe,
     output: addresses.Place,
     step: int,
-    pairs: int | None,
+    pairs: int,
     best: Best,
 ) -> None:
     lengths = recipe.lengths(devices.has_tpu())
     index, processes = hosts.place()
     sharing = {"batch_size": recipe.batch_size // processes, "shard": (index, processes)}
+    sources, weights = recipe.drawn()
     dataset = make_dataset(
-        recipe.data,
+        sources,
         processor,
         **sharing,
         training=True,
+        weights=weights,
         seed=recipe.seed,
         start_step=step,
         augment=recipe.augment,
@@ -304,9 +299,13 @@ def _fit(
     validation, evaluations = make_validation(recipe, processor, lengths)
     steps = None if validation is None else count_steps(validation)
     checkpoints = Checkpoints(recipe, processor, output, step, best)
-    epoch_steps = pairs and pairs // recipe.batch_size
-    with Bar("Training", recipe.steps, "steps", step) as bar, _signals(checkpoints), _data_errors():
-        log = Log(recipe, output, step, epoch_steps, bar)
+    epoch_steps = pairs // recipe.batch_size
+    with (
+        Bar("Training", recipe.steps, "steps", step) as bar,
+        Log(recipe, output, step, epoch_steps, bar) as log,
+        _signals(checkpoints),
+        _data_errors(),
+    ):
         if best.key is not None and step and step not in best.values:
             _validate(model, validation, [*evaluations, log, best])
             if best.over:
@@ -387,7 +386,8 @@ class Checkpoints(resume.MeasuresAverages):
     def _said_batch(self) -> str:
         """Names the pairs of the step, in a file where they are many."""
         recipe = self.recipe
-        keys = batch_keys(recipe.data, recipe.batch_size, recipe.seed, self.step - 1)
+        sources, weights = recipe.drawn()
+        keys = batch_keys(sources, recipe.batch_size, recipe.seed, self.step - 1, weights)
         if len(keys) <= KEYS_SAID:
             return ", ".join(keys)
         path = self.output / BATCH_NAME

@@ -14,6 +14,7 @@ import tensorflow as tf
 from align_tf import addresses
 from align_tf.data.dataset import make_dataset
 from align_tf.evaluation import tasks
+from align_tf.evaluation.embedder import Embedder
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.training import hosts
 from align_tf.training.callbacks import RetrievalEvaluation, ZeroShotFolders
@@ -59,6 +60,9 @@ def make_validation(
         if first is None and processes > 1:
             dataset = opened(batch_size=recipe.batch_size // processes, shard=(index, processes))
         first = dataset if first is None else first
+    once = functools.lru_cache(maxsize=1)(Embedder)  # of a model, whose towers are traced once
+    for callback in callbacks:
+        callback.make_embedder = once
     return first, callbacks
 
 

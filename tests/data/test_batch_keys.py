@@ -5,7 +5,9 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 from PIL import Image
+from png_reading import ImagesOfPng
 
+from align_tf import AlignProcessor
 from align_tf.data import make_dataset
 from align_tf.data.dataset import _fingerprint, batch_keys
 
@@ -16,6 +18,7 @@ def test_the_keys_of_a_batch_are_those_of_its_pairs(processor, tmp_path):
         pixels = rng.integers(0, 255, (20, 20, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text("red")
+    processor = AlignProcessor(ImagesOfPng(do_resize=False, crop_size=16), processor.tokenizer)
     options = {"batch_size": 4, "training": True, "seed": 3}
     for step in (0, 1, 5):  # two batches are a pass
         keys = batch_keys(str(tmp_path), 4, 3, step)

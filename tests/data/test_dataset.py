@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from png_reading import ImagesOfPng
 
 from align_tf import AlignImageProcessor, AlignProcessor, AlignTokenizer
 from align_tf.data import dataset as dataset_module, make_dataset, records
 from align_tf.data.readers import open_source
-from align_tf.preprocessing.image_processing import BROKEN, FINE
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay", "red", "a"]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -169,19 +169,6 @@ def source(tmp_path_factory):
         return written[name]
 
     return get
-
-
-class ImagesOfPng(AlignImageProcessor):
-    """Reads PNG alone: a graph with every format takes each data set three seconds to build."""
-
-    def _read(self, image_bytes):
-        image = tf.cond(
-            tf.strings.substr(image_bytes, 0, 4) == b"\x89PNG",
-            lambda: tf.io.decode_png(image_bytes, 3),
-            lambda: tf.zeros([0, 0, 3], tf.uint8),
-        )
-        problem = tf.where(tf.size(image) > 0, FINE, BROKEN)
-        return image, problem, tf.shape(image, tf.int64)[:2]
 
 
 SCALE = {"rescale_factor": 1.0, "rescale_offset": False}

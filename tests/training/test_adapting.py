@@ -6,18 +6,17 @@ import signal
 import subprocess
 import sys
 
-import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
 
-from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf import AlignModel, AlignProcessor
 from align_tf.cli.main import main
 from align_tf.training.recipe import Recipe
 from align_tf.training.run import make_model
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue"]
+pytestmark = pytest.mark.usefixtures("png_alone")
+
 # Is killed, as by kill -9, after the step behind the first checkpoint.
 KILLED = """
 import os, signal, sys
@@ -34,27 +33,6 @@ def say_and_die(message):
 hosts.say = say_and_die
 sys.exit(main())
 """
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, small_config):
-    """A folder with the checkpoint `tiny` and 24 pairs in `pairs`."""
-    folder = tmp_path_factory.mktemp("adapting")
-    values = small_config.to_dict()
-    values["text_config"] |= {"vocab_size": len(WORDS)}
-    keras.utils.set_random_seed(3)
-    AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
-    processor = AlignProcessor(AlignImageProcessor(size=20, crop_size=16), AlignTokenizer(WORDS))
-    processor.save_pretrained(folder / "tiny")
-    (folder / "pairs").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        pixels = rng.integers(0, 100, (20, 24, 3), np.uint8)
-        pixels[..., index % 3] += 100
-        Image.fromarray(pixels).save(folder / "pairs" / f"{index:02}.png")
-        caption = f"a {('red', 'green', 'blue')[index % 3]}"
-        (folder / "pairs" / f"{index:02}.txt").write_text(caption)
-    return folder
 
 
 def command(place, output):
@@ -76,10 +54,11 @@ def command(place, output):
 
 
 @pytest.fixture(scope="module")
-def unbroken(place):
+def unbroken(place, png_alone, tmp_path_factory):
     """The folder of a training that ran through."""
-    assert main(command(place, place / "unbroken")) == 0
-    return place / "unbroken"
+    output = tmp_path_factory.mktemp("adapting") / "out"
+    assert main(command(place, output)) == 0
+    return output
 
 
 def copied(output, to):
@@ -137,9 +116,9 @@ def test_the_trained_model_has_its_adapter_merged_and_beside_it(unbroken, place)
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=0, atol=1e-6)
 
 
-def test_a_training_goes_on_to_the_same_adapter(unbroken, place, capsys):
+def test_a_training_goes_on_to_the_same_adapter(unbroken, place, capsys, tmp_path):
     """As after a kill between the checkpoints of the steps 3 and 6."""
-    output = copied(unbroken, place / "again")
+    output = copied(unbroken, tmp_path / "again")
     for name in ("checkpoint-6", "adapter"):
         shutil.rmtree(output / name)
     (output / "model.safetensors").unlink()
@@ -151,24 +130,25 @@ def test_a_training_goes_on_to_the_same_adapter(unbroken, place, capsys):
 
 
 def test_a_model_that_has_changed_is_told(unbroken, place, capsys, tmp_path):
-    copied(unbroken, tmp_path / "out")
-    path = place / "tiny" / "model.safetensors"
-    content = path.read_bytes()
+    output = copied(unbroken, tmp_path / "out")
+    for name in ("tiny", "pairs"):
+        shutil.copytree(place / name, tmp_path / name)
+    recipe = (output / "recipe.yaml").read_text()
+    (output / "recipe.yaml").write_text(recipe.replace(str(place), str(tmp_path)))
+    (output / "data_listing.npz").unlink()  # of the other pairs
+    path = tmp_path / "tiny" / "model.safetensors"
     changed = tensors(path)
     changed["text_projection.bias"] += 1
-    try:
-        safetensors.numpy.save_file(changed, path)
-        assert main(command(place, tmp_path / "out")) == 2
-    finally:
-        path.write_bytes(content)
+    safetensors.numpy.save_file(changed, path)
+    assert main(command(tmp_path, output)) == 2
     said = capsys.readouterr().err
-    assert f"checkpoint-6: an adapter of other weights than {place / 'tiny'} holds" in said
+    assert f"checkpoint-6: an adapter of other weights than {tmp_path / 'tiny'} holds" in said
     assert "none of its checkpoints is whole; another output starts anew" in said
 
 
 @pytest.mark.slow  # the import and the first step of another process
-def test_a_training_that_is_killed_reaches_the_same_adapter(unbroken, place, capsys):
-    output = place / "killed"
+def test_a_training_that_is_killed_reaches_the_same_adapter(unbroken, place, capsys, tmp_path):
+    output = tmp_path / "killed"
     process = subprocess.run([sys.executable, "-c", KILLED, *command(place, output)])
     assert process.returncode == -signal.SIGKILL
     assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-3"]

@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_run import flags, place, settings_of  # noqa: F401  a fixture
+from small_training import flags, settings_of
 
 from align_tf.training import hosts
 
@@ -109,7 +109,7 @@ def apart(one, other, left_out: str = "seed") -> float:
 
 
 @pytest.fixture(scope="module")
-def settings(place):  # noqa: F811
+def settings(place):
     pytest.importorskip("jax")
     return {**settings_of(place, "?"), "validation_data": str(place / "pairs"), "devices": None}
 
@@ -164,7 +164,7 @@ def test_more_processes_and_devices_take_them_too(settings, of_one, tmp_path, co
 
 
 @pytest.mark.slow
-def test_fit_by_two_processes_is_that_of_one(place, tmp_path):  # noqa: F811
+def test_fit_by_two_processes_is_that_of_one(place, tmp_path):
     pytest.importorskip("jax")
     histories = []
     for count in (1, 2):

@@ -1,10 +1,13 @@
 """The recipe: defaults, YAML and flags, and mistakes that are named."""
 
+import argparse
+import math
 import pathlib
 
 import pytest
 
 from align_tf.cli.main import main
+from align_tf.cli.settings import add_settings, read_settings
 from align_tf.training import Recipe, read_recipe
 
 RECIPES = pathlib.Path(__file__).parents[2] / "recipes"
@@ -95,6 +98,53 @@ def test_sets_of_validation_have_names():
     assert read_recipe(None, flag).validations() == {"a": {"task": "retrieval", "data": "pairs"}}
 
 
+@pytest.mark.parametrize(
+    ("data", "sources", "weights", "said"),
+    [
+        ("[x].tar: y", ["[x].tar: y"], [1], ["[x].tar: y"]),
+        ("[a.tar, b.tar]", [["a.tar", "b.tar"]], [1], ["a.tar, b.tar"]),
+        ("[{source: a, weight: 2}]", ["a"], [2], ["a"]),
+        (
+            "[{source: a, weight: 3}, {source: [b, c], weight: 5e-1}, d]",
+            ["a", ["b", "c"], "d"],
+            [3, 0.5, 1],
+            ["a (66.7%)", "b, c (11.1%)", "d (22.2%)"],
+        ),
+    ],
+)
+def test_data_are_a_source_or_several_with_weights(tmp_path, data, sources, weights, said):
+    recipe = read_recipe(None, {**LEAST, "data": data})
+    assert recipe.drawn() == (sources, weights)
+    assert recipe.said_data() == said
+    recipe.save(tmp_path / "recipe.yaml")
+    assert read_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "data"),
+    [
+        (["--data", "a"], "a"),
+        (["--data", "a", "b"], ["a", "b"]),
+        (["--data", "a", "--data", "b"], ["a", "b"]),
+        (["--data", "a", "recipe.yml"], "a"),
+        (
+            ["recipe.yml", "--data", "a", "b", "--data-weights", "3", "1"],
+            [{"source": "a", "weight": 3}, {"source": "b", "weight": 1}],
+        ),
+        (["recipe.yml"], [{"source": "c", "weight": 2}]),
+    ],
+)
+def test_flags_name_several_sources(tmp_path, monkeypatch, given, data):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("recipe.yml").write_text("batch_size: 6\ndata: [{source: c, weight: 2}]\n")
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    least = ["--model", "align-tiny", "--output", "out", "--steps", "1"]
+    recipe = read_settings(parser.parse_args([*least, *given]))
+    assert recipe.data == data
+    assert recipe.batch_size == (6 if "recipe.yml" in given else 64)
+
+
 def test_a_saved_recipe_reads_back_alike(tmp_path):
     recipe = Recipe(**LEAST, freeze={"vision": [0]}, ema_momentum=0.9, learning_rate=2e-5)
     recipe.save(tmp_path / "recipe.yaml")
@@ -118,6 +168,13 @@ def test_example_recipes_are_read():
         ({"steps": None}, "expected steps or epochs (--steps, --epochs), and one of them; found n"),
         ({"epochs": 2}, "expected steps or epochs (--steps, --epochs), and one of them; found b"),
         ({"data": None}, "data: missing"),
+        ({"data": ""}, "data='': expected a source, a list of files of one kind, or of {source: "),
+        ({"data": {"a": 1}}, "data={'a': 1}: expected a source, a list"),
+        ({"data": [{"path": "a"}]}, "data={'path': 'a'}: expected a source, a list"),
+        ({"data": [{"source": "a", "weight": 0}]}, "'weight': 0}: expected a weight above 0"),
+        ({"data": [{"source": "a", "weight": None}]}, "None}: expected a weight above 0"),
+        ({"data": [{"source": "a", "weight": math.nan}]}, "nan}: expected a weight above 0"),
+        ({"data": [{"source": "a", "weight": -2}, "b"]}, "-2}: expected a weight above 0"),
         ({"batch_size": 1}, "batch_size=1: expected a whole number of 2 or more, since a pair is"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
         ({"batch_size": "many"}, "batch_size='many': expected a whole number"),
@@ -182,6 +239,11 @@ def test_mistakes_are_named(change, message):
         (["--batch-size", "["], "error: --batch-size '[', line 1: not valid YAML"),
         (["--accumulation", "5"], "error: --accumulation 5: expected a divisor of --batch-size 64"),
         (["--epochs", "5"], "error: expected steps or epochs (--steps, --epochs), and one of them"),
+        (["--data", "a", "--data-weights", "1"], "error: --data-weights 1: expected one fo"),
+        (
+            ["--data-weights", "nan"],
+            "error: --data {'source': 'pairs', 'weight': 'nan'}: expected a",
+        ),
         (["--output", ""], "error: --output: an empty name; expected a path"),
         (["recipe.yaml"], "error: recipe.yaml: accumulation=3: expected a divisor of batch_size"),
         (["recipe.yaml", "--accumulation", "5"], "error: --accumulation 5: expected a divisor"),

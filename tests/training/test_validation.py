@@ -5,43 +5,16 @@ import io
 import json
 import shutil
 
-import keras
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
 
-from align_tf import AlignConfig, AlignImageProcessor, AlignModel, AlignProcessor, AlignTokenizer
+from align_tf import AlignModel, AlignProcessor
 from align_tf.cli.main import main
-from align_tf.training import Recipe, validation
+from align_tf.training import Recipe, RetrievalEvaluation, validation
 
-pytestmark = pytest.mark.slow  # a training, and towers traced for each set
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "green", "blue"]
-COLORS = ("red", "green", "blue")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, small_config):
-    """A folder with the checkpoint `tiny`, 24 pairs in `pairs`, and `classes` of them."""
-    folder = tmp_path_factory.mktemp("validation")
-    values = small_config.to_dict()
-    values["text_config"] |= {"vocab_size": len(WORDS)}
-    keras.utils.set_random_seed(3)
-    AlignModel(AlignConfig.from_dict(values)).save_pretrained(folder / "tiny")
-    processor = AlignProcessor(AlignImageProcessor(size=20, crop_size=16), AlignTokenizer(WORDS))
-    processor.save_pretrained(folder / "tiny")
-    (folder / "pairs").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(24):
-        color = COLORS[index % 3]
-        pixels = rng.integers(0, 100, (20, 24, 3), np.uint8)
-        pixels[..., index % 3] += 100
-        Image.fromarray(pixels).save(folder / "pairs" / f"{index:02}.png")
-        (folder / "pairs" / f"{index:02}.txt").write_text(f"a {color}")
-        (folder / "classes" / color).mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "pairs" / f"{index:02}.png", folder / "classes" / color)
-    return folder
+# A training, and towers traced for it.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("png_alone")]
 
 
 def recipe(place, output, **changes):
@@ -95,15 +68,16 @@ FIGURES = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.2, 10: 0.4, 12: 0.5}
 
 
 @pytest.fixture(scope="module")
-def unbroken(place):
+def unbroken(place, png_alone, tmp_path_factory):
     """The best checkpoint of a training was that of step 4, which ended at step 8."""
+    folder = tmp_path_factory.mktemp("validation")
     with pytest.MonkeyPatch.context() as patch:
         scripted(patch, FIGURES)
-        settings = recipe(place, place / "unbroken", keep_best="val_colors_top1", early_stop=2)
+        settings = recipe(place, folder / "out", keep_best="val_colors_top1", early_stop=2)
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert run(settings, place / "recipe.yaml") == 0
-    (place / "said.txt").write_text(said.getvalue())
-    return place / "unbroken"
+            assert run(settings, folder / "recipe.yaml") == 0
+    (folder / "said.txt").write_text(said.getvalue())
+    return folder / "out"
 
 
 def test_sets_are_measured_by_name(unbroken, place):
@@ -112,12 +86,26 @@ def test_sets_are_measured_by_name(unbroken, place):
     names = [name for name in found[4] if name.startswith("val_")]
     assert set(recipe(place, unbroken).figures()) <= set(names)
     assert "val_colors_top1" in names and "val_pairs_r1_t2i" in names
-    said = (place / "said.txt").read_text().splitlines()
+    said = (unbroken.parent / "said.txt").read_text().splitlines()
     line = next(line for line in said if line.startswith("step 4/12  epoch 2/4  val_loss "))
     assert "  val_pairs_r1_t2i " in line and "  val_colors_top1 " in line
     end = "No better val_colors_top1 in 2 validations than 0.5000 at step 4: done."
     assert end in said
     assert not [line for line in said if line.startswith("Embedding")]  # within the bar's place
+
+
+def test_the_sets_share_one_embedder(place):
+    processor = AlignProcessor.from_pretrained(place / "tiny")
+    _, measures = validation.make_validation(recipe(place, "out"), processor, (8,))
+    model = AlignModel.from_pretrained(place / "tiny")
+    for _ in range(2):  # as for a validation before `fit`, and for `fit`
+        for callback in measures:
+            callback.set_model(model)
+    assert len(measures) == 2
+    assert measures[0].embedder is measures[1].embedder
+    alone = RetrievalEvaluation({})
+    alone.set_model(model)
+    assert alone.embedder is not measures[0].embedder
 
 
 def test_the_best_is_kept_and_is_the_trained_model(unbroken, place):
