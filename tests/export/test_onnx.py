@@ -98,13 +98,15 @@ def unit(features):
 
 
 def in_onnxruntime(folder, file):
-    session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # more would spin between calls, beside other tests
+    session = onnxruntime.InferenceSession(folder / file, options)
     return lambda inputs: session.run(None, inputs)[0]
 
 
 def in_openvino(folder, file):
-    exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(folder / file, "CPU", exact)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(folder / file, "CPU", settings)
     return lambda inputs: compiled(inputs)[0]
 
 
