@@ -123,6 +123,7 @@ def _save(tower: Any, file: pathlib.Path) -> None:
 
 def _quantize(source: pathlib.Path, target: pathlib.Path) -> None:
     """Quantizes the weights of products and look-ups, in the place of the file that is read."""
+    import onnx
     from onnxruntime import quantization
 
     apart = source.with_name(f"{source.name}_data")
@@ -138,7 +139,12 @@ def _quantize(source: pathlib.Path, target: pathlib.Path) -> None:
             use_external_data_format=apart.exists(),
         )
     source.unlink()
-    apart.unlink(missing_ok=True)
+    if apart.exists():
+        apart.unlink()
+        # The quantizer's name of the file beside is one that transformers.js does not look for.
+        tower = onnx.load(target)
+        target.with_name(f"{target.name}.data").unlink()
+        _save(tower, target)
 
 
 @contextlib.contextmanager
