@@ -105,12 +105,14 @@ class Graph:
             self.name,
             [described(name, *row) for name, row in inputs.items()],
             [described(name, np.float32, ["batch_size", width])],
-            [onnx.numpy_helper.from_array(value, name) for name, value in self.weights.items()],
         )
-        return onnx.helper.make_model(
+        model = onnx.helper.make_model(
             graph,
             opset_imports=[onnx.helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="align_tf",
             producer_version=align_tf.__version__,
         )
+        for name, value in self.weights.items():  # in their place: whole graphs are copied above
+            model.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(value, name))
+        return model
