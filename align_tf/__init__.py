@@ -5,7 +5,7 @@ The house, from the top down; imports point down:
     cli             the commands
     search          a collection: embedding it, its index, queries, pages
     training        the recipe and its run, optimizer, callbacks, resuming, devices
-    export          SavedModel, LiteRT, conversion
+    export          SavedModel, LiteRT, ONNX, conversion
     evaluation      retrieval, zero-shot, nearest neighbors, linear probe
     models          the two towers and AlignModel
     data            files to records to batches

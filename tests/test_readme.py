@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 
 import keras
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -38,7 +39,7 @@ def names(tmp_path, monkeypatch):
 
 def examples():
     found = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    order = ("classify", "data", "fine_tune", "search", "export", "client", "phone")
+    order = ("classify", "data", "fine_tune", "search", "export", "client", "phone", "onnx")
     return dict(zip(order, found, strict=True))
 
 
@@ -64,6 +65,7 @@ def test_python_examples_run(names, tiny_server):
 def test_python_examples_train_and_export(names, tmp_path):
     pytest.importorskip("tensorflow_serving")
     pytest.importorskip("ai_edge_litert")
+    pytest.importorskip("onnxruntime")
     from align_tf.server import ModelServer
 
     example = examples()
@@ -75,11 +77,14 @@ def test_python_examples_train_and_export(names, tmp_path):
         ask(server, example["client"], names)
     shutil.rmtree("models")
     readme = README.read_text(encoding="utf-8")
-    command = readme.partition("## On a phone")[2].partition("```sh\n")[2].partition("\n")[0]
-    assert main(shlex.split(command)[1:]) == 0
-    exec(example["phone"], names)
-    embeds = names["tower"](pixel_values=names["inputs"]["pixel_values"].numpy())["image_embeds"]
-    assert embeds.shape == (1, 192)
+    for heading, name in (("On a phone", "phone"), ("In ONNX Runtime", "onnx")):
+        command = readme.partition(f"## {heading}")[2].partition("```sh\n")[2].partition("\n")[0]
+        assert main(shlex.split(command)[1:]) == 0
+        exec(example[name], names)
+        names[name] = names["tower"]
+    pixels = names["inputs"]["pixel_values"].numpy()
+    on_phone = names["phone"](pixel_values=pixels)["image_embeds"]
+    np.testing.assert_allclose(names["embeds"] @ on_phone.T, [[1]], atol=1e-3)
 
 
 @pytest.mark.slow

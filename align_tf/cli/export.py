@@ -1,4 +1,4 @@
-"""`align-tf export`: a SavedModel for TensorFlow Serving, or LiteRT files for a phone."""
+"""`align-tf export`: a SavedModel for TensorFlow Serving, LiteRT files for a phone, or ONNX."""
 
 import argparse
 from typing import Any
@@ -12,26 +12,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="the model's folder")
     parser.add_argument(
         "--format",
-        choices=("saved_model", "litert"),
+        choices=("saved_model", "litert", "onnx"),
         default="saved_model",
-        help="litert: each tower as a .tflite file, for phones",
+        help="litert: each tower as a .tflite file, for phones; onnx: as a .onnx file, for ONNX "
+        "Runtime and OpenVINO",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         help="weights of the SavedModel (float32)",
     )
-    parser.add_argument("--quantize", choices=("int8",), help="weights of --format litert")
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="weights of --format litert, or of onnx's text tower"
+    )
 
 
 def run(arguments: Any) -> int:
-    if arguments.quantize and arguments.format != "litert":
-        raise ValueError(f"--quantize {arguments.quantize}: only with --format litert")
-    if arguments.dtype and arguments.format == "litert":
-        raise ValueError(f"--dtype {arguments.dtype}: not with --format litert")
+    if arguments.format == "saved_model":
+        return _export_saved_model(arguments)
+    if arguments.dtype:
+        raise ValueError(f"--dtype {arguments.dtype}: not with --format {arguments.format}")
+    if arguments.format == "onnx":
+        from align_tf.export.onnx_graph import check_installed
+
+        check_installed(arguments.quantize)
+    return _export_towers(arguments)
+
+
+def _export_saved_model(arguments: Any) -> int:
+    if arguments.quantize:
+        raise ValueError(f"--quantize {arguments.quantize}: only with --format litert or onnx")
     model, processor = load(arguments.model)
-    if arguments.format == "litert":
-        return _export_litert(model, processor, arguments.output, arguments.quantize)
     from align_tf import export_saved_model
 
     say("Exporting ...")
@@ -40,12 +51,20 @@ def run(arguments: Any) -> int:
     return 0
 
 
-def _export_litert(model: Any, processor: Any, output: str, quantize: str | None) -> int:
-    from align_tf.export import litert
+def _export_towers(arguments: Any) -> int:
+    model, processor = load(arguments.model)
+    from align_tf import export
 
-    folder = litert.export_litert(model, processor, output, quantize=quantize, progress=True)
+    # format: what writes it, what compares it with the model
+    export_to, compare = {
+        "litert": (export.export_litert, export.compare_litert),
+        "onnx": (export.export_onnx, export.compare_onnx),
+    }[arguments.format]
+    folder = export_to(
+        model, processor, arguments.output, quantize=arguments.quantize, progress=True
+    )
     try:
-        figures = litert.compare_litert(folder, model, processor)
+        figures = compare(folder, model, processor)
     except ModuleNotFoundError as error:
         say(f"Note: not compared with the model; {error}")
         figures = {}

@@ -4,18 +4,15 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-import align_tf
 from align_tf import addresses
 from align_tf.export.matching import check_fit
 from align_tf.export.temporary import put, temporary_folder
+from align_tf.export.tower_files import examples, least_cosine, tower_settings
 from align_tf.extras import extra
-from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel
 from align_tf.models.plain_copy import plain_copy
 from align_tf.preprocessing.processor import AlignProcessor
@@ -85,7 +82,7 @@ def export_litert(
             content = _convert(signature, function, inputs, weights, quantize)
             (new / file).write_bytes(content)
         processor.save_pretrained(new)
-        settings = json.dumps(_settings(model, processor, quantize), indent=2)
+        settings = json.dumps(tower_settings(model, processor, quantize), indent=2)
         (new / SETTINGS_NAME).write_text(settings + "\n")
         for path in new.iterdir():
             put(path, directory / path.name)
@@ -135,30 +132,6 @@ def _convert(
         return converter.convert()
 
 
-def _settings(model: AlignModel, processor: AlignProcessor, quantize: str | None) -> dict[str, Any]:
-    images, tokenizer = processor.image_processor, processor.tokenizer
-    height, width, channels = images.output_shape
-    # Levels become pixel_values by a straight line, whatever the settings that draw it.
-    shape = (height or 8, width or 8, channels)
-    black, white = (
-        images.preprocess_array(np.full(shape, level, "uint8")).numpy()[0, 0] for level in (0, 255)
-    )
-    max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
-    settings = {
-        "align_tf_version": align_tf.__version__,
-        "quantize": quantize,
-        "temperature": float(model.temperature.value),
-        "height": height,
-        "width": width,
-        "scale": ((white - black) / 255).tolist(),
-        "offset": black.tolist(),
-        "max_length": max_length,
-    }
-    if model.has_logit_bias:
-        settings["logit_bias"] = float(model.logit_bias.value)
-    return settings
-
-
 def compare_litert(
     directory: str | os.PathLike, model: AlignModel, processor: AlignProcessor
 ) -> dict[str, dict[str, float]]:
@@ -181,10 +154,7 @@ def compare_litert(
     with extra("litert", "running LiteRT files needs ai-edge-litert"):
         from ai_edge_litert import interpreter
 
-    pictures = sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
-    names = [picture.stem.replace("_", " ") for picture in pictures]
-    inputs = processor(pictures, names, padding="longest")
-    expected = model(inputs)
+    inputs, expected = examples(model, processor)
     pixels = {"pixel_values": inputs["pixel_values"]}
     tokens = {name: inputs[name] for name in TOKEN_INPUTS}
     figures = {}
@@ -195,7 +165,6 @@ def compare_litert(
     ):
         with addresses.fetched(addresses.place(directory) / file) as path:
             runner = interpreter.Interpreter(os.fspath(path)).get_signature_runner()
-            embeds = runner(**{name: value.numpy() for name, value in values.items()})[output]
-            cosines = np.sum(embeds * expected[output].numpy(), axis=-1)
-            figures[file] = {"bytes": path.stat().st_size, "cosine": float(cosines.min())}
+            cosine = least_cosine(runner(**values)[output], expected[output])
+            figures[file] = {"bytes": path.stat().st_size, "cosine": cosine}
     return figures

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
-from keras import layers, ops
+from keras import layers
 
 from align_tf.models.activation import get_activation
 from align_tf.models.align import AlignModel
+from align_tf.models.folding import fold
 from align_tf.models.fused_training import area_mean
 from align_tf.models.plain_copy import assign, unfilled_copy
 from align_tf.models.surgery import open_for_change
@@ -67,17 +67,13 @@ def _fold(owner: layers.Layer, name: str, values: dict[str, Any]) -> None:
     """Puts the convolution `name` and its BatchNorm into the convolution, out of `values`."""
     convolution, norm = getattr(owner, f"{name}_conv"), getattr(owner, f"{name}_bn")
     path = f"{convolution.path}/kernel"
-    kernel = _float64(values.pop(path))
-    gamma, beta, mean, variance = (
-        _float64(values.pop(f"{norm.path}/{part}"))
+    statistics = [
+        values.pop(f"{norm.path}/{part}")
         for part in ("gamma", "beta", "moving_mean", "moving_variance")
-    )
-    scale = gamma / np.sqrt(variance + norm.epsilon)
-    offset = beta - mean * scale
-    if isinstance(convolution, layers.DepthwiseConv2D):
-        scale = scale[:, None]  # its kernel is (h, w, channels, 1)
+    ]
+    kernel, offset = fold(convolution, values.pop(path), norm, statistics)
     layer = Offset(len(offset), name=f"{name}_offset", dtype=owner.dtype_policy)
-    assign(convolution.kernel, kernel * scale, path)
+    assign(convolution.kernel, kernel, path)
     assign(layer.bias, offset, norm.path)
     _replace(owner, f"{name}_bn", layer)
 
@@ -99,7 +95,3 @@ class Offset(layers.Layer):
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         return tf.nn.bias_add(inputs, self.bias)
-
-
-def _float64(weight: Any) -> np.ndarray:
-    return ops.convert_to_numpy(weight).astype(np.float64)

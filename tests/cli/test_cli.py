@@ -216,6 +216,7 @@ def test_a_broken_image_is_named_and_the_others_are_answered(capsys, tmp_path):
         (["export", "--model", "./nowhere", "--output", "x"], "./nowhere"),
         (["export", "--quantize", "int8", "--output", "x"], "--format litert"),
         (["export", "--format", "litert", "--dtype", "bfloat16", "--output", "x"], "--dtype"),
+        (["export", "--format", "onnx", "--dtype", "float16", "--output", "x"], "not with"),
         (["serve"], "--model-config-file"),
         (["serve", "./nowhere"], "nowhere"),
     ],

@@ -13,8 +13,8 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
-from align_tf import export_litert, export_saved_model
-from align_tf.export import litert, saved_model
+from align_tf import export_litert, export_onnx, export_saved_model
+from align_tf.export import litert, onnx, saved_model
 
 
 def test_an_adapted_model_is_exported_as_it_computes(tmp_path):
@@ -38,12 +38,13 @@ def test_an_adapted_model_is_exported_as_it_computes(tmp_path):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("export", [export_saved_model, export_litert])
+@pytest.mark.parametrize("export", [export_saved_model, export_litert, export_onnx])
 def test_where_nothing_can_be_written_is_told_first(
     export, tiny_config, processor, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(saved_model, "inference_copy", None)  # not to be come to
     monkeypatch.setattr(litert, "plain_copy", None)
+    monkeypatch.setattr(onnx, "plain_copy", None)
     (tmp_path / "file").touch()
     for directory in (tmp_path / "file", tmp_path / "file" / "align"):
         with pytest.raises(FileExistsError, match=f"{tmp_path}/file: a file; expected a folder"):
@@ -51,7 +52,7 @@ def test_where_nothing_can_be_written_is_told_first(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("export", [export_saved_model, export_litert])
+@pytest.mark.parametrize("export", [export_saved_model, export_litert, export_onnx])
 def test_a_model_of_which_nothing_but_nan_comes_is_told(export, tiny_config, processor, tmp_path):
     model = AlignModel(tiny_config)
     model.text_model.blocks[0].intermediate.bias.assign(np.full(20, np.nan))

@@ -13,7 +13,7 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf
 
-from align_tf import AlignConfig, export_litert, export_saved_model
+from align_tf import AlignConfig, export_litert, export_onnx, export_saved_model
 from align_tf.export import saved_model
 from align_tf.export.matching import check_fit
 
@@ -25,7 +25,7 @@ def processor_of(words=VOCAB, **settings):
     return AlignProcessor(images, AlignTokenizer(list(words)))
 
 
-@pytest.mark.parametrize("export", [export_saved_model, export_litert])
+@pytest.mark.parametrize("export", [export_saved_model, export_litert, export_onnx])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -40,7 +40,7 @@ def test_a_processor_of_another_model_is_told(export, change, message, tiny_conf
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("export", [export_saved_model, export_litert])
+@pytest.mark.parametrize("export", [export_saved_model, export_litert, export_onnx])
 def test_what_is_no_model_or_no_processor_is_told(export, tiny_config, tmp_path):
     tower, processor = AlignTextModel(tiny_config.text_config), processor_of()
     with pytest.raises(ValueError, match="AlignTextModel: expected an AlignModel"):

@@ -64,7 +64,7 @@ programs = pytest.mark.skipif(
 @programs
 def test_the_programs_run(tmp_path):
     file = tmp_path / "figures.json"
-    chosen = ["towers", "pipeline", "training", "start", "server", "growth"]
+    chosen = ["towers", "runtimes", "pipeline", "training", "start", "server", "growth"]
     command = [sys.executable, str(BENCHMARKS), "--quick", "--rounds", "1", "--json", str(file)]
     command += ["--only", ",".join(chosen)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
