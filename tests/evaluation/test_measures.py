@@ -1,7 +1,9 @@
 """The field's own measures, mteb and CLIP_benchmark, give of a model the figures that we give."""
 
+import importlib
 import io
 import json
+import pathlib
 import sys
 import tarfile
 
@@ -208,6 +210,35 @@ def test_what_it_does_not_take_is_a_line(encoder, batch, settings, line):
     with pytest.raises(ValueError) as error:
         encoder.encode([batch], **settings)
     assert str(error.value).startswith(line)
+
+
+# --- beside what was published --------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch):
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("published")
+
+
+def test_ours_stand_beside_what_was_published(published, encoder, ours):
+    scores = {"EmojiZeroShot": [("accuracy", 0.5, "mteb")]}
+    (row,) = published.beside(encoder, [EmojiZeroShot()], scores, None)
+    assert (row["published"], row["ours"]) == (0.5, ours["top1"])
+    assert row["difference"] == round(ours["top1"] - 0.5, 4) > 0
+    for name, scores in published.PUBLISHED.items():
+        main = mteb.get_task(name).metadata.main_score
+        assert scores[0][0] == main
+        assert all(0 < score < 1 and source in published.SOURCES for _, score, source in scores)
+
+
+def test_without_the_hub_it_is_a_line(published, monkeypatch):
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match=r"^nobody/nothing: not on this machine, and the hub"):
+        published.main(["--model", "nobody/nothing"])
+    with pytest.raises(SystemExit, match=r"^the data cannot be had of the hub: .*mteb/dtd"):
+        published.main(["--model", "align-tiny", "--tasks", "DTDZeroShot"])
 
 
 # --- CLIP_benchmark -------------------------------------------------------------------------
