@@ -26,8 +26,8 @@ SOURCES = {
     "mteb": "github.com/embeddings-benchmark/results, kakaobrain__align-base, mteb 1.14.15",
     "coyo": "github.com/kakaobrain/coyo-align, README, COYO-ALIGN-B7-Base: align-base's original",
 }
-# task: (figure, as mteb calls it; the score; its source), mteb's main figure first. Of some tasks the
-# data has been uploaded anew since.
+# task: (figure, as mteb calls it; the score; its source), mteb's main figure first. Of some tasks
+# the data has been uploaded anew since.
 PUBLISHED = {
     "CIFAR10ZeroShot": [("accuracy", 0.7559, "mteb")],
     "CIFAR100ZeroShot": [("accuracy", 0.5146, "mteb")],

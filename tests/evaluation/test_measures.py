@@ -191,7 +191,7 @@ def test_results_are_filed_under_the_weights(tiny, tmp_path):
         encoder = MtebEncoder(weights, processor, name="tiny")
         scores.append(run(encoder, EmojiZeroShot(), cache=cache)[0]["accuracy"])
     assert scores[0] == pytest.approx(scores[2], abs=1e-5)  # which were read, and rounded
-    assert scores[0] > scores[1]
+    assert scores[1] < 0.5 < scores[0]
     assert len(list(tmp_path.glob("results/align_tf__tiny/*/EmojiZeroShot.json"))) == 2
     about = json.loads(next(tmp_path.glob("results/*/*/model_meta.json")).read_text())
     assert about["framework"] == [{"jax": "JAX"}.get(keras.backend.backend(), "TensorFlow")]
