@@ -164,18 +164,20 @@ def test_adapt(tmp_path):
     write_pairs(tmp_path / "pairs", learned)
     write_pairs(tmp_path / "others", kept)
     settings = {"DATA": "pairs", "KEEP": "others", "STEPS": "60", "BATCH_SIZE": "16"}
+    settings |= {"LEARNING_RATE": "1e-3", "LORA_RATE": "5e-3"}  # too high: more is forgotten
     found = run("adapt", tmp_path, KERAS_BACKEND="tensorflow", **settings)
-    print(found)
     before, full, lora = (found[name] for name in ("before", "full", "LoRA"))
-    assert min(full["r1"], lora["r1"]) > before["r1"] + 0.2
+    assert min(full["r1"], lora["r1"]) > before["r1"] + 0.1
+    assert full["top1"] < before["top1"] - 0.1
     assert lora["trained"] < full["trained"] / 5
-    # A line goes from the one to the other, and no model of it is better than that chosen.
-    for name in ("full", "LoRA"):
+    # A line goes from the one to the other, and that chosen is the best of it.
+    for name, better in (("full", 0.03), ("LoRA", 0.0)):
         line = found[f"{name} between"]
         ends = [[of["r1"], of["top1"]] for of in (before, found[name])]
         assert [line["curve"][0], line["curve"][-1]] == [pytest.approx(end) for end in ends]
         means = [(r1 + top1) / 2 for r1, top1 in line["curve"]]
         assert max(means) == pytest.approx((line["r1"] + line["top1"]) / 2)
+        assert max(means) >= max(means[0], means[-1]) + better
     assert found["pictures"] == 2
     for folder in ("full", "between", "adapter"):
         AlignModel.from_pretrained(tmp_path / folder)

@@ -108,7 +108,10 @@ def main(words: Sequence[str]) -> None:
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
     sys.argv[1:] = words
-    cli.main()
+    try:
+        cli.main()
+    except FileNotFoundError as error:  # the model, or what a data set consists of
+        sys.exit(f"clip_benchmark: {error}")
 
 
 def _transform(processor: AlignProcessor, image: Any) -> torch.Tensor:

@@ -216,6 +216,12 @@ def test_what_it_does_not_take_is_a_line(encoder, batch, settings, line):
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def published(monkeypatch):
     monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("published")
@@ -232,9 +238,7 @@ def test_ours_stand_beside_what_was_published(published, encoder, ours):
         assert all(0 < score < 1 and source in published.SOURCES for _, score, source in scores)
 
 
-def test_without_the_hub_it_is_a_line(published, monkeypatch):
-    for module in ("datasets.config", "huggingface_hub.constants"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+def test_without_the_hub_it_is_a_line(published, offline):
     with pytest.raises(SystemExit, match=r"^nobody/nothing: not on this machine, and the hub"):
         published.main(["--model", "nobody/nothing"])
     with pytest.raises(SystemExit, match=r"^the data cannot be had of the hub: .*mteb/dtd"):
@@ -291,7 +295,7 @@ def test_clip_benchmark_gives_our_figures(loaded, ours):
         assert found[f"text_retrieval_recall@{k}"] == pytest.approx(ours[f"r{k}_i2t"])
 
 
-def test_its_command_runs_on_a_local_set(tmp_path, monkeypatch, ours):
+def test_its_command_runs_on_a_local_set(tmp_path, monkeypatch, offline, ours):
     """By its own options, on shards: no network, and its defaults but for what is given."""
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "nshards.txt").write_text("1")
@@ -310,7 +314,10 @@ def test_its_command_runs_on_a_local_set(tmp_path, monkeypatch, ours):
     words += ["--dataset_root", str(tmp_path), "--task", "zeroshot_classification"]
     with pytest.raises(SystemExit, match="--output: expected a file"):
         clip_benchmark.main(words)
-    clip_benchmark.main([*words, "--output", str(tmp_path / "{dataset}.json")])
+    words += ["--output", str(tmp_path / "{dataset}.json")]
+    with pytest.raises(SystemExit, match=r"^clip_benchmark: .*nobody/nothing"):
+        clip_benchmark.main([*words, "--pretrained", "nobody/nothing"])
+    clip_benchmark.main(words)
     found = json.loads((tmp_path / "emoji.json").read_text())["metrics"]
     assert found["acc1"] == pytest.approx(ours["top1"])
 
