@@ -164,7 +164,8 @@ def measure(
                 text=True,
                 env=environment,
             )
-            children[name] = stack.enter_context(child)  # on leaving, its stdin is closed
+            children[name] = stack.enter_context(child)
+            stack.callback(child.kill)  # where another one fails
             answer(name, child)  # ready, before the next one starts
         for turn in range(WARM + rounds):
             for name, child in children.items():

@@ -41,7 +41,7 @@ class MtebEncoder(AbsEncoder):
 
     A row of a text and an image is the sum of their embeddings, each of unit length (ALIGN, arXiv
     2102.05918, section 7), as in `align_tf.search`; mteb's own ALIGN sums them as they come.
-    Instructions are left out, which ALIGN was not trained on.
+    No task's prompt is put before a text, since ALIGN was trained on none.
 
     Args:
         model: the model, or what `AlignModel.from_pretrained` takes.
