@@ -2,13 +2,15 @@
 
     python benchmarks/adapting.py [--quick] [--rounds 5] [--batch-size 8] [--json FILE]
 
-Each contender is a process of its own, one after another, so that its memory is its own. The model
-is an EfficientNet-B0 beside six layers of BERT's of width 384, with random weights; the adapters
-are of rank 8, on the same layers; BatchNorm is frozen, and all take AdamW. Peak memory is the
-process's, beside what it held before the first step, libraries and weights.
+Each contender is a process of its own, so that its memory is its own, and they take their steps in
+turn, so that a ratio is of times of one round. The model is an EfficientNet-B0 beside six layers of
+BERT's of width 384, with random weights; the adapters are of rank 8, on the same layers; BatchNorm
+is frozen, and all take AdamW. Peak memory is the process's, beside what it held before the first
+step, libraries and weights.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -24,6 +26,7 @@ from models import MAX_TOKENS
 from side_by_side import run, to_rows
 
 WARM = 2  # steps that do not count
+PAUSE = 0.5  # seconds in which the threads of the one before it stop spinning
 RANK = 8
 
 # name: (framework, whether LoRA)
@@ -117,50 +120,72 @@ def torch_step(source: pathlib.Path, batch: dict[str, np.ndarray], lora: bool) -
     return step
 
 
-def take_steps(name: str, source: pathlib.Path, quick: bool, batch_size: int, rounds: int) -> None:
-    """Prints a contender's seconds and memory: what its process does."""
+def take_steps(name: str, source: pathlib.Path, quick: bool, batch_size: int) -> None:
+    """Takes a step for each line of stdin and prints its seconds, at the end the memory: what a
+    contender's process does."""
     framework, lora = CONTENDERS[name]
     if framework == "tensorflow":
         models.set_tensorflow_threads()
     make = {"tensorflow": tensorflow_step, "torch": torch_step}[framework]
     step = make(source, make_batch(make_config(quick), batch_size), lora)
-    before, times = models.status_gib("VmRSS"), []
-    for turn in range(WARM + rounds):
+    before = models.status_gib("VmRSS")
+    print("ready", flush=True)
+    for _ in sys.stdin:
         started = time.perf_counter()
         step()
-        times.append(time.perf_counter() - started)
-        print(f"{name}: step {turn + 1}: {times[-1]:.2f} s", file=sys.stderr, flush=True)
+        print(time.perf_counter() - started, flush=True)
     peak = models.peak_gib()
-    print(json.dumps({"times": times[WARM:], "peak_GiB": peak, "step_GiB": peak - before}))
+    print(json.dumps({"peak_GiB": peak, "step_GiB": peak - before}))
+
+
+def answer(name: str, child: subprocess.Popen) -> str:
+    line = child.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{name}: its process ended with exit code {child.wait()}")
+    return line
 
 
 def measure(
     quick: bool, rounds: int | None, folder: pathlib.Path, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Runs the contenders' processes."""
+    """Runs the contenders' processes, which take their steps in turn."""
     rounds = rounds or (2 if quick else 5)
     source = checkpoint(folder, quick)
-    done: dict[str, dict[str, Any]] = {}
-    for name in CONTENDERS:
-        settings = [name, os.fspath(source), str(int(quick)), str(batch_size), str(rounds)]
-        child = subprocess.run(
-            [sys.executable, __file__, "--contender", *settings],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # as `align-tf train` sets it
-        )
-        done[name] = json.loads(child.stdout.splitlines()[-1])
-    rows = to_rows({n: [t / batch_size for t in figures["times"]] for n, figures in done.items()})
-    for row in rows:
-        row |= {key: done[row["name"]][key] for key in ("peak_GiB", "step_GiB")}
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # as `align-tf train` sets it
+    children: dict[str, subprocess.Popen] = {}
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    with contextlib.ExitStack() as stack:
+        for name in CONTENDERS:
+            settings = [name, os.fspath(source), str(int(quick)), str(batch_size)]
+            child = subprocess.Popen(
+                [sys.executable, __file__, "--contender", *settings],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            children[name] = stack.enter_context(child)
+            stack.callback(child.kill)  # where another one fails
+            answer(name, child)  # ready, before the next one starts
+        for turn in range(WARM + rounds):
+            for name, child in children.items():
+                time.sleep(PAUSE)
+                print(file=child.stdin, flush=True)
+                seconds = float(answer(name, child))
+                print(f"{name}: step {turn + 1}: {seconds:.2f} s", file=sys.stderr, flush=True)
+                if turn >= WARM:
+                    times[name].append(seconds / batch_size)
+        rows = to_rows(times)
+        for row, child in zip(rows, children.values(), strict=True):
+            child.stdin.close()
+            row |= json.loads(answer(row["name"], child))
     return [{"title": f"a step of LoRA, batch {batch_size}", "rows": rows}]
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--contender"]:
-        name, source, quick, batch_size, rounds = sys.argv[2:]
-        take_steps(name, pathlib.Path(source), quick == "1", int(batch_size), int(rounds))
+        name, source, quick, batch_size = sys.argv[2:]
+        take_steps(name, pathlib.Path(source), quick == "1", int(batch_size))
         return
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--batch-size", type=int, default=8, help="pairs of a step")

@@ -98,6 +98,16 @@ ABSENT = [
         ),
         'mlflow: true needs MLflow: pip install "align-tf[mlflow]"',
     ),
+    (
+        "mteb",
+        lambda folder: importlib.import_module("align_tf.evaluation.mteb"),
+        'a model for MTEB needs mteb: pip install "align-tf[mteb]"',
+    ),
+    (
+        "torch",
+        lambda folder: importlib.import_module("align_tf.evaluation.clip_benchmark"),
+        'CLIP_benchmark needs extra packages: pip install "align-tf[clip-benchmark]"',
+    ),
     *(
         (
             package,
@@ -153,7 +163,7 @@ def test_each_extra_that_is_named_is_one_of_the_package():
     setup.read(ROOT / "setup.cfg")
     named = set()
     for file in (ROOT / "align_tf").rglob("*.py"):
-        named.update(re.findall(r'\bextra\("(\w+)"', file.read_text(encoding="utf-8")))
+        named.update(re.findall(r'\bextra\("([\w-]+)"', file.read_text(encoding="utf-8")))
     assert (
         {"serve", "search", "ray", "torch", "plot"} <= named <= set(setup["options.extras_require"])
     )

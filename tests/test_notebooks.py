@@ -9,8 +9,13 @@ import os
 import pathlib
 import re
 
+import PIL.Image
+import PIL.ImageOps
 import pytest
 from markdown_it import MarkdownIt  # which rich shows Markdown by
+
+from align_tf import AlignModel
+from align_tf.hub import BUNDLED
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
 
@@ -76,7 +81,7 @@ def test_a_notebook_is_committed_without_outputs(path):
 
 
 def test_all_notebooks_install_the_package_alike():
-    assert len(ALL) == 4
+    assert len(ALL) == 5
     installs = ["".join(code_cells(path)[0]["source"]) for path in ALL]
     assert len({re.sub(r"\[\w+\]", "", install) for install in installs}) == 1  # but for the extra
 
@@ -128,6 +133,54 @@ def test_finetune_tpu(tmp_path, backend):
         assert found["after"][figure] > found["before"][figure] + 0.1
     assert max(found["exported_minus_here"].values()) < 1e-5
     assert found["pictures"] == 2
+
+
+def write_pairs(folder: pathlib.Path, pairs: list[tuple[PIL.Image.Image, str]]) -> None:
+    folder.mkdir()
+    for row, (image, caption) in enumerate(pairs):
+        image.save(folder / f"{row:03}.png")
+        (folder / f"{row:03}.txt").write_text(caption)
+
+
+@executed
+def test_adapt(tmp_path):
+    """Colors and turns of pictures are learned, which costs the names of what they show."""
+    examples = {
+        path.stem.replace("_", " "): PIL.Image.open(path).convert("RGB")
+        for path in sorted((BUNDLED["align-tiny"] / "examples").glob("*.png"))
+    }
+    colors, turns = ("red", "green", "blue", "yellow"), ("up", "left", "down", "right")
+    learned = [
+        (
+            PIL.ImageOps.colorize(image.convert("L"), color, "white").rotate(90 * quarter),
+            f"{color} {turn}",
+        )
+        for color in colors
+        for quarter, turn in enumerate(turns)
+        for image in examples.values()
+    ]
+    hard = (PIL.ImageOps.flip, PIL.ImageOps.grayscale, lambda image: PIL.ImageOps.crop(image, 18))
+    kept = [(change(image), name) for change in hard for name, image in examples.items()]
+    write_pairs(tmp_path / "pairs", learned)
+    write_pairs(tmp_path / "others", kept)
+    settings = {"DATA": "pairs", "KEEP": "others", "STEPS": "60", "BATCH_SIZE": "16"}
+    settings |= {"LEARNING_RATE": "1e-3", "LORA_RATE": "5e-3"}  # too high: more is forgotten
+    found = run("adapt", tmp_path, KERAS_BACKEND="tensorflow", **settings)
+    before, full, lora = (found[name] for name in ("before", "full", "LoRA"))
+    assert min(full["r1"], lora["r1"]) > before["r1"] + 0.1
+    assert full["top1"] < before["top1"] - 0.1
+    assert lora["trained"] < full["trained"] / 5
+    # A line goes from the one to the other, and that chosen is the best of it.
+    for name, better in (("full", 0.03), ("LoRA", 0.0)):
+        line = found[f"{name} between"]
+        ends = [[of["r1"], of["top1"]] for of in (before, found[name])]
+        assert [line["curve"][0], line["curve"][-1]] == [pytest.approx(end) for end in ends]
+        means = [(r1 + top1) / 2 for r1, top1 in line["curve"]]
+        assert max(means) == pytest.approx((line["r1"] + line["top1"]) / 2)
+        assert max(means) >= max(means[0], means[-1]) + better
+    assert found["pictures"] == 2
+    for folder in ("full", "between", "adapter"):
+        AlignModel.from_pretrained(tmp_path / folder)
 
 
 @executed

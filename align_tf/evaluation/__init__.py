@@ -8,6 +8,7 @@ zero_shot           classes by their names
 confusion           classes one by one, and which is taken for which
 nearest_neighbors   classes by the nearest examples
 linear_probe        classes by a logistic regression
+mteb, clip_benchmark    a model as these packages take it, for figures beside others'
 examples, arrays    what these share
 """
 

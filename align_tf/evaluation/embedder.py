@@ -1,6 +1,7 @@
 """Embedding batches with both towers, compiled once: batches in, NumPy arrays out."""
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -128,6 +129,13 @@ def check_ends(dataset: Any) -> None:
 def in_batches(values: Any, size: int = BATCH_SIZE) -> list:
     """Cuts a sequence or an array into pieces of `size` rows, the last one shorter."""
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def batched(items: Iterable, size: int = BATCH_SIZE) -> Iterator[list]:
+    """Yields lists of `size` items, the last one shorter, of what need not be a sequence."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
 
 
 def _batches(dataset: Any) -> Iterable[Mapping[str, Any]]:

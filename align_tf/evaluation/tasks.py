@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import importlib.resources
-import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from align_tf.evaluation import (
     retrieval,
     zero_shot,
 )
-from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, in_batches
+from align_tf.evaluation.embedder import BATCH_SIZE, Embedder, batched, in_batches
 from align_tf.evaluation.identity import Numbering, image_contents, text_contents
 from align_tf.files import check_local, read_lines, readable
 from align_tf.graph_errors import plain
@@ -371,7 +370,7 @@ def _embed_images(
 
     embeds, contents, problems = [], [], []
     batches = None if total < 0 else -(-total // BATCH_SIZE)
-    decoded = _ahead(decode, _batched(files()))
+    decoded = _ahead(decode, batched(files()))
     for pixel_values, content, problem in track(decoded, "Embedding images", batches):
         embeds.append(embedder.images(pixel_values))
         contents.extend(content)
@@ -400,12 +399,6 @@ def _embed_texts(
         contents.extend(text_contents(tokens))
     places = np.argsort(order)
     return np.concatenate(embeds)[places], [contents[place] for place in places]
-
-
-def _batched(items: Iterable) -> Iterator[list]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, BATCH_SIZE)):
-        yield batch
 
 
 def _ahead(function: Callable, items: Iterable) -> Iterator:

@@ -4,6 +4,7 @@ align           AlignModel, over both towers
 contrastive     its training: loss, metrics and steps inside Keras's `fit`, which fit_watch watches
 text, vision    the towers, over the blocks in bert and efficientnet
 pretrained      reading and writing checkpoints
+fingerprint     what tells a model from another
 exports         shapes of the outputs, and Keras's own export
 adapters        LoRA on AlignModel, in PEFT's files; on one layer: lora
 freezing        by tower and block, and under Keras's own `trainable`

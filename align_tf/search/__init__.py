@@ -11,7 +11,7 @@ ray_engine      Ray
 source_files    whether they are those the collection was begun with
 collection      the Parquet shards
 own_pictures    whose pictures may be shown
-fingerprint, thumbnail, writing, vectors, required
+thumbnail, writing, vectors, required
 """
 
 import lazy_loader

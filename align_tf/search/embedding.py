@@ -15,6 +15,7 @@ from align_tf.data.sources import Source
 from align_tf.data.streams import CHUNK
 from align_tf.evaluation.embedder import BATCH_SIZE, Embedder
 from align_tf.models.align import AlignModel
+from align_tf.models.fingerprint import fingerprint, load_model
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.progress import Rate
 from align_tf.search import own_pictures, source_files
@@ -25,7 +26,6 @@ from align_tf.search.collection import (
     Shard,
     read_shards,
 )
-from align_tf.search.fingerprint import fingerprint, load_model
 from align_tf.search.required import require_pyarrow, require_ray
 from align_tf.search.shard_writer import ShardWriter
 from align_tf.terminal import say

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from align_tf.addresses import Place, place
+from align_tf.models.fingerprint import fingerprint, load_model
 from align_tf.search import source_files
 from align_tf.search.collection import Settings, Shard
-from align_tf.search.fingerprint import fingerprint, load_model
 from align_tf.search.required import require_ray
 from align_tf.search.shard_writer import ShardWriter
 

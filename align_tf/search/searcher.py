@@ -10,9 +10,9 @@ import numpy as np
 from align_tf.client.align_client import AlignClient
 from align_tf.hub import resolve_folder
 from align_tf.models.align import AlignModel
+from align_tf.models.fingerprint import fingerprint, load_model
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.search.encoder import Encoder
-from align_tf.search.fingerprint import fingerprint, load_model
 from align_tf.search.index import TOP_K, Hit, Index
 from align_tf.search.vectors import as_float32
 

@@ -12,8 +12,8 @@ from keras import ops
 from align_tf import AlignConfig, AlignModel, AlignProcessor, AlignTextModel
 from align_tf.files import CheckpointError
 from align_tf.models import fused_training
+from align_tf.models.fingerprint import fingerprint
 from align_tf.models.plain_copy import plain_copy
-from align_tf.search.fingerprint import fingerprint
 
 EMBEDS = ("image_embeds", "text_embeds")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from align_tf.evaluation import Embedder
+from align_tf.models.fingerprint import load_model
 from align_tf.search import embedding, encoder, searcher
-from align_tf.search.fingerprint import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,9 +20,9 @@ from PIL import Image
 
 from align_tf import AlignImageProcessor, AlignModel, AlignProcessor
 from align_tf.cli.main import main
+from align_tf.models.fingerprint import fingerprint
 from align_tf.search import embed, embedding
 from align_tf.search.collection import Collection
-from align_tf.search.fingerprint import fingerprint
 
 pq = pytest.importorskip("pyarrow.parquet")
 

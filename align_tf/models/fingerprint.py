@@ -1,4 +1,4 @@
-"""The model of a collection: loaded by its name, and what tells it from another."""
+"""A model and its processor by its name, and what tells a model from another."""
 
 import hashlib
 import json
