@@ -95,6 +95,8 @@ def open_sources(
     if weights is None:
         return open_source(source, image_key, caption_key, index=index)
     several = list(source) if isinstance(source, list | tuple) else [source]
+    if np.ndim(weights) != 1 or not several:
+        raise ValueError(f"weights={weights!r}: expected {WEIGHTS}, in a list as the sources are")
     if len(weights) != len(several) or not all(map(is_weight, weights)):
         found = f"{len(several)} sources" if len(several) > 1 else "one source"
         raise ValueError(f"weights={list(weights)}: expected {WEIGHTS}, of which here is {found}")

@@ -11,7 +11,7 @@ import tensorflow as tf
 from align_tf import addresses
 from align_tf.export.matching import check_fit
 from align_tf.export.temporary import put, temporary_folder
-from align_tf.export.tower_files import examples, least_cosine, tower_settings
+from align_tf.export.tower_files import check_quantize, examples, least_cosine, tower_settings
 from align_tf.extras import extra
 from align_tf.models.align import AlignModel
 from align_tf.models.plain_copy import plain_copy
@@ -21,7 +21,6 @@ from align_tf.progress import track
 
 IMAGE_TOWER, TEXT_TOWER = "image_tower.tflite", "text_tower.tflite"
 SETTINGS_NAME = "litert.json"
-QUANTIZATIONS = (None, "int8")
 
 
 def export_litert(
@@ -66,8 +65,7 @@ def export_litert(
         ValueError: quantize is neither, Keras runs on another backend than TensorFlow, model and
             processor do not fit each other, or the model cannot be copied: see `plain_copy`.
     """
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
+    check_quantize(quantize)
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             "LiteRT export runs on Keras's TensorFlow backend alone: save the model, then "

@@ -9,15 +9,16 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from align_tf import addresses
+from align_tf import addresses, files
 from align_tf.export.matching import check_fit
 from align_tf.export.onnx_graph import check_installed
 from align_tf.export.onnx_towers import image_tower, text_tower
 from align_tf.export.temporary import put, temporary_folder
-from align_tf.export.tower_files import examples, least_cosine, tower_settings
+from align_tf.export.tower_files import check_quantize, examples, least_cosine, tower_settings
 from align_tf.extras import extra
 from align_tf.hub import WHOLE
 from align_tf.models.align import AlignModel
+from align_tf.models.fingerprint import fingerprint
 from align_tf.models.plain_copy import plain_copy
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
@@ -27,7 +28,11 @@ from align_tf.progress import track
 IMAGE_TOWER, TEXT_TOWER = "vision_model.onnx", "text_model.onnx"
 QUANTIZED_TEXT_TOWER = "text_model_quantized.onnx"
 SETTINGS_NAME = "onnx.json"
-QUANTIZATIONS = (None, "int8")
+OF_TOWERS = tuple(
+    f"{file}{end}"
+    for file in (IMAGE_TOWER, TEXT_TOWER, QUANTIZED_TEXT_TOWER)
+    for end in ("", "_data")
+)
 # A protobuf message ends at 2 GiB; weights beyond it lie in a file beside.
 LARGEST_MESSAGE = 2**31 - 2**20
 
@@ -53,15 +58,16 @@ def export_onnx(
                            token_type_ids int64 (n, t)          text_embeds (n, d)
 
     The embeddings have unit length. Beside the towers are `config.json`, the processor's files,
-    and `onnx.json` with what `export_litert` writes to `litert.json`. Weights of 2 GiB or more are
-    in a file of their own, such as `text_model.onnx_data`.
+    and `onnx.json` with what `export_litert` writes to `litert.json`, and a digest of the model.
+    Weights of 2 GiB or more are in a file of their own, such as `text_model.onnx_data`.
 
     Args:
         model: the model; its towers are written in float32 whatever it was trained in, with LoRA
             merged and what Keras quantized as floating point: `quantize` is of its own.
         processor: its processor.
         directory: made if it is not there; files of the same names in it are replaced, once all
-            of the new ones are written.
+            of the new ones are written, and a tower that an export of another model has left
+            there goes. Of the same model the text tower in float32 and in int8 may lie in one.
         quantize: `int8` writes the text tower as `text_model_quantized.onnx`: weights in int8,
             and the inputs of its products rounded while it runs, by one range for all rows of a
             batch, which ONNX Runtime is fast at. The image tower stays in float32, as rounding
@@ -77,8 +83,7 @@ def export_onnx(
         ValueError: quantize is neither, model and processor do not fit each other, the model
             cannot be copied, see `plain_copy`, or has an activation of the caller's own.
     """
-    if quantize not in QUANTIZATIONS:
-        raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
+    check_quantize(quantize)
     check_installed(quantize)
     check_fit(model, processor)
     directory = addresses.place(directory)
@@ -95,8 +100,11 @@ def export_onnx(
         extra_keys = {**model.config.extra, **architectures, "dtype": "float32"}
         dataclasses.replace(model.config, extra=extra_keys).save_pretrained(new)
         processor.save_pretrained(new)
-        settings = json.dumps(tower_settings(model, processor, quantize), indent=2)
-        (new / SETTINGS_NAME).write_text(settings + "\n")
+        settings = tower_settings(model, processor, quantize)
+        settings["fingerprint"] = fingerprint(model, processor)
+        (new / SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        for name in _of_another(directory, settings["fingerprint"]):
+            (directory / name).unlink()
         # Weights before the graph that names them.
         for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".onnx"):
             put(path, directory / path.name)
@@ -110,6 +118,17 @@ def _check_free(directory: addresses.Place) -> None:
             f"{directory}: a checkpoint, of {found[0]}; expected another folder, such as "
             f"{directory / 'onnx'}, since the export has a config.json of its own"
         )
+
+
+def _of_another(directory: addresses.Place, digest: str) -> set[str]:
+    """Finds the towers that an export of another model has left."""
+    found = set(addresses.names(directory))
+    if SETTINGS_NAME not in found:
+        return set()
+    with contextlib.suppress(ValueError):  # what cannot be read is of another
+        if files.read_json(directory / SETTINGS_NAME).get("fingerprint") == digest:
+            return set()
+    return found & set(OF_TOWERS)
 
 
 def _save(tower: Any, file: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""What the exports of towers as files share: the settings beside them, examples to compare by."""
+"""What exports of towers as files share: settings beside them, examples to compare by."""
 
 from typing import Any
 
@@ -9,6 +9,18 @@ import align_tf
 from align_tf.hub import BUNDLED
 from align_tf.models.align import AlignModel
 from align_tf.preprocessing.processor import AlignProcessor
+
+QUANTIZATIONS = (None, "int8")
+
+
+def check_quantize(quantize: str | None) -> None:
+    """Checks what weights are to be stored as.
+
+    Raises:
+        ValueError: it is neither of QUANTIZATIONS.
+    """
+    if quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize={quantize!r}: expected None or 'int8'")
 
 
 def tower_settings(

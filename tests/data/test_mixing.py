@@ -196,6 +196,8 @@ def test_a_source_without_a_pair_ends_a_training_however_small_its_share(
         ([1, float("nan")], r"weights=\[1, nan\]: expected a number above 0"),
         ([float("inf"), 1], r"weights=\[inf, 1\]: expected a number above 0"),
         ([True, "1"], r"weights=\[True, '1'\]: expected a number above 0"),
+        (3, "weights=3: expected a number above 0 for each source, in a list as the sources"),
+        ({"f": 3, "t": 1}, "in a list as the sources"),
     ],
 )
 def test_weights_that_are_none_are_told(place, processor, weights, message):
@@ -206,6 +208,8 @@ def test_weights_that_are_none_are_told(place, processor, weights, message):
 
 def test_sources_that_do_not_fit_are_told(place, processor, tmp_path):
     f, tar = place / "f", place / "t.tar"
+    with pytest.raises(ValueError, match=r"weights=\[\]: expected a number above 0"):
+        make_dataset([], processor, batch_size=4, training=True, weights=[])
     options = {"training": True, "weights": [3, 1]}
     message = r"f: 7 records, expected 9 or more for its part of a batch of 12, or a smaller weight"
     with pytest.raises(ValueError, match=message):

@@ -290,6 +290,20 @@ def test_weights_that_no_message_holds_are_in_a_file_beside(
     assert figures[file]["cosine"] > (0.99 if quantize else 1 - 1e-5)
 
 
+def test_no_tower_of_another_model_stays(tiny_config, processor, tmp_path):
+    first = unlike_new(tiny_config)
+    export_onnx(first, processor, tmp_path)
+    (tmp_path / "notes.onnx").write_bytes(b"mine")
+    export_onnx(first, processor, tmp_path, quantize="int8")
+    towers = {"notes.onnx", IMAGE, TEXT, INT8_TEXT}
+    assert {path.name for path in tmp_path.glob("*.onnx")} == towers
+    export_onnx(AlignModel(tiny_config), processor, tmp_path, quantize="int8")
+    assert {path.name for path in tmp_path.glob("*.onnx")} == towers - {TEXT}
+    (tmp_path / "onnx.json").write_text("broken")
+    export_onnx(first, processor, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.onnx")} == towers - {INT8_TEXT}
+
+
 def test_a_failure_leaves_the_files_that_were_there(tiny_config, processor, tmp_path):
     (tmp_path / IMAGE).write_bytes(b"old")
     model = AlignModel(tiny_config)
