@@ -159,12 +159,25 @@ class SelfAttention(Configured, layers.Layer):
         training: bool = False,
     ) -> tuple[Any, Any]:
         asking = inputs[:, :1] if first_token_only else inputs
-        query = self._in_heads(self.query, asking)
-        key, value = self._in_heads(self.key, inputs), self._in_heads(self.value, inputs)
+        rows = flat(inputs)
+        projected = self.project(flat(asking) if first_token_only else rows, rows)
+        query, key, value = (
+            self._in_heads(y, ops.shape(x)[1])
+            for x, y in zip((asking, inputs, inputs), projected, strict=True)
+        )
         x, probs = self.attend(query, key, value, attention_mask, training=training)
         x = ops.transpose(x, (0, 2, 1, 3))  # (n, t or 1, heads, head_size)
         x = self.output_dense(ops.reshape(x, (-1, self.num_heads * self.config.head_size)))
         return ops.reshape(x, ops.shape(asking)), probs
+
+    def project(self, asking: Any, inputs: Any) -> tuple[Any, Any, Any]:
+        """Returns query, key and value, in which the heads lie side by side.
+
+        Args:
+            asking: rows (k, hidden_size) of those tokens that ask.
+            inputs: rows (m, hidden_size) of all tokens.
+        """
+        return self.query(asking), self.key(inputs), self.value(inputs)
 
     def attend(
         self, query: Any, key: Any, value: Any, attention_mask: Any, training: bool = False
@@ -189,9 +202,9 @@ class SelfAttention(Configured, layers.Layer):
         probs = ops.cast(ops.softmax(scores, axis=-1), query.dtype)
         return ops.matmul(self.dropout(probs, training=training), value), probs
 
-    def _in_heads(self, layer: layers.Dense, x: Any) -> Any:
-        heads = (-1, ops.shape(x)[1], self.num_heads, self.config.head_size)
-        return ops.transpose(ops.reshape(layer(flat(x)), heads), (0, 2, 1, 3))
+    def _in_heads(self, rows: Any, length: Any) -> Any:
+        heads = (-1, length, self.num_heads, self.config.head_size)
+        return ops.transpose(ops.reshape(rows, heads), (0, 2, 1, 3))
 
     def _relative_scores(self, query: Any, key: Any, training: bool) -> Any:
         asking, asked = (ops.arange(ops.shape(x)[2], dtype="int32") for x in (query, key))

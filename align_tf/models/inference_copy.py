@@ -8,10 +8,12 @@ from keras import layers
 
 from align_tf.models.activation import get_activation
 from align_tf.models.align import AlignModel
+from align_tf.models.bert import SelfAttention
 from align_tf.models.folding import fold
 from align_tf.models.fused_training import area_mean
 from align_tf.models.plain_copy import assign, unfilled_copy
 from align_tf.models.surgery import open_for_change
+from align_tf.models.text import HEADED
 from align_tf.models.vision import AlignVisionModel
 
 # Convolutions that a BatchNorm follows: of the tower, and of a block as far as it has them.
@@ -45,6 +47,8 @@ def inference_copy(model: AlignModel, dtype: str) -> AlignModel:
     for path, value in values.items():
         assign(weights[path], value, path)
     _use_fast_kernels(copy.vision_model)
+    for block in copy.text_model.blocks[:-1]:  # in the last one the first token alone asks
+        _join_projections(block.attention)
     return copy
 
 
@@ -78,6 +82,18 @@ def _fold(owner: layers.Layer, name: str, values: dict[str, Any]) -> None:
     _replace(owner, f"{name}_bn", layer)
 
 
+def _join_projections(attention: SelfAttention) -> None:
+    apart = [getattr(attention, name) for name in HEADED]
+    joined = JoinedProjections([layer.kernel.shape for layer in apart], dtype=apart[0].dtype_policy)
+    joined.kernel.assign(tf.concat([layer.kernel for layer in apart], axis=1))
+    joined.bias.assign(tf.concat([layer.bias for layer in apart], axis=0))
+    with open_for_change(attention):
+        for name, layer in zip(HEADED, apart, strict=True):
+            attention._tracker.untrack(layer)
+            setattr(attention, name, None)
+        attention.project = joined
+
+
 def _replace(owner: layers.Layer, attribute: str, new: Callable) -> None:
     with open_for_change(owner):
         owner._tracker.untrack(getattr(owner, attribute))
@@ -95,3 +111,20 @@ class Offset(layers.Layer):
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         return tf.nn.bias_add(inputs, self.bias)
+
+
+class JoinedProjections(layers.Layer):
+    """Query, key and value of all tokens as one product: three of that width are hardly shared by
+    two cores where tokens are few, one is."""
+
+    def __init__(self, shapes: list[tuple[int, int]], *, dtype: Any):
+        super().__init__(name="project", dtype=dtype)
+        self.widths = [width for _, width in shapes]
+        shape = (shapes[0][0], sum(self.widths))
+        self.kernel = self.add_weight(name="kernel", shape=shape, initializer="zeros")
+        self.bias = self.add_weight(name="bias", shape=shape[1:], initializer="zeros")
+        self.built = True
+
+    def call(self, asking: tf.Tensor, inputs: tf.Tensor) -> list[tf.Tensor]:
+        projected = tf.nn.bias_add(tf.matmul(inputs, self.kernel), self.bias)
+        return tf.split(projected, self.widths, axis=1)

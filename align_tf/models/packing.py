@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
-from keras import layers
 
 from align_tf.models.align import AlignModel
 from align_tf.models.bert import SelfAttention
@@ -46,12 +45,13 @@ def _first_token_states(
     x = tower.embeddings(**tokens, position_ids=column[None])[0]  # (m, hidden_size)
     for block in tower.blocks:
         attention = block.attention
-        key, value = (_in_heads(attention, f, x, place) for f in (attention.key, attention.value))
+        tokens, places = x, (place, place, place)
         if block is tower.blocks[-1]:
             x = tf.gather(x, place[:, 0])  # (n, hidden_size)
             position = tf.range(tf.shape(x)[0])
-            place = position[:, None]
-        query = _in_heads(attention, attention.query, x, place)
+            places = (position[:, None], place, place)
+        projected = zip(attention.project(x, tokens), places, strict=True)
+        query, key, value = (_in_heads(attention, rows, where) for rows, where in projected)
         attended, _ = attention.attend(query, key, value, mask[:, None, None])
         x = block.after_attention(x, attention.output_dense(_out_of_heads(attended, position)))
     return x
@@ -75,9 +75,9 @@ def _pack(mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return place, tf.pad(position, [[0, -tf.size(position) % MULTIPLE]])
 
 
-def _in_heads(attention: SelfAttention, layer: layers.Dense, x: Any, place: Any) -> tf.Tensor:
-    """Projects a row (m, hidden_size), and takes what is at `place` to (n, heads, t, head_size)."""
-    rows = tf.reshape(layer(x), [-1, attention.config.head_size])  # (m * heads, head_size)
+def _in_heads(attention: SelfAttention, projected: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
+    """Takes what is at `place` of a row (m, heads * head_size) to (n, heads, t, head_size)."""
+    rows = tf.reshape(projected, [-1, attention.config.head_size])  # (m * heads, head_size)
     heads = attention.num_heads
     return tf.gather(rows, place[:, None] * heads + tf.range(heads)[:, None])
 
