@@ -290,7 +290,7 @@ def measured(
 ) -> dict[str, Any]:
     """Times the contenders that can be made here and that compute what ours do."""
     contenders = admitted(files, title, made(makers))
-    result = compare(title, contenders, items=batch, rounds=rounds)
+    result = compare(title, contenders, items=batch, rounds=rounds, settle=True)
     there = [row["name"] for row in result["rows"]]
     # ours, peers, wanted
     for ours, peers, wanted in ((OURS, FLOAT32, 1.1), (OURS_BFLOAT16, BFLOAT16, 1.0)):

@@ -2,6 +2,10 @@
 
 import os
 
+from quick_xla import QUICK_XLA
+
+if os.environ.get("KERAS_BACKEND") == "jax":
+    os.environ.setdefault("XLA_FLAGS", QUICK_XLA)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # The same kernels on every processor, as the command line takes them: TensorFlow's own name other
 # nodes in their errors than those that were recorded.
@@ -53,6 +57,7 @@ def settled() -> None:
     """Keras and tracing collect garbage often, which goes through all that is alive; most stays."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,6 +13,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 from markdown_it import MarkdownIt  # which rich shows Markdown by
+from quick_xla import xla_flags
 
 from align_tf import AlignModel
 from align_tf.hub import BUNDLED
@@ -26,7 +27,6 @@ executed = pytest.mark.skipif(
 )
 
 # XLA's optimisations take longer than the few steps here.
-QUICK_XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DEVICES = 2  # of the CPU, for the notebook that trains on all there are
 
 
@@ -115,9 +115,10 @@ def test_serving(tmp_path):
 @executed
 @pytest.mark.parametrize("backend", ["jax", "tensorflow"])
 def test_finetune_tpu(tmp_path, backend):
-    flags = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_XLA}"
     settings = {"BATCH_SIZE": "16", "EPOCHS": "3", "STEPS_PER_EPOCH": "5", "LEARNING_RATE": "5e-3"}
-    found = run("finetune_tpu", tmp_path, KERAS_BACKEND=backend, XLA_FLAGS=flags, **settings)
+    found = run(
+        "finetune_tpu", tmp_path, KERAS_BACKEND=backend, XLA_FLAGS=xla_flags(DEVICES), **settings
+    )
     assert found["backend"] == backend
     assert found["buckets"] == [12, 32]
     if backend == "jax":

@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from png_reading import ImagesOfPng
+from quick_xla import QUICK_XLA
 
 from align_tf import AlignImageProcessor, AlignProcessor, AlignTokenizer
 from align_tf.data import dataset as dataset_module, make_dataset, records
@@ -727,12 +728,11 @@ def test_model_fits_on_jax(source, full_processor, tiny_config, tmp_path):
     tiny_config.save_pretrained(tmp_path)
     full_processor.save_pretrained(tmp_path)
     command = [sys.executable, "-c", FIT, str(tmp_path), str(source("folder"))]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {
         **os.environ,
         "KERAS_BACKEND": "jax",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        "XLA_FLAGS": quick,  # to compile
+        "XLA_FLAGS": QUICK_XLA,
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

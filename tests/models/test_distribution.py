@@ -13,6 +13,7 @@ import sys
 
 import keras
 import pytest
+from quick_xla import xla_flags
 
 pytestmark = pytest.mark.slow
 
@@ -51,8 +52,7 @@ def check(found: dict[str, float], *names: str) -> None:
 
 
 def test_devices_of_one_process_take_the_steps_of_one():
-    flags = "--xla_force_host_platform_device_count=2"
-    found = read(finish(start(keras.backend.backend(), "2", XLA_FLAGS=flags)))
+    found = read(finish(start(keras.backend.backend(), "2", XLA_FLAGS=xla_flags(2))))
     assert found.pop("other") > 1e-3  # another seed, other masks
     # Of 8 rows, those with the mask of the row 8 further on. Under TensorFlow these are another
     # replica's, and Keras gives each replica the same seeds.

@@ -6,6 +6,7 @@ import sys
 
 import keras
 import pytest
+from quick_xla import xla_flags
 
 from align_tf.training import data_parallel
 from align_tf.training.devices import describe_devices
@@ -37,8 +38,7 @@ def test_the_one_device_is_used():
 
 @pytest.mark.slow  # the import of another process
 def test_all_devices_are_used():
-    flags = "--xla_force_host_platform_device_count=2"
-    environment = {**os.environ, "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(2), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", TWO_DEVICES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

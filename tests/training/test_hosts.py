@@ -13,6 +13,7 @@ import threading
 import numpy as np
 import pytest
 import safetensors.numpy
+from quick_xla import xla_flags
 from small_training import flags, settings_of
 
 from align_tf.training import hosts
@@ -67,7 +68,7 @@ def start(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "jax",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
     }
     if count > 1:
         environment |= {
