@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from align_tf import files
-from align_tf.hub import ADAPTER_CONFIG_NAME, HUB_ID, RECIPE_NAME
+from align_tf.hub import ADAPTER_CONFIG_NAME, BUNDLED, HUB_ID, RECIPE_NAME
 
 CARD_NAME = "README.md"
 
@@ -41,7 +41,7 @@ or in PyTorch:
 from peft import PeftModel
 from transformers import AlignModel
 
-model = PeftModel.from_pretrained(AlignModel.from_pretrained("{base}"), "{id}")
+model = PeftModel.from_pretrained(AlignModel.from_pretrained("{on_hub}"), "{id}")
 ```
 """
 EXPORT = """A SavedModel of raw image bytes and strings, for TensorFlow Serving or here:
@@ -107,7 +107,10 @@ def make_card(
     recipe = _recipe(folder)
     base = recipe.get("model")
     if kind == "adapter":
-        base = files.read_json(folder / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        path = folder / ADAPTER_CONFIG_NAME
+        base = files.read_json(path).get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise ValueError(f"{path}: base_model_name_or_path={base!r}: expected a text")
     known = _on_hub(base)
     header = {"license": licence, "library_name": library, "base_model": base if known else None}
     header |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["align", "align-tf"]}
@@ -125,8 +128,9 @@ def make_card(
         "",
     ]
     theirs = THEIRS.format(id=repo_id) if _transformers_has(folder) else ""
-    named = base if known else "the model that it was trained on"
-    parts.append(use.format(id=repo_id, base=named, theirs=theirs).rstrip())
+    on_hub = base if known else "the model that it was trained on"
+    named = base if isinstance(base, str) and base in BUNDLED else on_hub
+    parts.append(use.format(id=repo_id, base=named, on_hub=on_hub, theirs=theirs).rstrip())
     parts += ["", "## Data", "", data or "Not told."]
     parts += _figures(figures)
     settings = {key: value for key, value in recipe.items() if key not in PLACES}
@@ -147,8 +151,9 @@ def _recipe(folder: pathlib.Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _on_hub(name: str | None) -> bool:
-    return bool(name and HUB_ID.fullmatch(name) and not pathlib.Path(name).exists())
+def _on_hub(name: Any) -> bool:
+    known = isinstance(name, str) and HUB_ID.fullmatch(name) and name not in BUNDLED
+    return bool(known and not pathlib.Path(name).exists())
 
 
 def _transformers_has(folder: pathlib.Path) -> bool:

@@ -164,6 +164,20 @@ def trained(checkpoint, tmp_path):
     return folder
 
 
+def test_a_base_that_is_here_alone_is_none_of_the_hub(tmp_path, capsys):
+    def card(base):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        return main(["push", str(tmp_path), "me/mine", "--dry-run"]), *capsys.readouterr()
+
+    code, out, _ = card("align-tiny")
+    assert code == 0 and "base_model" not in header(out)
+    assert 'model = AlignModel.from_pretrained("align-tiny")' in out
+    assert 'AlignModel.from_pretrained("the model that it was trained on"), "me/mine")' in out
+    code, _, err = card(3)
+    assert code == 2
+    assert err.endswith("adapter_config.json: base_model_name_or_path=3: expected a text\n")
+
+
 def test_the_command_uploads_what_a_training_left(hub, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     options = ["--license", "apache-2.0", "--trained-on", "Pets of ours."]

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ SUPPORTED = {
     "layer_replication": ((), []),
     "alora_invocation_tokens": ((), []),
     "velora_config": ({},),
+    "use_bdlora": ((),),
+    "kasa_config": ((),),
+    "monteclora_config": ((),),
+    "arrow_config": ((),),
     # Others change the weights of the model too, by what they find in it.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
@@ -126,9 +131,8 @@ def read_config(folder: pathlib.Path) -> AdapterConfig:
     for key, supported in SUPPORTED.items():
         value = values.get(key)
         if value is not None and value not in supported:
-            raise CheckpointError(
-                f"{path}: {key}={value!r} is not supported: expected {supported[0]!r}"
-            )
+            wanted = "none" if supported[0] in ((), {}) else repr(supported[0])
+            raise CheckpointError(f"{path}: {key}={value!r} is not supported: expected {wanted}")
     known = {field.name for field in dataclasses.fields(AdapterConfig)}
     given = {key: value for key, value in values.items() if key in known and value is not None}
     for key in ("r", "lora_alpha", "target_modules"):
@@ -157,7 +161,7 @@ def _check_config(config: AdapterConfig) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"{key}={rank!r}: expected a positive integer")
     for key, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
             raise ValueError(f"{key}={alpha!r}: expected a number")
     for key in ("target_modules", "exclude_modules"):
         value = getattr(config, key) or []

@@ -110,7 +110,10 @@ def _sweep(arguments: Any, line: Any, opened: list[tuple[Any, dict]]) -> None:
     embedder = Embedder(line.model)
     measures = [_measure(line, embedder, *of) for of in opened]
     rows, best = sweep(line, [step / STEPS for step in range(STEPS + 1)], measures)
-    names = [options.data for options, _ in opened]
+    sources = [options.data for options, _ in opened]
+    names = [
+        of.data if sources.count(of.data) == 1 else f"{of.data} ({of.task})" for of, _ in opened
+    ]
     if arguments.plot:
         from align_tf import plots
 

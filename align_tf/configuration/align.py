@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 from align_tf.configuration.checks import (
+    is_finite,
     require,
     require_positive_integers,
     require_positive_numbers,
@@ -55,7 +55,7 @@ class AlignConfig(ConfigFile):
         require_positive_numbers(self, ("temperature_init_value",))
         bias = self.logit_bias_init_value
         require(
-            bias is None or (isinstance(bias, (int, float)) and math.isfinite(bias)),
+            bias is None or is_finite(bias),
             "logit_bias_init_value",
             bias,
             "a number, or nothing for the contrastive loss",

@@ -1,5 +1,6 @@
 """Checks of a configuration's values, each an error that names key, value and what was expected."""
 
+import sys
 from typing import Any
 
 
@@ -17,6 +18,11 @@ def is_positive_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def is_finite(value: Any) -> bool:
+    """Says whether a value is a number that a float holds, as not every int is."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
 def require_positive_integers(config: Any, keys: tuple[str, ...]) -> None:
     for key in keys:
         value = getattr(config, key)
@@ -26,7 +32,7 @@ def require_positive_integers(config: Any, keys: tuple[str, ...]) -> None:
 def require_positive_numbers(config: Any, keys: tuple[str, ...]) -> None:
     for key in keys:
         value = getattr(config, key)
-        valid = isinstance(value, (int, float)) and value > 0
+        valid = is_finite(value) and value > 0
         require(valid, key, value, "a positive number")
 
 

@@ -104,13 +104,20 @@ def main(words: Sequence[str]) -> None:
     # Of a GPU that both libraries use neither takes all memory at once.
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    models.TYPE2FUNC[MODEL_TYPE] = load
+    models.TYPE2FUNC[MODEL_TYPE] = _load_or_exit
     if MODEL_TYPE not in models.MODEL_TYPES:
         models.MODEL_TYPES.append(MODEL_TYPE)
     sys.argv[1:] = words
     try:
         cli.main()
-    except FileNotFoundError as error:  # the model, or what a data set consists of
+    except FileNotFoundError as error:  # what a data set consists of
+        sys.exit(f"clip_benchmark: {error}")
+
+
+def _load_or_exit(*args: Any, **options: Any) -> tuple[ClipModel, Any, Any]:
+    try:
+        return load(*args, **options)
+    except (OSError, ValueError) as error:
         sys.exit(f"clip_benchmark: {error}")
 
 

@@ -18,6 +18,9 @@ OF_TRAINING = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "image_size"),
 )
 
+# The ends of weights that are no less than zero between any two models, and may be beyond them.
+NOT_NEGATIVE = ("moving_variance", "temperature")
+
 
 class Interpolation:
     """The line from a base to the mean of what was fine-tuned from it.
@@ -57,14 +60,23 @@ class Interpolation:
             alpha: below 0 and above 1 the line goes on.
 
         Raises:
-            ValueError: so far out that a weight is no longer finite.
+            ValueError: so far out that a weight is no longer finite, nor its square, or that what
+                is a variance or divides is below zero.
         """
-        for path, weight in self._weights.items():
+        values = {}
+        for path in self._weights:
             with np.errstate(over="ignore"):
                 value = (self._base[path] + alpha * self._change[path]).astype("float32")
-            if not np.isfinite(value).all():
+                finite = np.isfinite(np.square(value)).all()  # which a norm is made of
+            if not finite:
                 raise ValueError(f"alpha={alpha!r}: {path} is no longer finite; expected less")
-            weight.assign(value)
+            if path.endswith(NOT_NEGATIVE) and value.min() < 0:
+                raise ValueError(
+                    f"alpha={alpha!r}: {path} falls below 0; expected nearer to 0 and 1"
+                )
+            values[path] = value
+        for path, weight in self._weights.items():
+            weight.assign(values[path])
 
     def save(self, output: str | pathlib.Path) -> None:
         """Writes the model as it is, and its processor, for `from_pretrained`."""

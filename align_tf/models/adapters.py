@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import pathlib
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ TARGETS = {
         "image_projection",
     ),
 }
+
+MOST = sys.float_info.max  # of a number, also of an int, which may be more
 
 DEFAULT = "default"  # the name of an adapter that is given none, as in PEFT
 
@@ -83,7 +85,7 @@ class Adapters(KeepsFrozen):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank={rank!r}: expected a positive integer")
         alpha = rank if alpha is None else alpha
-        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        if not isinstance(alpha, (int, float)) or not 0 < alpha <= MOST:
             raise ValueError(f"alpha={alpha!r}: expected a positive number")
         several = isinstance(towers, Iterable) and not isinstance(towers, str)
         towers = list(towers) if several else [towers]
@@ -99,7 +101,11 @@ class Adapters(KeepsFrozen):
             base_model_name_or_path=self.name_or_path,
             revision=self.revision,
         )
-        adapted = [hf for hf in self._adaptable() if config.targets(hf)]
+        shapes = {hf: shape for hf, (_, _, shape) in self._adaptable().items()}
+        adapted = [hf for hf in shapes if config.targets(hf)]
+        most = max(size for hf in adapted for size in shapes[hf][-2:])
+        if rank > most:
+            raise ValueError(f"rank={rank!r}: expected no more than a layer has inputs, {most}")
         self._add(name, config, dict.fromkeys(adapted))
 
     def load_adapter(

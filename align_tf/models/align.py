@@ -16,7 +16,6 @@ from align_tf.configuration.align import AlignConfig
 from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.configuration.text import AlignTextConfig
 from align_tf.configuration.vision import AlignVisionConfig
-from align_tf.models.adapters import Adapters
 from align_tf.models.contrastive import METRICS, ContrastiveTraining, product, similarities
 from align_tf.models.exports import Exports
 from align_tf.models.fit_watch import CONTRASTED
@@ -31,12 +30,13 @@ from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.text import TEXT_INPUTS, AlignTextModel
 from align_tf.models.vision import AlignVisionModel
+from align_tf.models.weight_files import WeightFiles
 
 logger = logging.getLogger(__name__)
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
-class AlignModel(TakesNames, Exports, Adapters, ContrastiveTraining, Pretrained, keras.Model):
+class AlignModel(TakesNames, Exports, WeightFiles, ContrastiveTraining, Pretrained, keras.Model):
     """ALIGN (arXiv 2102.05918): an image and a text tower trained to agree.
 
     A `.keras` file of it loads with `keras.saving.load_model` once `import align_tf` has told Keras

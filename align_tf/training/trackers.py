@@ -7,10 +7,11 @@ figure has the step of the training, as in `metrics.jsonl`, and who goes on goes
 import contextlib
 import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 from align_tf import addresses, files
-from align_tf.training.recipe import Recipe
+from align_tf.terminal import say
+from align_tf.training.recipe import TRACKERS, Recipe
 
 RUNS_NAME = "runs.json"  # tracker: its run
 FOLDER = "tensorboard"
@@ -30,7 +31,8 @@ def started(recipe: Recipe, output: addresses.Place, folder: addresses.Place) ->
         folder: that of logs, on this machine.
 
     Yields:
-        A function that takes a step and figures to each of them.
+        A function that takes a step and figures to each of them; one that fails is left out from
+        then on, and told.
 
     Raises:
         ValueError: one does not start: there is no login, no server, or no such run.
@@ -38,25 +40,32 @@ def started(recipe: Recipe, output: addresses.Place, folder: addresses.Place) ->
     asked = [name for name in STARTS if getattr(recipe, name)]
     runs, kept = _runs(output), {}
     with contextlib.ExitStack() as stack:
-        writes = []
+        writes = {}
         for name in asked:
             try:
                 start = STARTS[name](recipe, folder, runs.get(name))
                 kept[name], write = stack.enter_context(start)
             except Exception as error:  # each package raises kinds of its own
-                reason = " ".join(str(error).split()) or type(error).__name__
                 of_run = f" the run {runs[name]} of {output}:" if runs.get(name) else ""
-                raise ValueError(f"{name}=true:{of_run} {reason}") from error
-            writes.append(write)
+                raise ValueError(f"{name}=true:{of_run} {_reason(error)}") from error
+            writes[name] = write
         found = {name: run for name, run in kept.items() if run is not None}
         if runs | found != runs:
             files.write_text(output / RUNS_NAME, json.dumps(runs | found) + "\n")
         yield lambda step, values: _write_all(writes, step, values)
 
 
-def _write_all(writes: Sequence[Write], step: int, values: Mapping[str, float]) -> None:
-    for write in writes:
-        write(step, values)
+def _write_all(writes: dict[str, Write], step: int, values: Mapping[str, float]) -> None:
+    for name, write in list(writes.items()):
+        try:
+            write(step, values)
+        except Exception as error:  # as above; no server's absence ends a training
+            del writes[name]
+            say(f"{TRACKERS[name]} gets no figures from step {step:,} on: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _runs(output: addresses.Place) -> dict[str, str]:
@@ -103,7 +112,7 @@ def _wandb(
         allow_val_change=True,
         settings=wandb.Settings(silent=True, console="off"),
     )
-    with _ended(lambda failed: begun.finish(exit_code=int(failed))):
+    with _ended("wandb", lambda failed: begun.finish(exit_code=int(failed))):
         yield begun.id, lambda step, values: begun.log(dict(values), step=step)
 
 
@@ -129,19 +138,22 @@ def _mlflow(
         if step > last or ALWAYS not in values:  # a validation is of a checkpoint, so made once
             mlflow.log_metrics(dict(values), step=step)
 
-    with _ended(lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED")):
+    with _ended("mlflow", lambda failed: mlflow.end_run("FAILED" if failed else "FINISHED")):
         yield begun.info.run_id, write
 
 
 @contextlib.contextmanager
-def _ended(end: Callable[[bool], None]) -> Iterator[None]:
+def _ended(name: str, end: Callable[[bool], None]) -> Iterator[None]:
     """Ends a run, told whether the block was left by an error, as Ctrl-C is."""
+    failed = True
     try:
         yield
-    except BaseException:
-        end(True)
-        raise
-    end(False)
+        failed = False
+    finally:
+        try:
+            end(failed)
+        except Exception as error:  # as above
+            say(f"{TRACKERS[name]} has not been told the end: {_reason(error)}")
 
 
 STARTS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

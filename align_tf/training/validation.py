@@ -42,6 +42,8 @@ def make_validation(
     for name, options in recipe.validations().items():
         if options["task"] == "zero-shot":
             absent = dict.fromkeys(("labels", "templates", "image_key", "caption_key"))
+            if "labels" in options:  # a file of them, of which the command takes a list
+                options = {**options, "labels": [options["labels"]]}
             options = types.SimpleNamespace(**{**absent, **options})
             opened = tasks.read(options)
             callbacks.append(ZeroShotFolders(processor, options, opened, name=name))

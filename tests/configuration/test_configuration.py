@@ -188,6 +188,16 @@ SEVEN = "7 values, one for each stage"
         (AlignConfig, {"projection_dim": 0}, "projection_dim=0: expected a positive integer"),
         (
             AlignConfig,
+            {"temperature_init_value": 10**400},
+            f"temperature_init_value={10**400}: expected a positive number",
+        ),
+        (
+            AlignConfig,
+            {"logit_bias_init_value": 10**400},
+            f"logit_bias_init_value={10**400}: expected a number, or nothing",
+        ),
+        (
+            AlignConfig,
             {"temperature_init_value": 0.0},
             "temperature_init_value=0.0: expected a positive number",
         ),

@@ -317,6 +317,9 @@ def test_its_command_runs_on_a_local_set(tmp_path, monkeypatch, offline, ours):
     words += ["--output", str(tmp_path / "{dataset}.json")]
     with pytest.raises(SystemExit, match=r"^clip_benchmark: .*nobody/nothing"):
         clip_benchmark.main([*words, "--pretrained", "nobody/nothing"])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"^clip_benchmark: .*adapter_config.json: r is missing$"):
+        clip_benchmark.main([*words, "--pretrained", str(tmp_path)])
     clip_benchmark.main(words)
     found = json.loads((tmp_path / "emoji.json").read_text())["metrics"]
     assert found["acc1"] == pytest.approx(ours["top1"])

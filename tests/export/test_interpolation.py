@@ -64,6 +64,17 @@ def test_weights_that_are_no_numbers_are_told(checkpoint, tuned, capsys, tmp_pat
     code, _, err = run(capsys, checkpoint, tuned[0], "--output", tmp_path / "x", "--alpha", "1e39")
     said = "align-tf: error: --alpha 1e+39: text_projection/bias is no longer finite; expected less"
     assert (code, err.splitlines()[-1]) == (2, said)
+    code, _, err = run(capsys, checkpoint, tuned[0], "--output", tmp_path / "x", "--alpha", "1e30")
+    said = "align-tf: error: --alpha 1e+30: text_projection/bias is no longer finite; expected less"
+    assert (code, err.splitlines()[-1]) == (2, said)
+    colder = tmp_path / "colder"
+    shutil.copytree(tuned[0], colder)
+    values = tensors(colder)
+    values["temperature"] /= 2
+    safetensors.numpy.save_file(values, colder / "model.safetensors", {"format": "pt"})
+    code, _, err = run(capsys, checkpoint, colder, "--output", tmp_path / "x", "--alpha", "3")
+    said = "align-tf: error: --alpha 3.0: temperature falls below 0; expected nearer to 0 and 1"
+    assert (code, err.splitlines()[-1]) == (2, said)
     broken = tmp_path / "broken"
     shutil.copytree(tuned[0], broken)
     values = tensors(broken)

@@ -222,6 +222,67 @@ def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path
         AlignModel.from_pretrained(tmp_path / "next")
 
 
+@pytest.mark.parametrize("quantized", [None, "int8"])
+def test_keras_weight_file_keeps_the_adapter_and_its_base(quantized, checkpoint, pairs, tmp_path):
+    def made():
+        model = AlignModel.from_pretrained(checkpoint)
+        model.enable_lora(2, alpha=3)
+        if quantized:
+            model.quantize(quantized)
+        return model
+
+    model, again = made(), made()
+    draw(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.load_weights(tmp_path / "model.weights.h5")
+    for path, value in values(model).items():
+        np.testing.assert_array_equal(values(again)[path], value, err_msg=path)
+    assert_same(embeds(again, pairs), embeds(model, pairs))
+    # A file without an adapter leaves that of the model.
+    AlignModel.from_pretrained(checkpoint).save_weights(tmp_path / "plain.weights.h5")
+    if not quantized:
+        again.load_weights(tmp_path / "plain.weights.h5")
+        assert_same(embeds(again, pairs), embeds(model, pairs))
+
+
+def test_a_broken_off_fit_goes_on_with_its_adapter(checkpoint, pairs, tmp_path):
+    class Broken(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    model = AlignModel.from_pretrained(checkpoint)
+    model.enable_lora(2)
+    draw(model)
+    model.compile(keras.optimizers.SGD(1.0))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(pairs, batch_size=4, epochs=2, verbose=0, callbacks=[backup, Broken()])
+    stopped = values(model)
+    for weight in model.trainable_weights:  # where both matrices are zero, neither learns
+        weight.assign(np.zeros(weight.shape))
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0, callbacks=[backup])
+    found = values(model)
+    for weight in model.trainable_weights:
+        assert np.abs(found[weight.path]).max() > 0, weight.path
+    base = stopped.keys() - {weight.path for weight in model.trainable_weights}
+    for path in base:
+        np.testing.assert_array_equal(found[path], stopped[path], err_msg=path)
+
+
+@pytest.mark.parametrize("options", [None, {"rank": 3}, {"rank": 2, "alpha": 8}], ids=str)
+def test_a_weight_file_of_another_adapter_is_told(options, adapted, checkpoint, tmp_path):
+    adapted.save_weights(tmp_path / "model.weights.h5")
+    other = AlignModel.from_pretrained(checkpoint)
+    if options:
+        other.enable_lora(**options)
+        draw(other, seed=1)
+    before = values(other)
+    with pytest.raises(ValueError, match=r"h5: has an adapter, and of .* expected enable_lora"):
+        other.load_weights(tmp_path / "model.weights.h5")
+    for path, value in values(other).items():
+        np.testing.assert_array_equal(value, before[path], err_msg=path)
+
+
 def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp_path):
     processor = AlignProcessor.from_pretrained(checkpoint)
     found = fingerprint(adapted, processor)
@@ -311,6 +372,8 @@ def test_an_optimizer_of_other_weights_is_told(checkpoint, pairs):
         ({"rank": 2.0}, "rank=2.0: expected a positive integer"),
         ({"rank": 2, "alpha": 0}, "alpha=0: expected a positive number"),
         ({"rank": 2, "alpha": float("inf")}, "alpha=inf: expected a positive number"),
+        ({"rank": 2, "alpha": 10**400}, "alpha=10{400}: expected a positive number"),
+        ({"rank": 10**11}, r"rank=10{11}: expected no more than a layer has inputs, \d+$"),
         ({"rank": 2, "use_rslora": "no"}, "use_rslora='no': expected True or False"),
         ({"rank": 2, "name": None}, "name=None: expected a text, the name of an adapter"),
         ({"rank": 2, "name": ""}, "name='': expected a text, the name of an adapter"),
@@ -376,7 +439,9 @@ SETTINGS = {
     "peft_type='LOHA' is not supported: expected 'LORA'": {"peft_type": "LOHA"},
     "use_dora=True is not supported: expected False": {"use_dora": True},
     "bias='all' is not supported: expected 'none'": {"bias": "all"},
-    "modules_to_save=['pooler'] is not supported: expected ()": {"modules_to_save": ["pooler"]},
+    "modules_to_save=['pooler'] is not supported: expected none": {"modules_to_save": ["pooler"]},
+    "kasa_config={'beta': 1} is not supported: expected none": {"kasa_config": {"beta": 1}},
+    "lora_alpha=1" + 400 * "0" + ": expected a number": {"lora_alpha": 10**400},
     "r=0: expected a positive integer": {"r": 0},
     "query='2': expected a positive integer": {"rank_pattern": {"query": "2"}},
     "lora_alpha='1': expected a number": {"lora_alpha": "1"},

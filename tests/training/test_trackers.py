@@ -135,3 +135,18 @@ def test_what_does_not_start_is_a_line(here, tmp_path):
         trackers.started(recipe(tmp_path, mlflow=True), tmp_path, tmp_path),
     ):
         pass
+
+
+def test_a_run_that_takes_no_more_is_told_once(here, tmp_path, capsys):
+    import mlflow
+
+    with trackers.started(recipe(tmp_path, mlflow=True), tmp_path, tmp_path) as write:
+        write(1, {"loss": 0.5})
+        run = mlflow.active_run().info.run_id
+        mlflow.MlflowClient().delete_run(run)
+        for step in (2, 3):
+            write(step, {"loss": 0.25})
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("MLflow ")]
+    assert said[0].startswith(f"MLflow gets no figures from step 2 on: The run {run} must be in")
+    assert len([line for line in said if "gets no figures" in line]) == 1
+    assert mlflow.active_run() is None

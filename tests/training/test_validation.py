@@ -108,6 +108,25 @@ def test_the_sets_share_one_embedder(place):
     assert alone.embedder is not measures[0].embedder
 
 
+def test_labels_of_a_set_are_a_file_of_them(place, tmp_path):
+    (tmp_path / "labels.txt").write_text("red\tcrimson\ngreen\nblue\n")
+    processor = AlignProcessor.from_pretrained(place / "tiny")
+    colors = {"data": str(place / "classes"), "task": "zero-shot"}
+
+    def measure(name):
+        sets = {"colors": {**colors, "labels": str(tmp_path / name)}}
+        changed = recipe(place, "out", validation_data=sets)
+        return validation.make_validation(changed, processor, (8,))[1][0]
+
+    assert measure("labels.txt").opened["labels"] == {
+        "red": "crimson",
+        "green": "green",
+        "blue": "blue",
+    }
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such file$"):
+        measure("none.txt")
+
+
 def test_the_best_is_kept_and_is_the_trained_model(unbroken, place):
     assert checkpoints(unbroken) == ["checkpoint-4", "checkpoint-8"]
     read = safetensors.numpy.load_file
