@@ -105,10 +105,11 @@ class AlignClient(Client):
 
         Raises:
             ValueError: no image, no label, or a template without {}.
+            TypeError: an image or a label is none of these.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
         job = classify_job(labels, template)
-        return joined(self._ask(job, batch) for batch in self._batches(several(images), job))
+        return joined(self._ask(job, batch) for batch in self._batches(images, job))
 
     def embed_images(self, images: Image | Iterable[Image]) -> np.ndarray:
         """Returns the images' embeddings, float32 (n, d), of unit length.
@@ -118,9 +119,10 @@ class AlignClient(Client):
 
         Raises:
             ValueError: no image.
+            TypeError: one is none of these.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
-        batches = self._batches(several(images), IMAGES)
+        batches = self._batches(images, IMAGES)
         return np.concatenate([self._ask(IMAGES, batch) for batch in batches])
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
@@ -128,13 +130,14 @@ class AlignClient(Client):
 
         Raises:
             ValueError: no text.
+            TypeError: one is no string.
             AlignServerError, ConnectionError, TimeoutError: as for predict.
         """
-        batches = self._batches([texts] if isinstance(texts, str) else texts, TEXTS)
+        batches = self._batches(texts, TEXTS)
         return np.concatenate([self._ask(TEXTS, batch) for batch in batches])
 
     def stream_classify(
-        self, images: Iterable[Image], labels: list[str], template: str = "{}"
+        self, images: Image | Iterable[Image], labels: list[str], template: str = "{}"
     ) -> Iterator[Classification]:
         """Yields each image's classification, n = 1, in order; for collections of any size.
 
@@ -145,12 +148,12 @@ class AlignClient(Client):
         for answer in self._stream(images, job):
             yield from single_rows(answer)
 
-    def stream_images(self, images: Iterable[Image]) -> Iterator[np.ndarray]:
+    def stream_images(self, images: Image | Iterable[Image]) -> Iterator[np.ndarray]:
         """Yields each image's embedding, float32 (d,), in order, as stream_classify does."""
         for embeds in self._stream(images, IMAGES):
             yield from embeds
 
-    def stream_texts(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def stream_texts(self, texts: str | Iterable[str]) -> Iterator[np.ndarray]:
         """Yields each text's embedding, float32 (d,), in order, as stream_classify does."""
         for embeds in self._stream(texts, TEXTS):
             yield from embeds
@@ -168,10 +171,13 @@ class AlignClient(Client):
             The outputs by name, in the signature's dtypes; strings as arrays of bytes objects.
 
         Raises:
+            TypeError: the inputs are no mapping, or the signature's name no string.
+            ValueError: an input does not fit the signature's dtype without loss.
             AlignServerError: the server refused; the message is its own.
             ConnectionError: it cannot be reached.
             TimeoutError: it did not answer in time.
         """
+        self._check(inputs, signature_name)
         attempts = self._attempts()  # one deadline for both requests
         if signature_name not in self._signatures:
             definitions = self._retried(attempts, self._transport.metadata)
@@ -206,7 +212,7 @@ class AlignClient(Client):
                 time.sleep(attempts.pause(error))
 
     def _batches(self, items: Iterable[Any], job: Job) -> Iterator[Batch]:
-        batches = in_batches(items, self.batch_size)
+        batches = in_batches(several(items, job.items), self.batch_size)
         first = next(batches, None)
         if first is None:
             raise ValueError(f"{job.items}: expected at least one")
@@ -223,7 +229,7 @@ class AlignClient(Client):
         pool = futures.ThreadPoolExecutor(self.in_flight)
         under_way: collections.deque[futures.Future] = collections.deque()
         try:
-            for batch in in_batches(items, self.batch_size):
+            for batch in in_batches(several(items, job.items), self.batch_size):
                 under_way.append(pool.submit(self._ask, job, batch))
                 if len(under_way) == self.in_flight:
                     yield under_way.popleft().result()

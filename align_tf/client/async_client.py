@@ -73,22 +73,21 @@ class AsyncAlignClient(Client):
     ) -> Classification:
         """Zero-shot classification, as AlignClient.classify; `in_flight` requests at a time."""
         job = classify_job(labels, template)
-        return joined(await self._collect(several(images), job))
+        return joined(await self._collect(images, job))
 
     async def embed_images(
         self, images: Image | Iterable[Image] | AsyncIterable[Image]
     ) -> np.ndarray:
         """Returns the images' embeddings, float32 (n, d), as AlignClient.embed_images."""
-        return np.concatenate(await self._collect(several(images), IMAGES))
+        return np.concatenate(await self._collect(images, IMAGES))
 
     async def embed_texts(self, texts: str | Iterable[str] | AsyncIterable[str]) -> np.ndarray:
         """Returns the texts' embeddings, float32 (n, d), as AlignClient.embed_texts."""
-        texts = [texts] if isinstance(texts, str) else texts
         return np.concatenate(await self._collect(texts, TEXTS))
 
     async def stream_classify(
         self,
-        images: Iterable[Image] | AsyncIterable[Image],
+        images: Image | Iterable[Image] | AsyncIterable[Image],
         labels: list[str],
         template: str = "{}",
     ) -> AsyncIterator[Classification]:
@@ -98,7 +97,7 @@ class AsyncAlignClient(Client):
                 yield row
 
     async def stream_images(
-        self, images: Iterable[Image] | AsyncIterable[Image]
+        self, images: Image | Iterable[Image] | AsyncIterable[Image]
     ) -> AsyncIterator[np.ndarray]:
         """Yields each image's embedding in order, as AlignClient.stream_images."""
         async for embeds in self._stream(images, IMAGES):
@@ -106,7 +105,7 @@ class AsyncAlignClient(Client):
                 yield row
 
     async def stream_texts(
-        self, texts: Iterable[str] | AsyncIterable[str]
+        self, texts: str | Iterable[str] | AsyncIterable[str]
     ) -> AsyncIterator[np.ndarray]:
         """Yields each text's embedding in order, as AlignClient.stream_texts."""
         async for embeds in self._stream(texts, TEXTS):
@@ -117,6 +116,7 @@ class AsyncAlignClient(Client):
         self, inputs: Mapping[str, Any], signature_name: str = "serving_default"
     ) -> dict[str, np.ndarray]:
         """Runs any signature, in one request, as AlignClient.predict."""
+        self._check(inputs, signature_name)
         attempts = self._attempts()  # one deadline for both requests
         if signature_name not in self._signatures:
             definitions = await self._retried(attempts, self._transport.metadata)
@@ -166,7 +166,7 @@ class AsyncAlignClient(Client):
     async def _stream(self, items: Any, job: Job) -> AsyncIterator[Any]:
         under_way: collections.deque[asyncio.Task] = collections.deque()
         try:
-            async for batch in in_async_batches(items, self.batch_size):
+            async for batch in in_async_batches(several(items, job.items), self.batch_size):
                 under_way.append(asyncio.create_task(self._ask(job, batch)))
                 if len(under_way) == self.in_flight:
                     yield await under_way.popleft()

@@ -6,7 +6,15 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +26,9 @@ from align_tf.client.endpoint import (
 
 Image = str | os.PathLike | bytes | PIL.Image.Image
 
+_BYTES = (bytes, bytearray, memoryview)
+# the caller's name for items: what is one of them, and not several
+_ONE = {"images": (str, os.PathLike, *_BYTES, PIL.Image.Image), "texts": (str, bytes)}
 # input that the server's messages name by row: what the caller knows it as
 _CALLERS_NAMES = {"image_bytes": "images", "texts": "texts"}
 
@@ -85,13 +96,18 @@ def checked_labels(labels: Iterable[str], template: str) -> tuple[list[str], lis
 
     Raises:
         ValueError: there is no label, or the template is without {}.
-        TypeError: one string is given for the labels.
+        TypeError: the labels are no list of strings, or the template is no string.
     """
-    if isinstance(labels, str):
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise TypeError(f"labels={labels!r}: expected a list of strings")
     labels = list(labels)
     if not labels:
         raise ValueError("labels: expected at least one")
+    for place, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise TypeError(f"labels[{place}]: expected a string, got {type(label).__name__}")
+    if not isinstance(template, str):
+        raise TypeError(f"template={template!r}: expected a string")
     if "{}" not in template:
         raise ValueError(f"template={template!r}: expected a {{}} for the label")
     return labels, [template.replace("{}", label) for label in labels]
@@ -120,7 +136,7 @@ IMAGES = Job(
 TEXTS = Job(
     "texts",
     "embed_text",
-    lambda batch: {"texts": batch.items},
+    lambda batch: {"texts": _all_texts(batch)},
     lambda outputs: outputs["text_embeds"],
 )
 
@@ -137,9 +153,18 @@ def single_rows(answer: Classification) -> Iterator[Classification]:
         yield Classification(answer.labels, answer.logits[rows], answer.probs[rows])
 
 
-def several(images: Any) -> Any:
-    one = isinstance(images, (str, os.PathLike, bytes, bytearray, PIL.Image.Image))
-    return [images] if one else images
+def several(items: Any, name: str) -> Any:
+    """Returns what a caller gives, one or several, as several.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(items, _ONE[name]):
+        return [items]
+    # A file yields its lines, a mapping its keys.
+    if isinstance(items, (Mapping, io.IOBase)) or not isinstance(items, (Iterable, AsyncIterable)):
+        raise TypeError(f"{name}: expected one or several, got {type(items).__name__}")
+    return items
 
 
 def in_batches(items: Iterable[Any], size: int) -> Iterator[Batch]:
@@ -153,8 +178,16 @@ def _all_encoded(batch: Batch) -> list[bytes]:
     return [_encoded(image, batch.start + row) for row, image in enumerate(batch.items)]
 
 
+def _all_texts(batch: Batch) -> list[str | bytes]:
+    for row, text in enumerate(batch.items):
+        if not isinstance(text, _ONE["texts"]):
+            place, kind = batch.start + row, type(text).__name__
+            raise TypeError(f"texts[{place}]: expected a string, got {kind}")
+    return batch.items
+
+
 def _encoded(image: Image, place: int) -> bytes:
-    if isinstance(image, (bytes, bytearray)):
+    if isinstance(image, _BYTES):
         return bytes(image)
     if isinstance(image, PIL.Image.Image):
         buffer = io.BytesIO()

@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 import os
 import random
+import re
 import time
 import urllib.parse
 
@@ -12,6 +13,7 @@ LONGEST_PAUSE = 5.0
 
 # protocol: (default port, scheme in the clear, scheme over TLS)
 PROTOCOLS = {"rest": (8501, "http", "https"), "grpc": (8500, "grpc", "grpcs")}
+_PLACE = re.compile(r"(?:\[[0-9a-fA-F:.%\w]+\]|[^\s@:\[\]]+)(?::\d*)?")  # host or host:port
 
 
 class AlignServerError(RuntimeError):
@@ -72,6 +74,19 @@ class Endpoint:
     model_name: str
     version_label: str | None
 
+    def __post_init__(self):
+        for name, value in (
+            ("model_name", self.model_name),
+            ("version_label", "none" if self.version_label is None else self.version_label),
+        ):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}={value!r}: expected a name")
+        if not isinstance(self.tls, Tls | None):
+            raise ValueError(f"tls={self.tls!r}: expected a Tls, such as Tls()")
+        token = "" if self.token is None else self.token
+        if not isinstance(token, str) or not (token.isascii() and token.isprintable()):
+            raise ValueError("token: expected printable ASCII, as a header takes no other")
+
     @property
     def address(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -90,17 +105,24 @@ def split_address(address: str, protocol: str, tls: Tls | None) -> tuple[str, in
     """Returns an address's host and port, and how it is encrypted.
 
     Raises:
-        ValueError: it is none, or its scheme is in the clear and `tls` is given.
+        ValueError: it is none, its scheme is the other protocol's, or in the clear and `tls` is
+            given.
     """
     default_port, plain, encrypted = PROTOCOLS[protocol]
     url = address if "://" in address else f"{encrypted if tls else plain}://{address}"
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname, parts.port
+        whole = _PLACE.fullmatch(parts.netloc) and not (parts.query or parts.fragment)
     except ValueError:
         host = None
-    if not host or parts.scheme not in (plain, encrypted) or parts.path not in ("", "/"):
+    known = [scheme for _, *schemes in PROTOCOLS.values() for scheme in schemes]
+    if not host or not whole or parts.scheme not in known or parts.path not in ("", "/"):
         raise ValueError(f'address={address!r}: expected "host:port", as in "localhost:8501"')
+    if parts.scheme not in (plain, encrypted):
+        raise ValueError(
+            f'address={address!r}: expected {plain}:// or {encrypted}:// with protocol="{protocol}"'
+        )
     if tls and parts.scheme == plain:
         raise ValueError(f"address={address!r}: expected {encrypted}:// with tls")
     if parts.scheme == encrypted:

@@ -14,7 +14,7 @@ from align_tf.client.endpoint import (
     ServerUnavailable,
     Tls,
 )
-from align_tf.client.signatures import Signature
+from align_tf.client.signatures import Signature, fitting
 from align_tf.extras import extra
 from align_tf.server.status_codes import HTTP_STATUS
 
@@ -75,6 +75,7 @@ class _GrpcMessages:
         for name, value in inputs.items():
             spec = signature.inputs.get(name)
             dtype = None if spec is None else tf.as_dtype(spec.dtype.replace("object", "string"))
+            value = fitting(name, value, spec)
             try:
                 tensor = tf.make_tensor_proto(value, dtype)
             except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ import numpy as np
 
 from align_tf.client.endpoint import AlignServerError, Endpoint, ServerUnavailable, Tls
 from align_tf.client.http_connection import Connection
-from align_tf.client.signatures import Signature
+from align_tf.client.signatures import Signature, TensorSpec, fitting
 
 
 class Rest:
@@ -51,16 +51,16 @@ class Rest:
     ) -> dict[str, np.ndarray]:
         request = {
             "signature_name": signature_name,
-            "inputs": {name: _to_json(value) for name, value in inputs.items()},
+            "inputs": {
+                name: _to_json(name, fitting(name, value, signature.inputs.get(name)))
+                for name, value in inputs.items()
+            },
         }
         body = json.dumps(request).encode()
         outputs = self._ask("POST", f"{self.path}:predict", timeout, body)["outputs"]
         if len(signature.outputs) == 1:  # REST then leaves the name out
             outputs = {next(iter(signature.outputs)): outputs}
-        return {
-            name: _from_json(value, signature.outputs[name].dtype)
-            for name, value in outputs.items()
-        }
+        return {name: _from_json(value, signature.outputs[name]) for name, value in outputs.items()}
 
     def status(self, timeout: float) -> dict[str, Any]:
         return self._ask("GET", self.model_path, timeout)
@@ -137,20 +137,27 @@ def _ssl_context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.tolist()
+def _to_json(name: str, value: Any) -> Any:
+    if hasattr(value, "__array__"):
+        value = np.asarray(value).tolist()
     if isinstance(value, (bytes, bytearray)):
         return {"b64": base64.b64encode(value).decode()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
+        return [_to_json(name, item) for item in value]
+    if not isinstance(value, str | int | float | None):
+        kind = type(value).__name__
+        raise ValueError(f"inputs[{name!r}]: expected numbers or strings, got {kind}")
     return value
 
 
-def _from_json(value: Any, dtype: str) -> np.ndarray:
-    if dtype != "object":
-        return np.array(value, dtype)
-    return np.array(_string_leaves(value), object)
+def _from_json(value: Any, spec: TensorSpec) -> np.ndarray:
+    if spec.dtype != "object":
+        array = np.array(value, spec.dtype)
+    else:
+        array = np.array(_string_leaves(value), object)
+    if array.shape == (0,) and spec.shape and None not in spec.shape[1:]:
+        return array.reshape(0, *spec.shape[1:])  # JSON has no rows to tell their shape by
+    return array
 
 
 def _string_leaves(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # Name in a signature: numpy's
 _DTYPES = {
     "DT_HALF": "float16",
@@ -43,6 +45,26 @@ def specs(infos: dict[str, Any]) -> dict[str, TensorSpec]:
             shape = tuple(size if size >= 0 else None for size in sizes)
         found[name] = TensorSpec(_DTYPES.get(info["dtype"], info["dtype"]), shape)
     return found
+
+
+def fitting(name: str, value: Any, spec: TensorSpec | None) -> Any:
+    """Returns an array in its input's dtype; lists are left to who writes the request.
+
+    Raises:
+        ValueError: a number would become another one.
+    """
+    if not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    if spec is None or spec.dtype not in _DTYPES.values() or spec.dtype == "object":
+        return array
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"inputs[{name!r}]: expected {spec.dtype}, got an array of {array.dtype}")
+    with np.errstate(invalid="ignore", over="ignore"):
+        taken = array.astype(spec.dtype)
+    if taken.dtype.kind != "f" and (lost := array[taken != array]).size:
+        raise ValueError(f"inputs[{name!r}]: expected {spec.dtype}, got {lost.flat[0]}")
+    return taken
 
 
 class VersionStatus(NamedTuple):

@@ -1,6 +1,7 @@
 """Export of a model and its processor as a SavedModel that takes raw bytes and strings."""
 
 import json
+import numbers
 import os
 import pathlib
 import subprocess
@@ -26,6 +27,7 @@ METADATA_NAME = "align_tf.json"
 # Outside TensorFlow Serving, whose image has them, the tokenizer's operations are to be registered.
 TO_LOAD = "import tensorflow_text before tf.saved_model.load(folder)"
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+VERSION_END = 2**63  # a server takes no number from here on
 
 # What a process on the TensorFlow backend does for another backend, and how it ends where the model
 # cannot be had so, which it then says.
@@ -78,7 +80,7 @@ def export_saved_model(
             to the model's, not equal (see `inference_copy`).
         processor: the processor; its image and text settings go into the graph.
         directory: the model's folder, which holds one numbered folder for each version.
-        version: the version to write; None takes the next free number.
+        version: the version to write; None takes the next number.
         dtype: of weights and activations, `float32`, `bfloat16` or `float16`; None takes the one
             that the model computes in. Inputs and outputs are float32 whatever it is.
 
@@ -88,22 +90,22 @@ def export_saved_model(
     Raises:
         RuntimeError: the process on TensorFlow failed; the message is its own.
         FileExistsError: that version is there already, or a file in the place of the directory.
-        ValueError: version is not a positive number, dtype is none of those, model and processor
+        ValueError: version is none that a server takes, dtype is none of those, model and processor
             do not fit each other, or the model cannot be copied: a weight is NaN or more than
             the dtype can hold, a layer is quantized to another thing, or computes what the
             configuration does not say.
     """
     check_fit(model, processor)
-    dtype = model.dtype_policy.compute_dtype if dtype is None else dtype
-    if dtype not in EXPORT_DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}")
+    dtype = _dtype_name(model.dtype_policy.compute_dtype if dtype is None else dtype)
     directory = addresses.place(directory)
-    version = _next_version(directory) if version is None else version
-    if version < 1:
-        raise ValueError(f"version={version}: expected a positive number")
+    there = _versions(directory)
+    version = max(there, default=0) + 1 if version is None else version
+    whole_number = isinstance(version, numbers.Integral) and not isinstance(version, bool)
+    if not whole_number or not 1 <= version < VERSION_END:
+        raise ValueError(f"version={version!r}: expected a whole number, at least 1, of 63 bits")
+    if version in there:
+        raise FileExistsError(f"{directory / there[version]}: this version is there already")
     target = directory / str(version)
-    if target.name in addresses.names(directory):
-        raise FileExistsError(f"{target}: this version is there already")
     if keras.backend.backend() != "tensorflow":
         check_configured(model)
         _export_in_tensorflow(model, processor, directory, version, dtype)
@@ -150,8 +152,21 @@ def _export_in_tensorflow(
         raise RuntimeError(f"export on TensorFlow failed:\n{done.stderr[-2000:]}")
 
 
-def _next_version(directory: addresses.Place) -> int:
-    return max((int(n) for n in addresses.names(directory) if n.isdecimal()), default=0) + 1
+def _dtype_name(dtype: Any) -> str:
+    """Returns the name of a dtype, given as Keras takes it."""
+    try:
+        name = keras.backend.standardize_dtype(dtype)
+    except (TypeError, ValueError):
+        name = ""
+    if name not in EXPORT_DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(EXPORT_DTYPES)}")
+    return name
+
+
+def _versions(directory: addresses.Place) -> dict[int, str]:
+    """Returns the names in a folder that a server takes for a version, as 3 or 003, by number."""
+    numbered = (name for name in addresses.names(directory) if name.isascii() and name.isdecimal())
+    return {int(name): name for name in numbered if int(name) < VERSION_END}
 
 
 def _write_extras(

@@ -50,6 +50,7 @@ _PROTO_FIELDS = {
     tf.bool: "bool_val",
     tf.string: "string_val",
 }
+_FIELD_NAMES = {dtype.as_datatype_enum: name for dtype, name in _PROTO_FIELDS.items()}
 
 
 class PredictionService:
@@ -252,8 +253,11 @@ def _from_proto(name: str, tensor: tensor_pb2.TensorProto) -> np.ndarray:
     if tensor.tensor_shape.unknown_rank or any(size < 0 for size in sizes):
         raise invalid_argument(f"tensor parsing error: {name}: not a whole shape")
     if not tensor.tensor_content:  # which has to be as long as the shape says
-        lists = [value for field, value in tensor.ListFields() if field.name.endswith("_val")]
-        held = len(lists[0]) if len(lists) == 1 else 0  # a tensor has all its values in one field
+        lists = {field.name: value for field, value in tensor.ListFields()}
+        names = [name for name in lists if name.endswith("_val")]
+        # A tensor has all its values in one field, its dtype's: of another it would be filled up.
+        own = len(names) == 1 and _FIELD_NAMES.get(tensor.dtype, names[0]) == names[0]
+        held = len(lists[names[0]]) if own else 0
         if math.prod(sizes) > held:  # it would be filled up with the last one
             raise invalid_argument(
                 f"tensor parsing error: {name}: {math.prod(sizes)} elements declared, {held} held"

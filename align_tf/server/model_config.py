@@ -67,14 +67,20 @@ def read_model_config_file(path: str | os.PathLike) -> list[ModelConfig]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not parse, lists no model, or one that is not TensorFlow's.
+        IsADirectoryError: it is a folder.
+        ValueError: the file does not parse, lists no model, one without a base_path, or one that is
+            not TensorFlow's.
     """
     path = pathlib.Path(path)
     proto = read_text_proto(path, model_server_config_pb2.ModelServerConfig(), "model config")
-    configs = [_model_config(entry, path) for entry in proto.model_config_list.config]
+    entries = proto.model_config_list.config
+    configs = [_model_config(entry, path) for entry in entries]
     names = [config.name for config in configs]
     if not names or "" in names or len(set(names)) < len(names):
         raise ValueError(f"{path}: expected models with a name of their own each, got {names}")
+    for entry in entries:
+        if not entry.base_path:
+            raise ValueError(f"{path}: model {entry.name}: expected a base_path")
     return configs
 
 

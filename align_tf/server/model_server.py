@@ -77,11 +77,16 @@ class ModelServer:
 
         Raises:
             ValueError: not exactly one of model_dir and model_config_file is given, the file
-                is not a model_config_list.
+                is not a model_config_list, model_name or host is empty, or both ports are one.
             FileNotFoundError: there is no such folder or file.
         """
         if (model_dir is None) == (model_config_file is None):
             raise ValueError("expected model_dir or model_config_file, one of them")
+        for name, given in (("model_name", model_name), ("host", host)):
+            if not given:
+                raise ValueError(f"{name}={given!r}: expected it not to be empty")
+        if grpc_port == rest_port and grpc_port:
+            raise ValueError(f"grpc_port={grpc_port}: expected another than rest_port={rest_port}")
         if model_config_file is not None:
             configs = read_model_config_file(model_config_file)
         elif not os.path.isdir(model_dir):
@@ -228,6 +233,10 @@ class ModelServer:
         self, stack: contextlib.ExitStack, rest_socket: socket.socket
     ) -> Callable[[], Any]:
         """Starts REST, has the stack end it, and returns what makes it refuse new requests."""
+        try:  # two that have taken it, neither listening, may both have got it
+            rest_socket.listen()
+        except OSError as error:
+            raise _cannot_listen(self.host, rest_socket.getsockname()[1], error) from None
         app = RestApp(self._servables, self._gate, self._metrics, self._metrics_path)
         grace = self._gate.limits.grace_seconds
         config = uvicorn.Config(
@@ -276,8 +285,12 @@ def _bind(host: str, port: int) -> socket.socket:
         taken.bind((host, port))
     except (OSError, OverflowError) as error:
         taken.close()
-        raise OSError(f"{host}:{port}: cannot listen: {error}") from None
+        raise _cannot_listen(host, port, error) from None
     return taken
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> OSError:
+    return OSError(f"{host}:{port}: cannot listen: {error}")
 
 
 def serve(server: ModelServer) -> list[str]:

@@ -80,13 +80,16 @@ def read_text_proto(path: str | os.PathLike, message: Message, kind: str) -> Any
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: the file does not parse.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such {kind} file")
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), message)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such {kind} file") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path}: a folder; expected a {kind} file") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:
         name, said = message.DESCRIPTOR.name, str(error)
         if len(said) > LONGEST_ERROR:  # it holds what was met in its place

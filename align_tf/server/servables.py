@@ -72,6 +72,10 @@ def _told(error: Exception) -> tuple[int, str]:
     return tf.errors.UNKNOWN, str(error) or type(error).__name__
 
 
+def _in_one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
 class Servables:
     """The versions that are served, kept in step with the folders."""
 
@@ -94,6 +98,11 @@ class Servables:
             ValueError: a version cannot be loaded, or a label points at one that is not served.
         """
         for config in self.configs.values():
+            if not config.folders() and (there := config.versions_there()):
+                raise FileNotFoundError(
+                    f"{config.base_path}: no version of {sorted(config.specific)} to serve as "
+                    f"{config.name}; there are {sorted(there)}"
+                )
             if not config.folders():
                 raise FileNotFoundError(
                     f"{config.base_path}: no SavedModel to serve as {config.name}: expected "
@@ -104,7 +113,7 @@ class Servables:
                 if status.state != VersionStatus.AVAILABLE:
                     raise ValueError(
                         f"{config.base_path}: version {status.version} does not load: "
-                        f"{status.status.error_message}"
+                        f"{_in_one_line(status.status.error_message)}"
                     )
             for label, version in config.labels.items():
                 if version not in self._available[config.name]:
@@ -196,7 +205,8 @@ class Servables:
                     _, message = _told(error)
                     if told.get(config.name) != message:
                         told[config.name] = message
-                        print(f"align-tf: {config.base_path}: {message}", file=sys.stderr)
+                        line = f"align-tf: {config.base_path}: {_in_one_line(message)}"
+                        print(line, file=sys.stderr)
 
     def _update(self, config: ModelConfig) -> None:
         """Loads the versions that are missing, then lets go of those no longer wanted.
@@ -237,7 +247,8 @@ class Servables:
             retries = failed.retries + 1 if same else 0
             failures[version] = _Failure(state, retries, time.monotonic() + LOAD_RETRY_SECONDS)
             if failed is None and self._poller.is_alive():
-                print(f"align-tf: {folder} does not load: {message}", file=sys.stderr)
+                line = f"align-tf: {folder} does not load: {_in_one_line(message)}"
+                print(line, file=sys.stderr)
             return
         failures.pop(version, None)
         # A new dict each time, so that a request sees one or the other.

@@ -155,6 +155,42 @@ def test_predict_keeps_dtypes_and_bytes(client):
         assert outputs[name].tolist() == ["é".encode(), b"\xff\x00", b""]
 
 
+def test_one_is_streamed_as_one(client, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png(30))
+    for image in (path, str(path), png(30), memoryview(png(30))):
+        assert [row.tolist() for row in client.stream_images(image)] == [[30, -30]]
+    assert client.embed_images(memoryview(png(30))).tolist() == [[30, -30]]
+    assert [row[0] for row in client.stream_texts("abc")] == [3]
+    assert client.embed_texts(b"abc")[:, 0].tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (np.float32([2.5]), "expected int64, got 2.5"),
+        (np.array([np.nan]), "expected int64, got nan"),
+        (np.uint64([2**63]), "expected int64, got 9223372036854775808"),
+        (np.array(["1"]), "expected int64, got an array of <U1"),
+        (np.array([2.0]), 2),
+        (np.array([True]), 1),
+        (tf.constant([7]), 7),
+    ],
+)
+def test_an_array_is_sent_without_loss(client, number, expected):
+    inputs = {"number": number, "word": np.array(["a"])}
+    if isinstance(expected, int):
+        assert client.predict(inputs, "echo")["number"].tolist() == [expected]
+        return
+    with pytest.raises(ValueError) as error:
+        client.predict(inputs, "echo")
+    assert str(error.value) == f"inputs['number']: {expected}"
+
+
+def test_of_nothing_the_outputs_have_their_width(client):
+    assert client.predict({"texts": []}, "embed_text")["text_embeds"].shape == (0, 2)
+
+
 def test_status_and_metadata(client):
     assert client.status() == [VersionStatus(3, "AVAILABLE", "")]
     metadata = client.metadata()
@@ -199,6 +235,22 @@ def test_wrong_arguments(client, tmp_path):
         (lambda: client.embed_images([3]), TypeError, "got int"),
         (lambda: client.embed_images([tmp_path / "no.png"]), FileNotFoundError, "no.png"),
         (lambda: client.embed_texts([]), ValueError, "texts: expected at least one"),
+        (lambda: client.embed_texts(None), TypeError, "texts: expected one or several"),
+        (
+            lambda: client.embed_texts(["a", 1]),
+            TypeError,
+            r"texts\[1\]: expected a string, got int",
+        ),
+        (lambda: client.embed_images(3), TypeError, "images: expected one or several, got int"),
+        (lambda: client.embed_images(io.BytesIO(png(1))), TypeError, "several, got BytesIO"),
+        (lambda: client.embed_images({"a": png(1)}), TypeError, "several, got dict"),
+        (lambda: list(client.stream_images(None)), TypeError, "several, got NoneType"),
+        (lambda: client.classify([png(1)], None), TypeError, "labels=None"),
+        (lambda: client.classify([png(1)], ["a", None]), TypeError, r"labels\[1\]: expected a str"),
+        (lambda: client.classify([png(1)], ["a"], ["{}"]), TypeError, "template="),
+        (lambda: client.predict(["a"], "embed_text"), TypeError, "inputs: expected arrays by name"),
+        (lambda: client.predict({"texts": ["a"]}, None), TypeError, "signature_name=None"),
+        (lambda: client.predict({"texts": [object()]}, "embed_text"), ValueError, "'texts'"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -216,7 +268,23 @@ def test_wrong_arguments(client, tmp_path):
         ({"address": "host", "retries": -1}, "retries=-1"),
         ({"address": "host", "in_flight": 0}, "in_flight=0"),
         ({"address": "http://host", "tls": Tls()}, "expected https:// with tls"),
-        ({"address": "grpcs://host"}, "address='grpcs://host'"),
+        ({"address": "grpcs://host"}, "address='grpcs://host': expected http:// or https:// with"),
+        ({"address": "http://host", "protocol": "grpc"}, 'expected grpc:// .* protocol="grpc"'),
+        ({"address": "http://me:secret@host"}, 'expected "host:port"'),
+        ({"address": "http://host?key=1"}, 'expected "host:port"'),
+        ({"address": "http://[::1]x"}, 'expected "host:port"'),
+        ({"address": "a host"}, 'expected "host:port"'),
+        ({"address": "host", "batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
+        ({"address": "host", "retries": "1"}, "retries='1': expected a whole number"),
+        ({"address": "host", "timeout": 0}, "timeout=0: expected seconds"),
+        ({"address": "host", "timeout": float("nan")}, "timeout=nan: expected seconds"),
+        ({"address": "host", "timeout": float("inf")}, "timeout=inf: expected seconds"),
+        ({"address": "host", "timeout": None}, "timeout=None: expected seconds"),
+        ({"address": "host", "model_name": ""}, "model_name='': expected a name"),
+        ({"address": "host", "version_label": ""}, "version_label='': expected a name"),
+        ({"address": "host", "token": "a\nb"}, "token: expected printable ASCII"),
+        ({"address": "host", "token": "ü", "protocol": "grpc"}, "token: expected printable ASCII"),
+        ({"address": "host", "tls": True}, "tls=True: expected a Tls"),
     ],
 )
 def test_wrong_settings(arguments, message):

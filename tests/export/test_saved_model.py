@@ -509,6 +509,21 @@ def test_versions_count_up_and_are_never_overwritten(model, processor, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "8"]
 
 
+def test_a_version_is_one_that_a_server_takes(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(saved_model, "make_signatures", lambda *_: {})
+    for name in ("003", "٤", "99999999999999999999"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileExistsError, match="/003: this version is there already"):
+        export_saved_model(model, processor, tmp_path, version=3)
+    for version in (True, 1.5, "5", 2**63):
+        with pytest.raises(ValueError, match=f"version={version!r}: expected a whole number"):
+            export_saved_model(model, processor, tmp_path, version=version)
+    assert export_saved_model(model, processor, tmp_path, dtype=tf.float32).name == "4"
+    (tmp_path / str(2**63 - 1)).mkdir()
+    with pytest.raises(ValueError, match="version=9223372036854775808: expected a whole number"):
+        export_saved_model(model, processor, tmp_path)
+
+
 def test_a_failed_export_leaves_nothing(model, processor, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("disk full")
@@ -560,6 +575,8 @@ def test_an_unknown_dtype_is_told(model, processor, tmp_path):
         ValueError, match="dtype='int8': expected one of float32, bfloat16, float16"
     ):
         export_saved_model(model, processor, tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match=r"dtype=tf\.int8: expected one of float32"):
+        export_saved_model(model, processor, tmp_path, dtype=tf.int8)
 
 
 # --- ops -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from tensorflow_serving.apis import (
 
 from align_tf.server import Limits, ModelServer, rapidjson, rest_json, servable, servables
 from align_tf.server.model_config import ModelConfig, read_model_config_file
+from align_tf.server.model_server import _bind
 from align_tf.server.status_codes import RequestError
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "tf_serving"
@@ -586,6 +587,13 @@ def filtered(*names):
     return made
 
 
+def in_another_field():
+    made = request({"texts": [b"a"]}, "text")
+    made.inputs["texts"].string_val[:] = []
+    made.inputs["texts"].float_val.append(1)
+    return made
+
+
 def malformed():
     made = request(X)
     made.inputs["x"].tensor_shape.dim[0].size = 3
@@ -641,6 +649,11 @@ REFUSED_REQUESTS = {
         "[[{{node StatefulPartitionedCall/StatefulPartitionedCall/MatMul}}]]",
     ),
     "malformed tensor": (malformed(), "INVALID_ARGUMENT", "tensor parsing error: x"),
+    "values in another dtype's field": (
+        in_another_field(),
+        "INVALID_ARGUMENT",
+        "tensor parsing error: texts: 1 elements declared, 0 held",
+    ),
     "unknown output": (
         filtered("zz"),
         "INVALID_ARGUMENT",
@@ -791,6 +804,7 @@ def test_model_config_file(tmp_path):
         ("", "expected models"),
         ('model_config_list { config { name: "a" } config { name: "a" } }', "name of their own"),
         ('model_config_list { config { name: "a" model_platform: "x" } }', 'expected "tensorflow"'),
+        ('model_config_list { config { name: "a" } }', "model a: expected a base_path"),
     ],
 )
 def test_a_wrong_model_config_file_is_named(tmp_path, text, message):
@@ -814,6 +828,8 @@ def test_what_cannot_be_served_is_named(tmp_path):
         ModelServer(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no such model config file"):
         ModelServer(None, model_config_file=tmp_path / "none")
+    with pytest.raises(IsADirectoryError, match="a folder; expected a model config file"):
+        ModelServer(None, model_config_file=tmp_path)
     with pytest.raises(ValueError, match="one of them"):
         ModelServer(None)
     with pytest.raises(FileNotFoundError, match="numbered version folders"):
@@ -822,6 +838,21 @@ def test_what_cannot_be_served_is_named(tmp_path):
     (tmp_path / "1" / "saved_model.pb").write_text("broken")
     with pytest.raises(ValueError, match="version 1 does not load"):
         ModelServer(tmp_path).start()
+    config = tmp_path / "models.config"
+    config.write_text(
+        f'model_config_list {{ config {{ name: "p" base_path: "{PROBE}" '
+        "model_version_policy { specific { versions: 9 } } } }"
+    )
+    with pytest.raises(FileNotFoundError, match=r"no version of \[9\] .* there are \[1, 2\]"):
+        ModelServer(None, model_config_file=config).start()
+
+
+def test_a_model_config_comes_through_a_pipe():
+    read, write = os.pipe()
+    with open(read, "rb"):
+        with open(write, "w") as file:
+            file.write('model_config_list { config { name: "a" base_path: "/models/a" } }')
+        assert [config.name for config in read_model_config_file(f"/dev/fd/{read}")] == ["a"]
 
 
 def test_a_label_without_its_version_is_refused(tmp_path):
@@ -840,6 +871,20 @@ def test_a_port_in_use_is_named(port):
         number = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"127.0.0.1:{number}: cannot listen: .*in use"):
             ModelServer(PROBE, **{port: number}).start()
+
+
+def test_a_port_that_another_takes_meanwhile_is_named(monkeypatch):
+    with _bind("127.0.0.1", 0) as taken:  # as by another server that starts at the same time
+        number = taken.getsockname()[1]
+        server, start_grpc = ModelServer(PROBE, rest_port=number), ModelServer._start_grpc
+
+        def first_the_other(*arguments):
+            taken.listen()
+            return start_grpc(*arguments)
+
+        monkeypatch.setattr(ModelServer, "_start_grpc", first_the_other)
+        with pytest.raises(OSError, match=f"127.0.0.1:{number}: cannot listen: .*in use"):
+            server.start()
 
 
 def test_warmup_requests_are_run_and_must_fit(tmp_path):

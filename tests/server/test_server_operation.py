@@ -248,6 +248,12 @@ def test_kill_loses_what_is_in_flight_and_sigterm_nothing(tmp_path, keep_port):
         (["--monitoring-config-file", "./x"], "x: no such monitoring config file"),
         (["--max-request-bytes", "0"], "--max-request-bytes 0: expected a positive number"),
         (["--grace-seconds", "-1"], "--grace-seconds -1.0: expected 0 or more"),
+        (["--model-name", ""], "--model-name '': expected it not to be empty"),
+        (["--host", ""], "--host '': expected it not to be empty"),
+        (
+            ["--rest-port", "7", "--grpc-port", "7"],
+            "--grpc-port 7: expected another than --rest-port 7",
+        ),
     ],
 )
 def test_a_wrong_flag_ends_in_one_line(capsys, flags, message):
