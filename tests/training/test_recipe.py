@@ -214,6 +214,7 @@ def test_example_recipes_are_read():
         ),
         ({"validation_data": 3}, "validation_data=3: expected a source of pairs, or sets of these"),
         ({"lora_alpha": 8}, "lora_alpha=8: expected lora_rank beside it"),
+        ({"virtual_batch_size": 16}, "virtual_batch_size=16: expected batch_norm='trained' besi"),
         ({"lora_rank": 2, "batch_norm": "trained"}, "batch_norm='trained': not with lora_rank, wh"),
         ({"lora_rank": 2, "loss": "sigmoid"}, "loss='sigmoid': not with lora_rank, which trains"),
         (
