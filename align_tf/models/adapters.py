@@ -102,6 +102,7 @@ class Adapters(KeepsFrozen):
         adapted = [hf for hf in self._adaptable() if config.targets(hf)]
         self._add(name, config, dict.fromkeys(adapted))
 
+    @addresses.naming()
     def load_adapter(
         self,
         name_or_path: str | os.PathLike,

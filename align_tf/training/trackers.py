@@ -61,9 +61,9 @@ def _write_all(writes: Sequence[Write], step: int, values: Mapping[str, float]) 
 
 def _runs(output: addresses.Place) -> dict[str, str]:
     """Reads the runs that a training has begun; none of a file that is broken."""
-    path = output / RUNS_NAME
+    content = addresses.content(output / RUNS_NAME)
     with contextlib.suppress(ValueError):
-        runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        runs = json.loads(content or b"{}")
         return runs if isinstance(runs, dict) else {}
     return {}
 
