@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,15 +215,15 @@ def test_after_a_kill_of_one_all_go_on_to_the_weights_of_an_unbroken_run(
         ({"seed": "2"}, ["--seed 0: not so in ev", "--seed 2: not so in ev"]),
         ({"output": "y"}, ["another process has ended in an error", "y: not where the first pr"]),
         ({"data": "gone"}, ["another process has ended in an error", "gone: no such file or fo"]),
-        ({"data": "classes/red"}, [r".*data: pairs: 8, 24 in the processes"] * 2),
+        ({"data": "fewer"}, ["data: pairs: 20, 24 in the processes; expected one"] * 2),
     ],
 )
 def test_processes_of_different_recipes_are_told(settings, place, tmp_path, other, expected):
     given = {key: value for key, value in settings.items() if value is not None}
     given |= {"output": str(tmp_path / "out")}
-    for key, folder in {"data": place, "output": tmp_path}.items():
-        if key in other:
-            other = {key: str(folder / other[key])}
+    shutil.copytree(place / "pairs", tmp_path / "fewer", ignore=shutil.ignore_patterns("2*"))
+    if "seed" not in other:
+        other = {key: str(tmp_path / value) for key, value in other.items()}
     processes = start(2, 1, [given, {**given, **other}])
     said = [process.communicate()[1].splitlines()[-1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
