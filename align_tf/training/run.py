@@ -92,10 +92,7 @@ def train(recipe: Recipe) -> addresses.Place:
             f"that a device computes at a time, {at_a_time}"
         )
     processor = hosts.in_all(lambda: make_processor(recipe))
-    hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
-    recipe, opened = hosts.in_all(lambda: _counted(recipe, output))
-    hosts.agree(opened.count or 0, "data: pairs")
-    hosts.by_first(lambda: _check_count(recipe, output, opened.count))
+    recipe, opened = _opened(recipe, output)
     several = count > 1 or hosts.place()[1] > 1
     with devices.data_parallel(count).scope() if several else contextlib.nullcontext():
         model = make_model(recipe, processor, count)
@@ -193,6 +190,15 @@ def _check_data(recipe: Recipe, output: addresses.Place) -> None:
             f"{', '.join(recipe.said_data())}: changed since {output} was begun: "
             f"{before.changes(listing, root)}; expected the same files, or another output"
         )
+
+
+def _opened(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, Source | Mixture]:
+    """Counts in each process what the first has counted, and checks that all find as much."""
+    hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
+    found, opened = hosts.in_all(lambda: _counted(recipe, output))
+    hosts.agree(opened.count or 0, "data: pairs")
+    hosts.by_first(lambda: _check_count(recipe, output, opened.count))
+    return found, opened
 
 
 def _check_count(recipe: Recipe, output: addresses.Place, count: int) -> None:
