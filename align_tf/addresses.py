@@ -8,10 +8,11 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from align_tf.terminal import say
@@ -26,6 +27,8 @@ SCHEMES = {
     "hf": ("huggingface_hub", ""),
     "memory": ("fsspec", ""),
 }
+BUCKETS = ("gs", "s3")  # schemes whose every file lies in a bucket
+PROBE = ".align_tf-"  # what the name of an empty file begins with that tries whether one may write
 ATTEMPTS, PAUSE = 3, 1.0  # of a file, and the seconds after the first; they double
 SILENCE = 30  # seconds
 AT_A_TIME = 8  # files
@@ -38,6 +41,8 @@ PATIENT = ("gs",)  # schemes whose client has asked again for minutes when it gi
 
 # A `pathlib.Path`, or a `upath.UPath`, which is loaded for an address alone.
 Place = Any
+
+_copied: dict[str, str] = {}  # folder of this machine that `fetched_folder` made -> its address
 
 
 class _CutOffError(OSError):
@@ -53,11 +58,17 @@ def is_remote(path: str | os.PathLike) -> bool:
     return bool(REMOTE.match(str(path)))
 
 
+def is_path(value: Any) -> bool:
+    """Says whether a value is a path or an address; a `upath.UPath` is no PathLike."""
+    upath = sys.modules.get("upath")  # where it is not loaded, nothing is one of its paths
+    return isinstance(value, str | os.PathLike | (upath.UPath if upath else str))
+
+
 def check(path: str | os.PathLike) -> None:
     """Checks that what an address needs is installed; a path of this machine is fine.
 
     Raises:
-        ValueError: it is an address of another kind.
+        ValueError: it is an address of another kind, or names no bucket.
         ModuleNotFoundError: its package is absent; the message names the pip command.
     """
     match = REMOTE.match(str(path))
@@ -69,6 +80,8 @@ def check(path: str | os.PathLike) -> None:
             f"{path}: not an address that is read or written; expected gs://, s3:// or hf://, or "
             "a path on this machine"
         )
+    if scheme in BUCKETS and not str(path)[match.end() :]:
+        raise ValueError(f"{path}: names no bucket; expected {scheme}://bucket/name")
     package, extra = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(
@@ -169,7 +182,10 @@ def listed(folder: Place) -> dict[str, dict[str, Any]]:
 
 
 def names(folder: Place) -> list[str]:
-    """Lists the names of the files and folders right in a folder; none where it is not there."""
+    """Lists the names of the files and folders right in a folder; none where it is not there.
+
+    A probe that `check_writable` could not remove is no file of anyone's.
+    """
     if is_local(folder):
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     with told(folder):
@@ -178,7 +194,8 @@ def names(folder: Place) -> list[str]:
             found = folder.fs.ls(folder.path, detail=False)
         except FileNotFoundError:
             return []
-    return sorted(os.path.basename(name.rstrip("/")) for name in found)
+    found = (os.path.basename(name.rstrip("/")) for name in found)
+    return sorted(name for name in found if not name.startswith(PROBE))
 
 
 def matching(pattern: str) -> list[str]:
@@ -248,7 +265,8 @@ def fetched(path: Place) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix="align_tf-") as folder:
         target = pathlib.Path(folder, path.name)
         _fetch(path, target)
-        yield target
+        with naming({str(target): str(path)}):
+            yield target
 
 
 def fetched_folder(folder: Place, wanted: Sequence[str] | None = None) -> pathlib.Path:
@@ -278,13 +296,21 @@ def fetched_folder(folder: Place, wanted: Sequence[str] | None = None) -> pathli
     }
     if not files:
         raise FileNotFoundError(f"{folder}: no such folder, or it holds nothing of what is read")
-    one = f"{zlib.crc32(repr(sorted(files.items())).encode()):08x}"  # the same files are the same
+    same = repr((str(folder), sorted(files.items())))  # the same files of a folder are the same
+    one = f"{zlib.crc32(same.encode()):08x}"
     target = pathlib.Path(_copies().name, one, *REMOTE.sub("", str(folder)).split("/"))
     if not target.exists():
-        new = target.with_name(f".{target.name}")
-        new.mkdir(parents=True)
-        list(each(lambda name: _fetch(folder / name, new / name), sorted(files)))
-        new.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as place:  # gone, where one fails
+            new = pathlib.Path(place, target.name)
+            new.mkdir()
+            list(each(lambda name: _fetch(folder / name, new / name), sorted(files)))
+            try:
+                new.rename(target)
+            except OSError:
+                if not target.is_dir():  # as where another thread was first
+                    raise
+    _copied[str(target)] = str(folder)
     return target
 
 
@@ -294,12 +320,54 @@ def _copies() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="align_tf-")
 
 
+@contextlib.contextmanager
+def naming(copies: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Has an error of the block name the address of a file or folder, not the copy that was read.
+
+    Args:
+        copies: a path on this machine -> the address; None takes those of `fetched_folder`.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        error.args = tuple(
+            as_named(part, copies) if isinstance(part, str) else part for part in error.args
+        )
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = as_named(error.filename, copies)
+        raise
+
+
+def as_named(text: str, copies: Mapping[str, str] | None = None) -> str:
+    """Does the same in a message."""
+    for copy, name in (_copied if copies is None else copies).items():
+        text = text.replace(copy, name)
+    return text
+
+
 def opened(path: Place) -> Any:
     """Opens a file for a library that reads parts of it; one on this machine is its path."""
     if is_local(path):
         return path
     with told(path):
         return path.fs.open(path.path, "rb")
+
+
+def content(path: Place) -> bytes | None:
+    """Reads a small file; None where there is none.
+
+    A bucket that does not answer is not one without the file, as it is to `UPath.exists`.
+
+    Raises:
+        OSError: it is on this machine, and cannot be read.
+        AddressError: as `told`.
+    """
+    if is_local(path):
+        return path.read_bytes() if path.is_file() else None
+    try:
+        return _again(path, lambda: path.fs.cat_file(path.path))
+    except FileNotFoundError:
+        return None
 
 
 def contents(paths: Sequence[str]) -> list[bytes | None]:
@@ -312,12 +380,7 @@ def contents(paths: Sequence[str]) -> list[bytes | None]:
 
     def read(path: str) -> bytes | None:
         there = place(path)
-        if is_local(there):
-            return there.read_bytes()
-        try:
-            return _again(there, lambda: there.fs.cat_file(there.path))
-        except FileNotFoundError:
-            return None
+        return there.read_bytes() if is_local(there) else content(there)
 
     return list((each if any(map(is_remote, paths)) else map)(read, paths))
 
@@ -371,7 +434,7 @@ def check_writable(path: str | os.PathLike) -> None:
         ValueError, ModuleNotFoundError: as `check`.
         FileNotFoundError, AddressError: as `told`.
     """
-    probe = place(path) / f".align_tf-{os.getpid()}"
+    probe = place(path) / f"{PROBE}{os.getpid()}"
     if probe.protocol == "hf":  # each file is a commit, which stays
         return
     with told(place(path)):

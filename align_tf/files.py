@@ -131,17 +131,19 @@ def read_lines(file: Any) -> list[str]:
     """Reads the lines of a text file that are not blank.
 
     Args:
-        file: a path, or a file within a package, as `importlib.resources.files` gives it.
+        file: a path, an address, or a file within a package, as `importlib.resources.files`
+            gives it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no text, or has no such line.
+        ValueError: it is no text, or has no such line; or it cannot be reached.
     """
-    path = pathlib.Path(file) if isinstance(file, str) else file
-    if not path.is_file():
+    path = addresses.place(file) if isinstance(file, str) else file
+    content = addresses.content(path) if isinstance(file, str) else path.read_bytes()
+    if content is None:
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        lines = [line.strip(" ") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip(" ") for line in content.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
     lines = [line for line in lines if line]

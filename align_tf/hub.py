@@ -95,7 +95,8 @@ def names_options(load: Callable[Arguments, Result]) -> Callable[Arguments, Resu
             if name not in known:
                 in_its_place = IN_THEIR_PLACE.get(name, f"one of {named}")
                 raise TypeError(f"from_pretrained has no {name}: expected {in_its_place}")
-        return load(*args, **options)
+        with addresses.naming():
+            return load(*args, **options)
 
     return call
 

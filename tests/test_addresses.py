@@ -12,7 +12,13 @@ import upath
 
 from align_tf import AlignModel, AlignProcessor, addresses, hub
 from align_tf.cli.main import main
+from align_tf.data import counting
+from align_tf.data.label_files import is_file_of_labels, read_labels
+from align_tf.data.listing import Listing
+from align_tf.evaluation.tasks import read_templates
 from align_tf.files import write_text
+from align_tf.training import Recipe, read_recipe, trackers
+from align_tf.training.validation import Best
 
 ADDRESS, ADAPTER = "memory://bucket/align", "memory://bucket/adapter"
 
@@ -108,6 +114,12 @@ def test_an_absent_extra_is_told_before_anything_is_made(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("address", ["s3://", "S3://", "gs:///"])
+def test_an_address_without_a_bucket_is_told(address, model):
+    with pytest.raises(ValueError, match=rf"^{address}: names no bucket; expected (s3|gs)://buck"):
+        model.save_pretrained(address)
+
+
 def test_what_is_not_there_is_told(tmp_path):
     for call in (
         lambda: AlignModel.from_pretrained(ADDRESS),
@@ -140,6 +152,86 @@ def test_a_client_that_fails_is_asked_again_and_told_in_one_line(bucket, capsys,
         addresses.fetched(addresses.place(f"{ADDRESS}/a")),
     ):
         pass
+
+
+def test_a_folder_that_broke_off_is_fetched_when_it_is_asked_for_again(bucket, monkeypatch):
+    for name in ("a", "b"):
+        bucket.pipe_file(f"/bucket/align/{name}", b"content")
+    fetch, broken = addresses._fetch, []
+
+    def break_off(path, target):
+        fetch(path, target)
+        if path.name == "b" and not broken:
+            broken.append(path.name)
+            raise addresses.AddressError("broken off")
+
+    monkeypatch.setattr(addresses, "_fetch", break_off)
+    with pytest.raises(addresses.AddressError, match="broken off"):
+        addresses.fetched_folder(addresses.place(ADDRESS))
+    found = addresses.fetched_folder(addresses.place(ADDRESS))
+    assert sorted(path.name for path in found.iterdir()) == ["a", "b"]
+    assert addresses.fetched_folder(addresses.place(ADDRESS)) == found
+    bucket.pipe_file("/bucket/align/c/a", b"content")
+    assert addresses.fetched_folder(addresses.place(f"{ADDRESS}/c")) != found
+
+
+def test_what_is_wrong_with_a_copy_is_told_of_its_address(bucket, model, checkpoint, capsys):
+    model.config.save_pretrained(ADDRESS)
+    without = rf"^{ADDRESS}: no weights; expected "
+    with pytest.raises(FileNotFoundError, match=without):
+        AlignModel.from_pretrained(ADDRESS)
+    bucket.pipe_file("/bucket/align/model.safetensors", b"{]")
+    bucket.pipe_file("/bucket/align/a.keras", b"{]")
+    with pytest.raises(ValueError, match=rf"^{ADDRESS}/model.safetensors: not a whole safetensors"):
+        AlignModel.from_pretrained(ADDRESS)
+    with pytest.raises(FileNotFoundError, match=rf"^{ADDRESS}/adapter_config.json: no such file"):
+        AlignModel.from_pretrained(checkpoint).load_adapter(ADDRESS)
+    for source in ("model.safetensors", "a.keras"):
+        name = ADDRESS if source == "model.safetensors" else f"{ADDRESS}/{source}"
+        assert main(["convert", "--from", name, "--to", "hf", "--output", "memory://x"]) == 2
+        assert f"align-tf: error: {ADDRESS}/{source}: not a whole " in capsys.readouterr().err
+
+
+def test_a_probe_that_cannot_be_removed_is_no_file_of_the_folder(bucket, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("no right to remove")
+
+    monkeypatch.setattr(type(bucket), "rm_file", refuse)
+    addresses.check_writable(f"{ADDRESS}/out")
+    assert len(bucket.find("/bucket/align/out")) == 1
+    assert addresses.names(addresses.place(f"{ADDRESS}/out")) == []
+
+
+def test_labels_and_templates_may_lie_at_an_address(bucket, capsys):
+    bucket.pipe_file("/bucket/labels.tsv", "label\tfolder\nein Käfer\tbug\n".encode())
+    bucket.pipe_file("/bucket/templates.txt", b"a photo of {}\n\n{}\n")
+    assert is_file_of_labels(["memory://bucket/labels.tsv"])
+    assert read_labels("memory://bucket/labels.tsv") == [("bug", "ein Käfer")]
+    assert read_templates("memory://bucket/templates.txt") == ["a photo of {}", "{}"]
+    assert main(["classify", "x.png", "--labels", "memory://bucket/none.txt"]) == 2
+    assert capsys.readouterr().err == "align-tf: error: memory://bucket/none.txt: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_recipe(path),
+        lambda path: read_labels(str(path)),
+        lambda path: Listing.read(path),
+        lambda path: counting._read(path),
+        lambda path: trackers._runs(path.parent),
+        lambda path: Best(Recipe(model="m", data="d", output="o", steps=1), path, 1),
+    ],
+)
+def test_a_bucket_that_does_not_answer_is_not_one_without_the_file(bucket, monkeypatch, read):
+    def fail(*arguments, **options):
+        raise ConnectionResetError("cut off")
+
+    for name in ("cat_file", "get_file", "info", "_open"):
+        monkeypatch.setattr(type(bucket), name, fail)
+    monkeypatch.setattr(addresses, "PAUSE", 0)
+    with pytest.raises(addresses.AddressError, match="cannot be reached: cut off"):
+        read(addresses.place(f"{ADDRESS}/file.txt"))
 
 
 def test_paths_of_this_machine_load_nothing():

@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        say(f"align-tf: error: {by_flags(str(error), arguments.flags())}")
+        message = addresses.as_named(str(error))
+        say(f"align-tf: error: {by_flags(message, arguments.flags())}")
         return EXIT_USER_ERROR
 
 

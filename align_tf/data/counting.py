@@ -66,10 +66,9 @@ def count_shards(
 
 def _read(index: addresses.Place | None) -> Counts:
     """Reads the counts that are kept; none of a file that is gone or broken."""
-    if index is None or not index.is_file():
-        return {}
+    content = None if index is None else addresses.content(index)
     try:
-        kept = json.loads(index.read_text(encoding="utf-8"))
+        kept = json.loads(content or b"{}")
         return {file: (state, _checked(Count(*one))) for file, (state, one) in kept.items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -85,12 +85,14 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 def _walk_address(folder: str) -> Iterator[tuple[str, list[str]]]:
     """Does the same at an address, from one listing of it."""
     found = collections.defaultdict(list)
+    root = folder.rstrip("/")  # a whole bucket is spelled with a slash at its end
+    start = f"{root}//" if root.endswith(":") else f"{root}/"
     for path in addresses.listed(addresses.place(folder)):
-        *within, name = path.removeprefix(folder).strip("/").split("/")
+        *within, name = path.removeprefix(root).strip("/").split("/")
         if not any(map(is_hidden, within)):
             found[tuple(within)].append(name)
     for within in sorted(found):
-        yield "/".join((folder, *within)), found[within]
+        yield start + "/".join(within), found[within]
 
 
 def _identity(folder: str) -> tuple[int, int] | None:

@@ -1,9 +1,11 @@
 """The labels of `--labels`: themselves, or one file of them, lines or a table with a header."""
 
 import csv
+import os
 import pathlib
 from collections.abc import Sequence
 
+from align_tf import addresses
 from align_tf.files import read_lines
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".lst")  # of what is meant for a file, not for a label
@@ -42,8 +44,8 @@ def read_labels(name: str) -> list[tuple[str | None, str]]:
         FileNotFoundError: there is no such file.
         ValueError: it is no text, is empty, or no column of it is that of the labels.
     """
-    file = pathlib.Path(name).expanduser()
-    lines = read_lines(file)
+    file = addresses.place(os.path.expanduser(name))
+    lines = read_lines(str(file))
     if file.suffix.lower() != ".csv":
         rows = [line.split("\t") for line in lines]
         if file.suffix.lower() != ".tsv" or not _has_header(rows):

@@ -15,7 +15,7 @@ NAMED = 3  # of the files that have changed
 
 # What numpy raises of a file that is gone, cut off or changed.
 BROKEN = (
-    *(OSError, ValueError, KeyError, EOFError, NotImplementedError),
+    *(OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError),
     *(zipfile.BadZipFile, zlib.error),
 )
 
@@ -28,11 +28,13 @@ class Listing:
         sizes: in bytes; -1 of a file that is not there.
         times: of their last change, in nanoseconds, or of a remote one what tells its content; 0
             where the time does not count.
+        records: how many the files hold; None where nobody has counted them.
     """
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.sizes, self.times = array.array("q"), array.array("q")
+        self.records: int | None = None
 
     def add(self, path: str | os.PathLike, timed: bool = True) -> None:
         """Looks at one more file; without `timed` its time does not count."""
@@ -50,18 +52,28 @@ class Listing:
     def save(self, path: addresses.Place) -> None:
         """Writes the listing as a file that `read` takes."""
         paths = np.frombuffer(b"\0".join(map(os.fsencode, self.paths)), np.uint8)
+        columns = {"paths": paths, "sizes": self.sizes, "times": self.times}
+        if self.records is not None:
+            columns["records"] = self.records
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, paths=paths, sizes=self.sizes, times=self.times)
+            np.savez_compressed(file, **columns)
 
     @classmethod
     def read(cls, path: addresses.Place) -> "Listing | None":
-        """Reads what `save` wrote; None where it is gone or broken."""
+        """Reads what `save` wrote; None where it is gone or broken.
+
+        Raises:
+            AddressError: it is remote, and cannot be reached.
+        """
         listing = cls()
         try:
             with addresses.fetched(path) as file, np.load(file) as columns:
                 listing.paths = [os.fsdecode(p) for p in columns["paths"].tobytes().split(b"\0")]
                 listing.sizes.extend(columns["sizes"])
                 listing.times.extend(columns["times"])
+                listing.records = int(columns["records"]) if "records" in columns else None
+        except addresses.AddressError:  # it may well be there
+            raise
         except BROKEN:
             return None
         return listing

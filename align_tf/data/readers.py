@@ -148,7 +148,7 @@ def _files(kind: str, paths: list[addresses.Place], keys: Keys) -> Iterator[tupl
 def _found(source: Any, keys: Keys) -> tuple[str, str, list[addresses.Place]]:
     """Returns the name of a source for messages, a key of OPENERS, and its files or folders."""
     paths = _find(source)
-    name = str(source) if isinstance(source, str | os.PathLike) else f"{paths[0]}, ..."
+    name = str(source) if addresses.is_path(source) else f"{paths[0]}, ..."
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
         found = ", ".join(sorted(kinds))
@@ -165,7 +165,7 @@ def _find(source: Any) -> list[addresses.Place]:
         if not source:
             raise ValueError("source: expected one path or more, found an empty list")
         return [path for part in source for path in _find(part)]
-    if not isinstance(source, str | os.PathLike):
+    if not addresses.is_path(source):
         raise ValueError(
             f"source: expected a path, a list of paths or a tf.data.Dataset, found "
             f"{type(source).__name__}"

@@ -108,6 +108,7 @@ class Adapters(KeepsFrozen):
             raise ValueError(f"rank={rank!r}: expected no more than a layer has inputs, {most}")
         self._add(name, config, dict.fromkeys(adapted))
 
+    @addresses.naming()
     def load_adapter(
         self,
         name_or_path: str | os.PathLike,

@@ -116,6 +116,7 @@ class Collection:
         ValueError: a file is broken or of another collection, or the collection is not whole.
     """
 
+    @addresses.naming()
     def __init__(self, folder: str | os.PathLike):
         require_pyarrow()
         self.folder = addresses.fetched_folder(addresses.place(folder))

@@ -178,7 +178,7 @@ def _count(opened: Source) -> int:
 def _absolute(source: Any) -> Any:
     if isinstance(source, list | tuple):
         return [_absolute(path) for path in source]
-    if not isinstance(source, str | os.PathLike):
+    if not addresses.is_path(source):
         return source
     return addresses.absolute(source)
 

@@ -20,6 +20,7 @@ from align_tf.addresses import (
     is_local,
     is_remote,
     names,
+    naming,
     place,
     send_folder,
 )
@@ -225,6 +226,7 @@ class Index:
         ModuleNotFoundError: FAISS is not installed.
     """
 
+    @naming()
     def __init__(self, folder: str | os.PathLike, pictures: str | os.PathLike | None = None):
         require_faiss()
         import faiss

@@ -45,7 +45,7 @@ def claim(output: Place, settings: Settings, listing: Listing | None) -> None:
         if theirs.source != settings.source:
             return  # another collection, as its shards will tell
         _check_same(output, theirs, settings, listing)
-    if listing is not None and not (files and (output / LISTING_NAME).exists()):
+    if listing is not None and not (files and LISTING_NAME in names(output)):
         listing.save(output / LISTING_NAME)
 
 

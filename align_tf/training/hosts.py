@@ -3,7 +3,8 @@
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
@@ -12,8 +13,12 @@ from align_tf.terminal import say
 
 # What says that there are several processes: Keras's own, then what JAX finds out itself.
 KERAS = ("KERAS_DISTRIBUTION_JOB_ADDRESSES", "KERAS_DISTRIBUTION_NUM_PROCESSES")
+PROCESS_ID = "KERAS_DISTRIBUTION_PROCESS_ID"
 NUMBERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 NAMES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+# Of these what the starter of each process sets, and not the allocation that it is started in.
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+BY_HAND = f"{KERAS[0]} (the first process's host and port), _NUM_PROCESSES and _PROCESS_ID (from 0)"
 # Of a Cloud TPU whose environment says nothing its metadata server does.
 TPU_FILES, METADATA = ("/dev/accel0", "/dev/vfio/0"), "metadata.google.internal"
 WORKERS = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
@@ -24,15 +29,15 @@ def join() -> None:
     """Joins the processes that the environment says there are, before anything is computed.
 
     Raises:
-        ValueError: there are several, and Keras does not run on JAX.
-        RuntimeError: they do not find each other.
+        ValueError: there are several, and Keras does not run on JAX, or they do not find each
+            other.
     """
     by_keras = any(os.environ.get(name) for name in KERAS)
     if keras.backend.backend() != "jax":
-        if by_keras:
+        if by_keras or _above_one(STARTED):
             raise ValueError(
-                f"{KERAS[0]}: several processes train by `align-tf train` on Keras's JAX backend "
-                "alone; expected KERAS_BACKEND=jax"
+                f"{_said((*KERAS, *STARTED))}: several processes train by `align-tf train` on "
+                "Keras's JAX backend alone; expected KERAS_BACKEND=jax, or 1 of each"
             )
         return
     import jax
@@ -41,16 +46,33 @@ def join() -> None:
         return
     if not jax.config.jax_cpu_collectives_implementation:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if by_keras:
-        keras.distribution.initialize()
-    else:
-        jax.distributed.initialize()
+    try:
+        (keras.distribution if by_keras else jax.distributed).initialize()
+    except (ValueError, IndexError, RuntimeError) as error:  # of what a variable lacks
+        said = _said((*KERAS, PROCESS_ID) if by_keras else (*NUMBERS, *NAMES))
+        reason = " ".join(str(error).split()).rstrip(".")
+        way = f"srun or mpirun to start each, or {BY_HAND}"
+        if by_keras:
+            way = "the first process's host and port, their number, and this one's place, from 0"
+        raise ValueError(
+            f"{said}: several processes, which do not find each other: {reason}; expected {way}"
+        ) from error
+
+
+def _said(names: Iterable[str]) -> str:
+    """Says what variables of the environment say."""
+    said = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    return ", ".join(said) or "the metadata of this TPU"
+
+
+def _above_one(names: Iterable[str]) -> bool:
+    numbers = [os.environ.get(name, "") for name in names]
+    return any(number.isdecimal() and int(number) > 1 for number in numbers)
 
 
 def _several() -> bool:
     """Says whether the environment of a cluster tells of several processes."""
-    numbers = [os.environ.get(name, "") for name in NUMBERS]
-    if any(number.isdecimal() and int(number) > 1 for number in numbers):
+    if _above_one(NUMBERS):
         return True
     named = [os.environ[name] for name in NAMES if os.environ.get(name)]
     if named:
@@ -115,6 +137,30 @@ def by_first(call: Callable[[], Any]) -> Any:
     return result
 
 
+def in_all(call: Callable[[], Any]) -> Any:
+    """Calls a function in each process; where it fails in one, none of the others waits for it.
+
+    Returns:
+        What it returned.
+
+    Raises:
+        ValueError: it failed in another process; here its own error.
+    """
+    if place()[1] == 1:
+        return call()
+    result = error = None
+    try:
+        result = call()
+    except Exception as caught:  # the others are told of whatever it is
+        error = caught
+    failed = any_of(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError("another process has ended in an error, which it tells")
+    return result
+
+
 def any_of(said: bool) -> bool:
     """Says whether any of the processes says so."""
     if place()[1] == 1:
@@ -123,6 +169,26 @@ def any_of(said: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(said)).any())
+
+
+def agree_on(settings: Mapping[str, Any]) -> None:
+    """Checks that settings are the same in all processes.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    if place()[1] == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    ours = np.array([zlib.crc32(repr(value).encode()) for value in settings.values()], np.uint32)
+    gathered = multihost_utils.process_allgather(ours)
+    for name, same in zip(settings, (gathered == gathered[0]).all(0), strict=True):
+        if not same:
+            raise ValueError(
+                f"{name}={settings[name]!r}: not so in every process; expected one recipe in all"
+            )
 
 
 def agree(value: int, what: str) -> None:

@@ -105,8 +105,8 @@ class Log(keras.callbacks.Callback):
         self.marked: tuple[int, float] | None = None  # those since which steps alone are timed
         if not self.tells:
             return
-        kept = output / METRICS_NAME
-        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+        kept = addresses.content(output / METRICS_NAME) or b""
+        lines = kept.decode(errors="replace").splitlines()
         files.write_text(self.path, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
 
     def __enter__(self) -> "Log":

@@ -291,6 +291,12 @@ class Recipe:
                 raise ValueError(
                     f"freeze={self.freeze!r}: expected text, vision, or {{tower: [block, ...]}}"
                 )
+        trained = self.batch_norm == "trained" or (self.batch_norm is None and self.model is None)
+        if self.virtual_batch_size is not None and not trained:
+            raise ValueError(
+                f"virtual_batch_size={self.virtual_batch_size!r}: expected batch_norm='trained' "
+                "beside it; BatchNorm that is frozen takes no statistics"
+            )
         self.data = checked_sources(self.data)
         self._check_lora()
         self._check_validation()

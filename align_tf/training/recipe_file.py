@@ -6,7 +6,7 @@ import os
 import reprlib
 from typing import Any
 
-from align_tf.addresses import Place, place
+from align_tf.addresses import Place, content, place
 from align_tf.training.recipe import Recipe
 from align_tf.training.recipe_sources import SOURCES
 
@@ -58,11 +58,12 @@ def read_recipe(
 
 
 def _read_yaml(path: Place) -> dict[str, Any]:
-    if not path.is_file():
+    found = content(path)
+    if found is None:
         folder = ", but a folder; one of pairs goes to data" if path.is_dir() else ""
         raise FileNotFoundError(f"{path}: no such recipe file{folder}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = found.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     values = _parsed_yaml(str(path), text)

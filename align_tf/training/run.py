@@ -44,6 +44,8 @@ FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
     *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop"),
 )
+# Settings that name places, which may be called otherwise on another host.
+OF_A_HOST = ("output", "data", "validation_data", "model", "processor")
 
 
 def train(recipe: Recipe) -> addresses.Place:
@@ -73,7 +75,9 @@ def train(recipe: Recipe) -> addresses.Place:
     """
     check_extras(recipe)
     hosts.join()
+    hosts.agree_on({key: v for key, v in vars(recipe).items() if key not in OF_A_HOST})
     output = hosts.by_first(lambda: _claim(recipe)) or addresses.place(recipe.output)
+    hosts.in_all(lambda: _check_seen(output))
     limit_arenas()
     keras.utils.set_random_seed(recipe.seed)
     count = devices.count_devices() if recipe.devices is None else recipe.devices
@@ -87,9 +91,8 @@ def train(recipe: Recipe) -> addresses.Place:
             f"virtual_batch_size={recipe.virtual_batch_size}: expected a divisor of the images "
             f"that a device computes at a time, {at_a_time}"
         )
-    processor = make_processor(recipe)
-    hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
-    recipe, opened = _counted(recipe, output)
+    processor = hosts.in_all(lambda: make_processor(recipe))
+    recipe, opened = _opened(recipe, output)
     several = count > 1 or hosts.place()[1] > 1
     with devices.data_parallel(count).scope() if several else contextlib.nullcontext():
         model = make_model(recipe, processor, count)
@@ -147,8 +150,7 @@ def _claim(recipe: Recipe) -> addresses.Place:
     """Takes the output folder, or refuses one that belongs to something else."""
     output = addresses.place(recipe.output)
     path = output / RECIPE_NAME
-    with addresses.told(output):
-        begun = path.is_file()
+    begun = addresses.content(path) is not None
     if begun and resume.list_checkpoints(output):
         before = read_recipe(path)
         for field in dataclasses.fields(Recipe):
@@ -163,6 +165,14 @@ def _claim(recipe: Recipe) -> addresses.Place:
     recipe.save(path)
     _check_data(recipe, output)
     return output
+
+
+def _check_seen(output: addresses.Place) -> None:
+    """Checks that a process sees what the first has written: it goes on from its checkpoints."""
+    if hosts.place()[1] > 1 and addresses.content(output / RECIPE_NAME) is None:
+        raise ValueError(
+            f"{output}: not where the first process writes; expected a place that all of them see"
+        )
 
 
 def _check_data(recipe: Recipe, output: addresses.Place) -> None:
@@ -180,6 +190,30 @@ def _check_data(recipe: Recipe, output: addresses.Place) -> None:
             f"{', '.join(recipe.said_data())}: changed since {output} was begun: "
             f"{before.changes(listing, root)}; expected the same files, or another output"
         )
+
+
+def _opened(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, Source | Mixture]:
+    """Counts in each process what the first has counted, and checks that all find as much."""
+    hosts.by_first(lambda: _counted(recipe, output))  # for the others, what it has counted
+    found, opened = hosts.in_all(lambda: _counted(recipe, output))
+    hosts.agree(opened.count or 0, "data: pairs")
+    hosts.by_first(lambda: _check_count(recipe, output, opened.count))
+    return found, opened
+
+
+def _check_count(recipe: Recipe, output: addresses.Place, count: int) -> None:
+    """Keeps how many pairs there are: a shard of the same size may hold others."""
+    path = output / LISTING_NAME
+    listing = Listing.read(path)
+    if listing is None or listing.records == count:
+        return
+    if listing.records is not None and resume.list_checkpoints(output):
+        raise ValueError(
+            f"{', '.join(recipe.said_data())}: {listing.records:,} pairs when {output} was begun, "
+            f"now {count:,}; expected the same files, or another output"
+        )
+    listing.records = count
+    listing.save(path)
 
 
 def make_processor(recipe: Recipe) -> AlignProcessor:

@@ -70,9 +70,9 @@ def _reason(error: Exception) -> str:
 
 def _runs(output: addresses.Place) -> dict[str, str]:
     """Reads the runs that a training has begun; none of a file that is broken."""
-    path = output / RUNS_NAME
+    content = addresses.content(output / RUNS_NAME)
     with contextlib.suppress(ValueError):
-        runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        runs = json.loads(content or b"{}")
         return runs if isinstance(runs, dict) else {}
     return {}
 

@@ -109,8 +109,7 @@ class Best(keras.callbacks.Callback):
         super().__init__()
         self.key, self.patience = recipe.watched(), recipe.early_stop
         self.values: dict[int, float] = {}  # of each step that was validated
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        for line in lines:
+        for line in (addresses.content(metrics) or b"").decode(errors="replace").splitlines():
             self._read(line, step)
 
     def _read(self, line: str, last: int) -> None:

@@ -9,8 +9,10 @@ def test_a_listing_is_read_as_it_was_written_and_a_broken_one_is_none(tmp_path):
     listing = Listing()
     for path in (file, tmp_path / "gone.png"):
         listing.add(path)
+    listing.records = 7
     listing.save(kept)
     again = Listing.read(kept)
+    assert again.records == 7
     assert again.paths == [str(file), str(tmp_path / "gone.png")]
     assert (list(again.sizes), again.digest()) == ([5, -1], listing.digest())
     whole = kept.read_bytes()

@@ -5,6 +5,7 @@ import threading
 
 import fsspec
 import pytest
+import upath
 from test_dataset import (
     write_folder,
     write_hugging_face_parquet,
@@ -16,6 +17,7 @@ from test_dataset import (
 
 from align_tf import addresses, terminal
 from align_tf.data import counting, records, streams, write_tfrecords
+from align_tf.data.folders import pictures
 from align_tf.data.readers import list_files, open_source
 
 ADDRESS = "memory://bucket/pairs"
@@ -66,7 +68,7 @@ def test_an_address_gives_the_records_of_the_files(tmp_path, bucket, kind):
     send(tmp_path, bucket)
     expected = read(f"{tmp_path}/{name}" if name else tmp_path)
     assert len(expected) >= 10
-    assert read(f"{ADDRESS}/{name}") == expected
+    assert read(f"{ADDRESS}/{name}") == read(upath.UPath(f"{ADDRESS}/{name}")) == expected
     if name and "." in name and "*" not in name and "{" not in name:
         assert read([f"{ADDRESS}/{name}"]) == expected
 
@@ -85,6 +87,18 @@ def test_a_table_on_this_machine_may_name_addresses(tmp_path, bucket):
         *(image for _, image, _ in expected[:2]),
         b"",
         b"",
+    ]
+
+
+def test_a_folder_that_is_spelled_with_a_slash_has_the_same_images(bucket):
+    """As a client spells a whole bucket."""
+    for name in ("a.png", "b/c.png", "b/.d/e.png"):
+        bucket.pipe_file(f"/bucket/pairs/{name}", b"")
+    found = [image for image, _ in pictures(f"{ADDRESS}/")]
+    assert found == [f"{ADDRESS}/a.png", f"{ADDRESS}/b/c.png"]
+    assert [image for image, _ in pictures("memory://")] == [
+        "memory://bucket/pairs/a.png",
+        "memory://bucket/pairs/b/c.png",
     ]
 
 

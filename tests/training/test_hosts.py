@@ -4,12 +4,14 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 
+import keras
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -58,10 +60,11 @@ if index == 0:
 
 
 def start(
-    count: int, devices: int, settings: dict, command: list[str] | None = None
+    count: int, devices: int, settings: dict | list[dict], command: list[str] | None = None
 ) -> list[subprocess.Popen]:
-    """Starts the processes of a training, each with so many devices."""
-    command = command or ["-m", "align_tf", "train", *flags(settings)]
+    """Starts the processes of a training, each with so many devices; a list has each one's."""
+    given = settings if isinstance(settings, list) else [settings] * count
+    commands = [command or ["-m", "align_tf", "train", *flags(one)] for one in given]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -77,7 +80,7 @@ def start(
         }
     return [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *commands[index]],
             env={**environment, "KERAS_DISTRIBUTION_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -206,6 +209,29 @@ def test_after_a_kill_of_one_all_go_on_to_the_weights_of_an_unbroken_run(
     assert figures(tmp_path / "out") == figures(of_two)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"seed": "2"}, ["--seed 0: not so in ev", "--seed 2: not so in ev"]),
+        ({"output": "y"}, ["another process has ended in an error", "y: not where the first pr"]),
+        ({"data": "gone"}, ["another process has ended in an error", "gone: no such file or fo"]),
+        ({"data": "fewer"}, ["data: pairs: 20, 24 in the processes; expected one"] * 2),
+    ],
+)
+def test_processes_of_different_recipes_are_told(settings, place, tmp_path, other, expected):
+    given = {key: value for key, value in settings.items() if value is not None}
+    given |= {"output": str(tmp_path / "out")}
+    shutil.copytree(place / "pairs", tmp_path / "fewer", ignore=shutil.ignore_patterns("2*"))
+    if "seed" not in other:
+        other = {key: str(tmp_path / value) for key, value in other.items()}
+    processes = start(2, 1, [given, {**given, **other}])
+    said = [process.communicate()[1].splitlines()[-1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    for line, start_of_it in zip(said, expected, strict=True):
+        assert re.match(rf"align-tf: error: (\S*/)?{start_of_it}", line), said
+
+
 # --- what the environment says -----------------------------------------------------------------
 
 
@@ -227,6 +253,43 @@ def test_several_processes_are_told_by_the_environment(monkeypatch, environment,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert hosts._several() is expected
+
+
+@pytest.mark.parametrize("name", ["KERAS_DISTRIBUTION_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE"])
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="of the other backends")
+def test_several_processes_on_another_backend_are_told(monkeypatch, name):
+    """Each would write the same output."""
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # of an allocation, in which this may be the only one
+    hosts.join()
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match=rf"^{name}=2: several processes .* KERAS_BACKEND=jax"):
+        hosts.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2: several processes, which .* expected srun"),
+        ({"_JOB_ADDRESSES": "nohost"}, "KERAS_DISTRIBUTION_JOB_ADDRESSES=nohost, KERAS.*port, "),
+        ({"_NUM_PROCESSES": "x"}, "KERAS_.*_NUM_PROCESSES=x, .* find each other: .*this one's pl"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_told(environment, expected):
+    pytest.importorskip("jax")
+    whole = {"_JOB_ADDRESSES": "127.0.0.1:9", "_NUM_PROCESSES": "2", "_PROCESS_ID": "0"}
+    if "SLURM_NTASKS" not in environment:
+        environment = {f"KERAS_DISTRIBUTION{k}": v for k, v in {**whole, **environment}.items()}
+    given = ["train", "--model", "align-tiny", "--data", "x", "--output", "y", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "align_tf", *given],
+        env={**os.environ, "KERAS_BACKEND": "jax", **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.match(f"align-tf: error: {expected}", done.stderr.splitlines()[-1]), done.stderr
 
 
 @pytest.mark.parametrize(("workers", "expected"), [("10.0.0.1", False), ("10.0.0.1,b", True)])

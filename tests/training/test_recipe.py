@@ -217,6 +217,7 @@ def test_example_recipes_are_read():
         ({"learning_rate": 10**400}, "0: expected a number above 0"),
         ({"weight_decay": 10**400}, "0: expected a number of 0 or more"),
         ({"lora_alpha": 8}, "lora_alpha=8: expected lora_rank beside it"),
+        ({"virtual_batch_size": 16}, "virtual_batch_size=16: expected batch_norm='trained' besi"),
         ({"lora_rank": 2, "batch_norm": "trained"}, "batch_norm='trained': not with lora_rank, wh"),
         ({"lora_rank": 2, "loss": "sigmoid"}, "loss='sigmoid': not with lora_rank, which trains"),
         (

@@ -104,13 +104,24 @@ def test_weighted_sources_that_changed_are_refused(mixed, place, tmp_path, capsy
     Recipe(**mixed).save(output / "recipe.yaml")
     listing = list_files(place / "pairs")
     listing.extend(list_files(tmp_path / "dark.tar"))
+    listing.records = 32
     listing.save(output / "data_listing.npz")
     sources = (str(place / "pairs"), str(tmp_path / "dark.tar"))
     weights = ["--data", *sources, "--data-weights", "2", "1"]
     given = ["train", str(output / "recipe.yaml")]
     assert main([*given, *weights]) == 2
     assert "out: belongs to a training with data=[{'source': '" in capsys.readouterr().err
-    shutil.copy(tmp_path / "dark.tar", tmp_path / "kept.tar")
+    size = (tmp_path / "dark.tar").stat().st_size
+    with tarfile.open(tmp_path / "dark.tar", "w") as tar:
+        for name in ("03.png", "03.txt", "05.png", "05.txt"):
+            tar.add(place / "pairs" / name, name)
+    with open(tmp_path / "dark.tar", "ab") as tar:
+        tar.truncate(size)
+    for _ in range(2):  # what was counted anew is not taken for what was there
+        assert main(given) == 2
+        assert f": 32 pairs when {output} was begun, now 26; expected the same files, or" in (
+            capsys.readouterr().err
+        )
     with open(tmp_path / "dark.tar", "ab") as tar:
         tar.write(bytes(10240))
     assert main(given) == 2
