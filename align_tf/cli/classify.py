@@ -112,6 +112,7 @@ def _read_labels(given: list[str]) -> list[str]:
 
 def _classified(model: Any, processor: Any, paths: list, prompts: list[str]) -> Iterator[tuple]:
     """Yields each path with its probabilities, or with the error that its file gave."""
+    from align_tf.files import CheckpointError
     from align_tf.progress import track
 
     batches = [
@@ -120,6 +121,8 @@ def _classified(model: Any, processor: Any, paths: list, prompts: list[str]) -> 
     for batch in track(batches, "Classifying", show=len(batches) > 1):
         try:
             yield from zip(batch, probabilities(model, processor, batch, prompts), strict=True)
+        except CheckpointError:  # of the model, whatever the file
+            raise
         except ValueError as error:
             if len(batch) == 1:
                 yield batch[0], error

@@ -102,13 +102,21 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 def probabilities(model: Any, processor: Any, images: list, labels: list[str]) -> Any:
-    """Returns (images, labels), the softmax of each image's logits, as a server gives it."""
+    """Returns (images, labels), the softmax of each image's logits, as a server gives it.
+
+    Raises:
+        CheckpointError: the logits are not finite, as those of weights that hold NaN.
+    """
     import keras
+    import numpy as np
 
     from align_tf.client.batches import classification
+    from align_tf.files import CheckpointError
 
     output = model(processor(images=images, text=labels, padding="longest"))
     logits = keras.ops.convert_to_numpy(output.logits_per_image)
+    if not np.isfinite(logits).all():
+        raise CheckpointError("the model gives NaN or infinity: expected weights that are finite")
     return classification(labels, labels, logits).probs
 
 

@@ -1,6 +1,7 @@
 """Whether a model and a processor fit each other, seen before anything slow is done with them."""
 
 from align_tf.models.align import AlignModel
+from align_tf.models.inputs import LARGEST_PIXEL
 from align_tf.preprocessing.processor import AlignProcessor
 
 
@@ -13,7 +14,7 @@ def check_fit(model: AlignModel, processor: AlignProcessor) -> None:
 
     Raises:
         ValueError: one of them is none, the tokenizer has ids that the model has no embedding
-            of, or images are too small for the image tower or of other channels.
+            of, or images are too small for the image tower, of other channels or not scaled.
     """
     for value, kind in ((model, AlignModel), (processor, AlignProcessor)):
         if not isinstance(value, kind):
@@ -34,3 +35,9 @@ def check_fit(model: AlignModel, processor: AlignProcessor) -> None:
                 f"the processor's images are {pixels} pixels {side}: the model takes {least} or "
                 "more"
             )
+    largest = processor.image_processor.largest_value
+    if not largest <= LARGEST_PIXEL:
+        raise ValueError(
+            f"the processor's pixel_values reach {largest:.6g}: the model takes {LARGEST_PIXEL:g} "
+            "at most; expected do_rescale or do_normalize"
+        )

@@ -280,6 +280,11 @@ class AlignImageProcessor:
             size = self.size
         return [size["height"], size["width"], 3]
 
+    @property
+    def largest_value(self) -> float:
+        """The largest number, without its sign, that pixel_values of an image may hold."""
+        return float(np.abs(self._levels()).max())
+
     @_graph
     def decode(self, image_bytes: tf.Tensor) -> tf.Tensor:
         """Decodes one image.
@@ -444,17 +449,20 @@ class AlignImageProcessor:
             # A third of the time that the table takes.
             scaled = tf.cast(tf.cast(image, tf.float64) * self.rescale_factor, tf.float32)
             return scaled - float(self.rescale_offset)
-        table = levels(
+        table = self._levels()
+        index = tf.cast(image, tf.int32)
+        if len(table) == 3 * 256:  # a table for each channel
+            index += [0, 256, 512]
+        return tf.gather(tf.constant(table), index)
+
+    def _levels(self) -> np.ndarray:
+        return levels(
             self.rescale_factor if self.do_rescale else None,
             self.rescale_offset,
             tuple(self.image_mean) if self.do_normalize else None,
             tuple(self.image_std),
             self.include_top,
         )
-        index = tf.cast(image, tf.int32)
-        if len(table) == 3 * 256:  # a table for each channel
-            index += [0, 256, 512]
-        return tf.gather(tf.constant(table), index)
 
     def _preprocess_original(self, image: tf.Tensor, crop_at: tf.Tensor | None) -> tf.Tensor:
         """Resizes in float, without antialiasing, and scales what comes out of it."""

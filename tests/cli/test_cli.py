@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 import align_tf
+from align_tf import AlignModel, AlignProcessor
 from align_tf.cli import common, entry
 from align_tf.cli.main import main
 from align_tf.data.label_files import is_file_of_labels, read_labels
@@ -137,6 +138,17 @@ def test_classify_prints_json_with_probabilities_that_sum_to_one(capsys):
     for result in results:
         assert list(result["probs"]) == labels
         assert sum(result["probs"].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_classify_names_a_model_that_gives_no_numbers(capsys, tmp_path):
+    model = AlignModel.from_pretrained("align-tiny")
+    model.text_projection.bias.assign(np.full(model.text_projection.bias.shape, np.nan))
+    model.save_pretrained(tmp_path)
+    AlignProcessor.from_pretrained("align-tiny").save_pretrained(tmp_path)
+    model = ["--model", str(tmp_path)]
+    code, out, err = run(capsys, "classify", *EXAMPLES[:2], *model, "--labels", "pizza", "rocket")
+    assert (code, out) == (2, "")
+    assert err.count("the model gives NaN or infinity: expected weights that are finite") == 1
 
 
 def test_classify_takes_a_template_with_other_braces(capsys):

@@ -32,6 +32,7 @@ def processor_of(words=VOCAB, **settings):
         ({"words": [*VOCAB, *(f"w{i}" for i in range(10))]}, "a vocabulary of 41 words, the model"),
         ({"crop_size": {"height": 3, "width": 16}}, "images are 3 pixels high: the model takes 4"),
         ({"crop_size": {"height": 16, "width": 1}}, "images are 1 pixels wide: the model takes 4"),
+        ({"do_rescale": False}, "pixel_values reach 255: the model takes 32 at most; expected do_"),
     ],
 )
 def test_a_processor_of_another_model_is_told(export, change, message, tiny_config, tmp_path):
