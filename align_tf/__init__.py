@@ -14,7 +14,8 @@ The house, from the top down; imports point down:
     configuration   config.json, presets, the block table
     plots           pictures of similarities, embeddings and trainings
     hub             the name of a checkpoint to a folder
-    files, fonts, progress, addresses, terminal, extras, graph_errors, keras_names   the ground
+    files, fonts, progress, addresses, terminal, interrupts, extras, graph_errors, keras_names   the
+        ground
 
     server, client  TensorFlow Serving's protocol, apart from the rest
 """

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from align_tf import addresses
+from align_tf import addresses, interrupts
 from align_tf.cli import (
     classify,
     convert,
@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_paths(arguments)
         _check_texts(arguments)
-        return arguments.run(arguments) or 0
+        with interrupts.noted():
+            return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         say("align-tf: stopped")
         return EXIT_INTERRUPTED

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
+from align_tf import interrupts
 from align_tf.extras import extra
 
 with extra("serve", "the server needs extra packages"):
@@ -306,6 +307,7 @@ def serve(server: ModelServer) -> list[str]:
     with _frozen_weights() if server.in_half_precision else contextlib.nullcontext():
         server.start()
         try:
+            interrupts.check()
             server.wait(lambda: print(server.summary, file=sys.stderr, flush=True))
         finally:
             with _signals(signal.SIG_DFL):

@@ -179,6 +179,20 @@ def test_weights_are_frozen_for_what_is_served_alone(tmp_path, monkeypatch, give
     assert layer(tf.ones((8, 64)))[0, 0] == 128
 
 
+def test_an_interrupt_that_is_swallowed_while_it_starts_ends_it(monkeypatch, capsys):
+    start = ModelServer.start
+
+    def swallows(server):
+        start(server)
+        with contextlib.suppress(KeyboardInterrupt):  # as foreign code may
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ModelServer, "start", swallows)
+    monkeypatch.setattr(ModelServer, "wait", lambda *_: pytest.fail("it waits for another one"))
+    assert main(["serve", str(PROBE), "--rest-port", "0", "--grpc-port", "0"]) == 130
+    assert capsys.readouterr().err.splitlines()[-2:] == ["Stopping ...", "align-tf: stopped"]
+
+
 def test_a_port_refuses_until_the_models_are_loaded(monkeypatch, keep_port):
     server = ModelServer(PROBE, rest_port=keep_port(), grpc_port=keep_port())
     load = server._servables.start
