@@ -83,6 +83,7 @@ def test_there_and_back(folder, file, pairs, tmp_path):
     assert names(tmp_path) == ["hf"]  # no temporary folder stays
 
 
+@pytest.mark.slow
 def test_an_original_checkpoint_becomes_a_keras_file(tmp_path):
     path = tmp_path / "b3.keras"
     summary = convert(B3, "keras", path, config=HEADS)

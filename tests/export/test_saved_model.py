@@ -469,6 +469,7 @@ def test_the_server_names_the_row_of_a_bad_image(folder, tmp_path):
         assert tf.make_ndarray(answer.outputs["image_embeds"]).shape == (1, 32)
 
 
+@pytest.mark.slow
 def test_the_server_merges_pixels_of_the_right_size_alone(folder, signatures, processor):
     pytest.importorskip("tensorflow_serving")
     from align_tf.client import AlignClient, AlignServerError

@@ -338,6 +338,7 @@ def test_steps_per_execution(model, restart_two_steps, pairs):
         np.testing.assert_allclose(found_logs[key], logs[key], atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_jit_compile(model, pairs, expected):
     assert not model.jit_compile or keras.backend.backend() == "jax"
     compiled = twin(model)

@@ -222,7 +222,7 @@ def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path
         AlignModel.from_pretrained(tmp_path / "next")
 
 
-@pytest.mark.parametrize("quantized", [None, "int8"])
+@pytest.mark.parametrize("quantized", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_keras_weight_file_keeps_the_adapter_and_its_base(quantized, checkpoint, pairs, tmp_path):
     def made():
         model = AlignModel.from_pretrained(checkpoint)
@@ -343,6 +343,7 @@ def trained(checkpoint, pairs, **options):
     return [np.array(ops.convert_to_numpy(weight)) for weight in model.trainable_weights]
 
 
+@pytest.mark.slow
 def test_each_way_to_train_takes_the_same_steps(checkpoint, pairs, monkeypatch):
     fused = trained(checkpoint, pairs)
     parts = trained(checkpoint, pairs, accumulation=2, remat=True)

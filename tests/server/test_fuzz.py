@@ -54,6 +54,7 @@ def assert_told(code, message, request, words=INPUTS):
     assert re.search("|".join(words), message), (message, request)
 
 
+@pytest.mark.slow
 def test_the_session_outlives_every_request(tiny_export):
     """By TensorFlow's C++ alone, in a process of its own: a crash would be its end."""
     program = pathlib.Path(hostile.__file__)

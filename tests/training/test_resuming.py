@@ -95,6 +95,7 @@ def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_training_in_a_bucket_goes_on_from_its_last_whole_checkpoint(
     settings, place, unbroken, when, capsys, tmp_path
 ):
