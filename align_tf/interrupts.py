@@ -15,7 +15,6 @@ def noted() -> Iterator[None]:
     Where another handler is in place, or signals come to another thread, it does nothing.
     """
     global _came
-    _came = False
     before = signal.getsignal(signal.SIGINT)
     main_thread = threading.current_thread() is threading.main_thread()
     if before is not signal.default_int_handler or not main_thread:
@@ -26,6 +25,7 @@ def noted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        _came = False
 
 
 def check() -> None:
