@@ -57,7 +57,6 @@ def settled() -> None:
     """Keras and tracing collect garbage often, which goes through all that is alive; most stays."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -117,7 +117,8 @@ def test_the_next_shard_is_fetched_while_one_is_read(tmp_path, bucket, monkeypat
         fetch(path, target)
 
     monkeypatch.setattr(addresses, "_fetch", note)
-    next(iter(opened.elements(None)))
+    elements = iter(opened.elements(None))  # which fetches as long as it lives
+    next(elements)
     assert second.wait(60)
     assert len(set(fetched)) > 1
 
