@@ -1,6 +1,7 @@
 """The towers as ONNX files: the model's embeddings in two runtimes, and the files beside."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 
@@ -104,11 +105,21 @@ def in_onnxruntime(folder, file):
     return lambda inputs: session.run(None, inputs)[0]
 
 
-def in_openvino(folder, file):
+@functools.cache
+def core():
+    """Opens OpenVINO, for as long as the process lives.
+
+    Where another thread lets go of it, as Python's collector may, the main thread is left with a
+    stack for signals that is no more, and the next signal ends the process.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def in_openvino(folder, file):
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(folder / file, "CPU", settings)
+    compiled = core().compile_model(folder / file, "CPU", settings)
     return lambda inputs: compiled(inputs)[0]
 
 
