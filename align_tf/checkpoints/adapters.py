@@ -5,7 +5,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from align_tf import addresses, files
 from align_tf.checkpoints.name_table import permute
 from align_tf.checkpoints.tensors import FLOAT_DTYPES, read_header, read_tensors
+from align_tf.configuration.checks import is_finite
 from align_tf.files import CheckpointError
 from align_tf.hub import ADAPTER_CONFIG_NAME, ADAPTER_TORCH_NAME, ADAPTER_WEIGHTS_NAME
 
@@ -161,7 +161,7 @@ def _check_config(config: AdapterConfig) -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"{key}={rank!r}: expected a positive integer")
     for key, alpha in {"lora_alpha": config.lora_alpha, **config.alpha_pattern}.items():
-        if not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
+        if not is_finite(alpha):
             raise ValueError(f"{key}={alpha!r}: expected a number")
     for key in ("target_modules", "exclude_modules"):
         value = getattr(config, key) or []

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from keras import layers, ops
 from align_tf import addresses, hub
 from align_tf.checkpoints import adapters, name_table
 from align_tf.checkpoints.adapters import AdapterConfig, Sides
+from align_tf.configuration.checks import is_finite
 from align_tf.models import lora
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.freezing import KeepsFrozen
@@ -29,8 +29,6 @@ TARGETS = {
         "image_projection",
     ),
 }
-
-MOST = sys.float_info.max  # of a number, also of an int, which may be more
 
 DEFAULT = "default"  # the name of an adapter that is given none, as in PEFT
 
@@ -85,7 +83,7 @@ class Adapters(KeepsFrozen):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(f"rank={rank!r}: expected a positive integer")
         alpha = rank if alpha is None else alpha
-        if not isinstance(alpha, (int, float)) or not 0 < alpha <= MOST:
+        if not is_finite(alpha) or alpha <= 0:
             raise ValueError(f"alpha={alpha!r}: expected a positive number")
         several = isinstance(towers, Iterable) and not isinstance(towers, str)
         towers = list(towers) if several else [towers]

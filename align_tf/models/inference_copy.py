@@ -114,8 +114,8 @@ class Offset(layers.Layer):
 
 
 class JoinedProjections(layers.Layer):
-    """Query, key and value of all tokens as one product: three of that width are hardly shared by
-    two cores where tokens are few, one is."""
+    """Query, key and value as one product, where all tokens ask: three of that width are hardly
+    shared by two cores where tokens are few, one is."""
 
     def __init__(self, shapes: list[tuple[int, int]], *, dtype: Any):
         super().__init__(name="project", dtype=dtype)

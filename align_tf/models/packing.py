@@ -45,12 +45,12 @@ def _first_token_states(
     x = tower.embeddings(**tokens, position_ids=column[None])[0]  # (m, hidden_size)
     for block in tower.blocks:
         attention = block.attention
-        tokens, places = x, (place, place, place)
+        inputs, places = x, (place, place, place)
         if block is tower.blocks[-1]:
             x = tf.gather(x, place[:, 0])  # (n, hidden_size)
             position = tf.range(tf.shape(x)[0])
             places = (position[:, None], place, place)
-        projected = zip(attention.project(x, tokens), places, strict=True)
+        projected = zip(attention.project(x, inputs), places, strict=True)
         query, key, value = (_in_heads(attention, rows, where) for rows, where in projected)
         attended, _ = attention.attend(query, key, value, mask[:, None, None])
         x = block.after_attention(x, attention.output_dense(_out_of_heads(attended, position)))

@@ -5,10 +5,10 @@ import importlib
 import math
 import os
 import reprlib
-import sys
 from typing import Any
 
 from align_tf.addresses import check, place
+from align_tf.configuration.checks import is_finite
 from align_tf.configuration.presets import PRESETS
 from align_tf.data.lengths import LENGTH_BUCKETS, LENGTHS, are_lengths
 from align_tf.data.limit import LIMIT, is_limit
@@ -27,12 +27,12 @@ PAIRS = "a whole number of 2 or more, since a pair is told from the others of it
 SHARE = "a number of 0 or more, below 1"
 
 CHECKS = {
-    POSITIVE: lambda value: 0 < value <= sys.float_info.max,  # an int may be more
+    POSITIVE: lambda value: is_finite(value) and value > 0,
     NATURAL: lambda value: isinstance(value, int) and value >= 0,
     COUNT: lambda value: isinstance(value, int) and value >= 1,
     PAIRS: lambda value: isinstance(value, int) and value >= 2,
     SHARE: lambda value: 0 <= value < 1,
-    "a number of 0 or more": lambda value: 0 <= value <= sys.float_info.max,
+    "a number of 0 or more": lambda value: is_finite(value) and value >= 0,
     LIMIT: is_limit,
 }
 
