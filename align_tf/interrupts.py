@@ -28,6 +28,22 @@ def noted() -> Iterator[None]:
         _came = False
 
 
+@contextlib.contextmanager
+def delayed() -> Iterator[None]:
+    """Has Ctrl-C wait for the end of the block, as some libraries swallow what stops an import."""
+    if threading.current_thread() is not threading.main_thread():  # gets no signals
+        yield
+        return
+    interrupts = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
 def check() -> None:
     """Raises KeyboardInterrupt, if one was noted that ended nothing."""
     if _came:

@@ -9,12 +9,11 @@ import os
 import pathlib
 import re
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from align_tf import interrupts
 from align_tf.terminal import literal_lines, say
 
 # Nothing heavy is imported here: `align-tf --help` answers at once.
@@ -47,7 +46,7 @@ def import_tensorflow() -> None:
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        with _late_interrupt(), _unseen(OPTIONAL if _on_tensorflow() else ()):
+        with interrupts.delayed(), _unseen(OPTIONAL if _on_tensorflow() else ()):
             import tensorflow  # noqa: F401
     finally:
         os.dup2(stderr, 2)
@@ -74,22 +73,6 @@ def _on_tensorflow() -> bool:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             named = json.loads((home / "keras.json").read_text(encoding="utf-8")).get("backend")
     return named in (None, "tensorflow")
-
-
-@contextlib.contextmanager
-def _late_interrupt() -> Iterator[None]:
-    """Has Ctrl-C wait for the end of the block, as some libraries swallow what stops an import."""
-    if threading.current_thread() is not threading.main_thread():  # gets no signals
-        yield
-        return
-    interrupts = []
-    before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupts:
-        raise KeyboardInterrupt
 
 
 def load(name: str) -> tuple[Any, Any]:
