@@ -63,7 +63,7 @@ def _print(program: Any) -> None:
         ["weights, optimizer, batch", f"{_size(program.state_bytes)} a chip"],
         ["beside them", f"{_size(program.temporary_bytes)} a chip"],
         ["a chip has", _size(program.chip_bytes)],
-        ["computed", _computed(program.flops_per_pair)],
+        ["computed", f"{program.flops_per_pair / 1e9:,.1f} GFLOP a pair"],
         ["compiled in", f"{program.seconds:,.0f} s"],
     ]
     chips = f"{program.chips} chip{'s' * (program.chips > 1)}"
@@ -82,12 +82,6 @@ def _print(program: Any) -> None:
         ]
         columns = ["between chips", "dtype", "count", "bytes a chip", "largest"]
         print_table("Collectives", columns, rows)
-
-
-def _computed(flops_per_pair: float | None) -> str:
-    if flops_per_pair is None:
-        return "not told of loops"
-    return f"{flops_per_pair / 1e9:,.1f} GFLOP a pair"
 
 
 def _size(num_bytes: int) -> str:

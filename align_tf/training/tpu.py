@@ -17,7 +17,12 @@ from typing import Any
 
 from align_tf.extras import extra
 from align_tf.training.recipe import Recipe
-from align_tf.training.tpu_program import Collective, collectives_of, foreign_parts
+from align_tf.training.tpu_program import (
+    Collective,
+    collectives_of,
+    flops_of,
+    foreign_parts,
+)
 
 GIB = 2**30
 
@@ -53,8 +58,7 @@ class Program:
         state_bytes: on each chip, weights, optimizer and batch.
         temporary_bytes: on each chip, beside them while the step runs.
         chip_bytes: what a chip has.
-        flops_per_pair: floating-point operations of the step, a pair; None where blocks run in
-            loops, of which the compiler counts one round.
+        flops_per_pair: floating-point operations of the step's products and convolutions, a pair.
         collectives: what goes between the chips.
         seconds: that the compilation took.
         foreign: what has no place on a TPU, such as float64; empty.
@@ -66,7 +70,7 @@ class Program:
     state_bytes: int
     temporary_bytes: int
     chip_bytes: int
-    flops_per_pair: float | None
+    flops_per_pair: float
     collectives: list[Collective]
     seconds: float
     foreign: list[str]
@@ -163,14 +167,15 @@ def _compile(
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
     start = time.monotonic()
     with _plain_errors(topology):
-        compiled = step.lower(state, batch).compile()
+        traced = step.trace(state, batch)
+        compiled = traced.lower().compile()
     seconds = time.monotonic() - start
     text = compiled.as_text()
     if program_path is not None:
         from align_tf import files
 
         files.write_text(pathlib.Path(program_path), text)
-    memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
+    memory = compiled.memory_analysis()
     return Program(
         topology=topology,
         chips=len(devices),
@@ -178,7 +183,7 @@ def _compile(
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         chip_bytes=MEMORY[topology.partition(":")[0]] * GIB,
-        flops_per_pair=None if recipe.loop_blocks else flops * len(devices) / recipe.batch_size,
+        flops_per_pair=flops_of(traced.jaxpr.jaxpr) / recipe.batch_size,
         collectives=collectives_of(text),
         seconds=seconds,
         foreign=foreign_parts(text),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from align_tf.cli.main import main
-from align_tf.training.tpu_program import Collective, collectives_of, foreign_parts
+from align_tf.training.tpu_program import Collective, collectives_of, flops_of, foreign_parts
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -31,6 +31,58 @@ def test_collectives_count_once_by_channel():
         Collective("all-gather", "bf16", 1, 8 * 2 * 192 * 2, (8, 2, 192)),
         Collective("all-reduce", "bf16", 1, 20, (10,)),
     ]
+
+
+# A loop of twelve rounds within one of three, whose body calls what holds a collective.
+LOOPS = """
+%inner (a: f32[8]) -> f32[8] {
+  %all-reduce.1 = f32[8]{0} all-reduce(%a), channel_id=1, to_apply=%add
+}
+%called (a: f32[8]) -> f32[8] {
+  %all-gather.2 = bf16[16]{0} all-gather(%a), channel_id=2, dimensions={0}
+}
+%less.12 (a: (s32[], f32[8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+}
+%less.3 (a: (s32[], f32[8])) -> pred[] {
+  %constant.2 = s32[]{:T(128)} constant(3)
+}
+%outer (a: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]{0}) while(%t.1), condition=%less.12, body=%inner, metadata={}
+  %fusion.1 = bf16[16]{0} fusion(%a), kind=kCustom, calls=%called
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %while.2 = (s32[], f32[8]{0}) while(%t.2), condition=%less.3, body=%outer
+  %all-reduce.3 = f32[8]{0} all-reduce(%a), channel_id=3, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_loop_count_once_a_round():
+    assert collectives_of(LOOPS) == [
+        Collective("all-reduce", "f32", 3 * 12 + 1, (3 * 12 + 1) * 8 * 4, (8,)),
+        Collective("all-gather", "bf16", 3, 3 * 16 * 2, (16,)),
+    ]
+
+
+def test_operations_of_products_and_convolutions_count_in_each_round():
+    jax = pytest.importorskip("jax")
+    import numpy as np
+
+    def rounds(x, w):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
+
+    traced = jax.jit(rounds).trace(np.ones((2, 3), "float32"), np.ones((3, 3), "float32"))
+    assert flops_of(traced.jaxpr.jaxpr) == 5 * 2 * (2 * 3 * 3)
+
+    def convolved(x, w):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=numbers).sum()
+
+    step = jax.jit(jax.value_and_grad(jax.checkpoint(convolved), (0, 1)))
+    traced = step.trace(np.ones((1, 8, 8, 3), "float32"), np.ones((3, 3, 3, 5), "float32"))
+    # 4 x 4 places of 5 channels, once forward and once to each gradient.
+    assert flops_of(traced.jaxpr.jaxpr) == 3 * 2 * (4 * 4 * 5) * (3 * 3 * 3)
 
 
 @pytest.mark.parametrize(
