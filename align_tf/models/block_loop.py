@@ -15,10 +15,13 @@ from keras import layers, ops
 
 from align_tf.models.step_state import step_variables
 
-# Operations for each element of a product: below it the product is made again for the gradient.
-# The products that widen the images' early stages, where memory goes, lie below it; those that
-# narrow them, and all others of both towers, above.
-DEAR = 200
+# Operations that take a TPU as long as to write a number of two bytes and to read it again: below
+# them it is made again for the gradient, in no more time than it was kept. (v5e: 197e12 operations
+# and 819e9 bytes a second, cloud.google.com/tpu/docs/v5e; a v6e has 2,240.)
+DEAR = 960
+# How many operations of the matrix unit pass in the time of one elsewhere, where depthwise
+# convolutions are: four of 1,024 lanes at 1.5 GHz.
+WITHOUT_MATRIX_UNIT = 32
 
 
 def run_blocks(
@@ -54,9 +57,8 @@ def worth_keeping(operation: Any, *arrays: Any, **options: Any) -> bool:
     """
     name = operation.name
     if name == "conv_general_dilated":
-        # A depthwise one has few operations, but a TPU has no matrix unit for them.
-        grouped = options["feature_group_count"] > 1
-        return grouped or 2 * math.prod(arrays[1].shape[:-1]) >= DEAR
+        cost = 2 * math.prod(arrays[1].shape[:-1])
+        return cost * (WITHOUT_MATRIX_UNIT if options["feature_group_count"] > 1 else 1) >= DEAR
     if name == "dot_general":
         (contracted, _), _ = options["dimension_numbers"]
         return 2 * math.prod(arrays[0].shape[axis] for axis in contracted) >= DEAR
