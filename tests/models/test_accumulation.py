@@ -101,8 +101,7 @@ def test_no_part_compares_all_pairs(accumulated):
 
 def test_accumulation_of_a_batch_that_does_not_divide(steady_config, of_five):
     """Five pairs, then three, in four parts."""
-    options = {"accumulation": 4, "steps_per_execution": 2}
-    found = train(make(AlignModel, steady_config), batch_size=5, **options)
+    found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4)
     assert_equal(found, of_five)
 
 
