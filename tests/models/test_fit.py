@@ -123,16 +123,16 @@ class Counted(AlignModel):
 
 
 @pytest.fixture
-def of_one_step(steady_config, pairs, kept) -> tuple[AlignModel, dict]:
-    """A model after Adam's first step in `fit`, and what the optimizer holds then."""
+def of_one_step(steady_config, pairs, kept) -> tuple[AlignModel, dict, bool]:
+    """A model after Adam's first step; what the optimizer holds, and if it did before `fit`."""
     if "adam" not in kept:
         model = Counted(steady_config)
         model.compile(optimizer=keras.optimizers.Adam(1e-3, beta_1=0.9, beta_2=0.999))
         model.evaluate(pairs, verbose=0)
-        assert not model.optimizer.built  # which would take the memory of a training
+        built = model.optimizer.built
         model.fit(pairs, batch_size=4, verbose=0)
         held = {v.path: np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables}
-        kept["adam"] = model, held
+        kept["adam"] = model, held, built
     return kept["adam"]
 
 
@@ -407,7 +407,8 @@ def test_a_token_that_occurs_again_is_summed_before_it_is_squared(of_one_step):
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's variables")
 def test_a_step_is_traced_once(of_one_step, pairs):
     """Variables that an optimizer makes within the step would have TensorFlow trace it again."""
-    model, _ = of_one_step
+    model, _, built = of_one_step
+    assert not built  # by an evaluation: it would take the memory of a training
     model.fit(pairs, batch_size=4, epochs=2, verbose=0)
     assert model.traced == 1
 
