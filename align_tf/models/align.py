@@ -193,6 +193,19 @@ class AlignModel(TakesNames, Exports, WeightFiles, ContrastiveTraining, Pretrain
             vision_model_output=vision_output,
         )
 
+    @property
+    def output_shape(self) -> dict[str, Any]:
+        """The shapes of the outputs by name, None for what depends on the inputs."""
+        logits, embeds = (None, None), (None, self.config.projection_dim)
+        return {
+            "logits_per_image": logits,
+            "logits_per_text": logits,
+            "text_embeds": embeds,
+            "image_embeds": embeds,
+            "text_model_output": self.text_model.output_shape,
+            "vision_model_output": self.vision_model.output_shape,
+        }
+
     def _check_names(self, inputs: Any) -> None:
         if not isinstance(inputs, dict):
             kind = type(inputs).__name__

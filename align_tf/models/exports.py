@@ -1,4 +1,4 @@
-"""A model from outside: its inputs and outputs by shape, and Keras's own export of it."""
+"""A model from outside: its inputs by shape, and Keras's own export of it."""
 
 import os
 from typing import Any
@@ -15,13 +15,7 @@ INPUTS = {
 
 
 class Exports:
-    """`output_shape` and `export` of a model whose inputs are named."""
-
-    @property
-    def output_shape(self) -> dict[str, Any]:
-        """The shapes of the outputs by name, None for what depends on the inputs."""
-        outputs = self.compute_output_spec(_symbolic(self._input_specs(None)))
-        return keras.tree.map_structure(lambda output: output.shape, dict(outputs))
+    """`export` of a model whose inputs are named."""
 
     def export(
         self,

@@ -133,6 +133,12 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             output["attentions"] = tuple(attentions)
         return output
 
+    @property
+    def output_shape(self) -> dict[str, Any]:
+        """The shapes of the outputs by name, None for what depends on the inputs."""
+        width = self.config.hidden_size
+        return {"last_hidden_state": (None, None, width), "pooler_output": (None, width)}
+
     def _check_inputs(self, inputs: Any) -> None:
         if not isinstance(inputs, dict):
             inputs = {"input_ids": inputs}

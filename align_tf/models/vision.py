@@ -113,6 +113,12 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             output["hidden_states"] = tuple(hidden_states)
         return output
 
+    @property
+    def output_shape(self) -> dict[str, Any]:
+        """The shapes of the outputs by name, None for what depends on the inputs."""
+        width = self.config.embed_dim
+        return {"last_hidden_state": (None, None, None, width), "pooler_output": (None, width)}
+
     def _check_inputs(self, inputs: Any) -> None:
         if not isinstance(inputs, dict):
             inputs = {"pixel_values": inputs}

@@ -37,7 +37,8 @@ def colliding(left: list[bytes], right: list[bytes]) -> tuple[int, int]:
 
 def colliding_images() -> list[bytes]:
     """Two pictures, each with some bytes after its end."""
-    files = [[encoded(color) + b"%d" % i for i in range(100_000)] for color in ("navy", "gold")]
+    pictures = encoded("navy"), encoded("gold")
+    files = [[picture + b"%d" % i for i in range(100_000)] for picture in pictures]
     return [of[place] for of, place in zip(files, colliding(*files), strict=True)]
 
 

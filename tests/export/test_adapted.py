@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from align_tf import AlignModel, AlignProcessor
+from align_tf import AlignModel, AlignProcessor, AlignTokenizer
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip("export runs on the TensorFlow backend", allow_module_level=True)
@@ -17,18 +17,18 @@ from align_tf import export_litert, export_onnx, export_saved_model
 from align_tf.export import litert, onnx, saved_model
 
 
-def test_an_adapted_model_is_exported_as_it_computes(tmp_path):
-    keras.utils.set_random_seed(0)
-    model = AlignModel.from_pretrained("align-tiny")
-    processor = AlignProcessor.from_pretrained("align-tiny")
-    texts = ["a cat", "a red car"]
-    plain = model.get_text_features(processor(text=texts))
+def test_an_adapted_model_is_exported_as_it_computes(checkpoint, processor, tmp_path):
+    model = AlignModel.from_pretrained(checkpoint)
+    tokenizer = AlignTokenizer(processor.tokenizer.vocab, model_max_length=16)
+    processor = AlignProcessor(processor.image_processor, tokenizer)
+    texts = ["a red picture", "blue"]
+    plain = model.get_text_features(processor(text=texts, padding="longest"))
     rng = np.random.default_rng(0)
     for block in model.text_model.blocks:
         for layer in (block.attention.query, block.attention.value):
             layer.enable_lora(2)
             layer.lora_kernel_b.assign(rng.normal(0, 0.5, layer.lora_kernel_b.shape))
-    expected = model.get_text_features(processor(text=texts)).numpy()
+    expected = model.get_text_features(processor(text=texts, padding="longest")).numpy()
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
     plain /= np.linalg.norm(plain, axis=-1, keepdims=True)
     assert (expected * plain).numpy().sum(-1).max() < 0.99

@@ -307,25 +307,28 @@ def test_a_label_counts_once_however_often_a_row_holds_it(signatures):
     assert probs[2].tolist() == [1, 1, 1, 1]
 
 
-def raw_session(folder, signature, value):
-    """Runs a signature of one input as a server does: no shape is looked at in Python."""
-    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+@pytest.fixture(scope="module")
+def raw_pixels(folder):
+    """Runs the signature of pixels as a server does: no shape is looked at in Python."""
+    session = tf.compat.v1.Session(graph=tf.Graph())
+    with session.graph.as_default():
         meta = tf.compat.v1.saved_model.load(session, ["serve"], os.fspath(folder))
-        info = meta.signature_def[signature]
-        options = config_pb2.CallableOptions(
-            feed=[tensor.name for tensor in info.inputs.values()],
-            fetch=[output.name for output in info.outputs.values()],
-        )
-        return session._make_callable_from_options(options)(value)
+    info = meta.signature_def["embed_pixels"]
+    options = config_pb2.CallableOptions(
+        feed=[tensor.name for tensor in info.inputs.values()],
+        fetch=[output.name for output in info.outputs.values()],
+    )
+    yield session._make_callable_from_options(options)
+    session.close()
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24, 3), (1, 32, 40, 3), (1, 32, 32, 4)])
-def test_pixels_of_another_size_are_refused_where_no_one_looks_at_shapes(folder, shape):
-    (embeds,) = raw_session(folder, "embed_pixels", np.ones((2, 32, 32, 3), "float32"))
+def test_pixels_of_another_size_are_refused_where_no_one_looks_at_shapes(raw_pixels, shape):
+    (embeds,) = raw_pixels(np.ones((2, 32, 32, 3), "float32"))
     assert embeds.shape == (2, 32)
     message = re.escape(f"[{','.join(map(str, shape))}] is not compatible")
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"pixel_values.*{message}") as error:
-        raw_session(folder, "embed_pixels", np.ones(shape, "float32"))
+        raw_pixels(np.ones(shape, "float32"))
     assert "expected shape [?,32,32,3]" in error.value.message
 
 

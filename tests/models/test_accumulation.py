@@ -1,14 +1,12 @@
 """Accumulation by cached embeddings and rematerialisation: other memory, the same step."""
 
-import dataclasses
-
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import align_tf.models.contrastive
-from align_tf import AlignConfig, AlignModel
+from align_tf import AlignModel
 from align_tf.models.contrastive import similarities
 
 
@@ -22,34 +20,6 @@ class PartByPart(AlignModel):
             key: ops.reshape(ops.stack([output[key] for output in outputs], axis=1), (-1, 8))
             for key in ("image_embeds", "text_embeds")
         }
-
-
-@pytest.fixture(scope="module")
-def config(tiny_config) -> AlignConfig:
-    """One layer, and two blocks: one that expands, and one that drop-connect may skip."""
-    vision = {
-        "out_channels": [16, 16],
-        "strides": [2, 1],
-        "num_block_repeats": [1, 1],
-        "expand_ratios": [2, 1],
-    }
-    return dataclasses.replace(
-        tiny_config,
-        text_config=dataclasses.replace(tiny_config.text_config, num_hidden_layers=1),
-        vision_config=dataclasses.replace(tiny_config.vision_config, **vision),
-    )
-
-
-@pytest.fixture(scope="module")
-def steady(config) -> AlignConfig:
-    """The configuration without dropout, and BatchNorm frozen."""
-    text = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    vision = {"drop_connect_rate": 0.0, "freeze_batch_norm": True}
-    return dataclasses.replace(
-        config,
-        text_config=dataclasses.replace(config.text_config, **text),
-        vision_config=dataclasses.replace(config.vision_config, **vision),
-    )
 
 
 def make_batch() -> dict[str, np.ndarray]:
@@ -85,13 +55,13 @@ def make(kind, config, **options) -> AlignModel:
 
 
 @pytest.fixture(scope="module")
-def of_parts(config):
+def of_parts(short_config):
     """Trained part by part, by the plain step on the sigmoid loss."""
-    return train(make(PartByPart, config), sigmoid=True)
+    return train(make(PartByPart, short_config), sigmoid=True)
 
 
 @pytest.fixture(scope="module")
-def accumulated(config):
+def accumulated(short_config):
     """Trained with accumulation; beside it, the shapes of logits that the loss was given."""
     made = set()
 
@@ -102,13 +72,13 @@ def accumulated(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align_tf.models.contrastive, "similarities", record)
-        return train(make(AlignModel, config), sigmoid=True, accumulation=2), made
+        return train(make(AlignModel, short_config), sigmoid=True, accumulation=2), made
 
 
 @pytest.fixture(scope="module")
-def of_five(steady):
+def of_five(steady_config):
     """Trained by the plain step on batches of 5 pairs, the last of 3."""
-    return train(make(AlignModel, steady), batch_size=5)
+    return train(make(AlignModel, steady_config), batch_size=5)
 
 
 def assert_equal(one, other, atol=1e-5):
@@ -129,45 +99,44 @@ def test_no_part_compares_all_pairs(accumulated):
     assert accumulated[1] == {(4, 8)}
 
 
-def test_accumulation_of_a_batch_that_does_not_divide(steady, of_five):
+def test_accumulation_of_a_batch_that_does_not_divide(steady_config, of_five):
     """Five pairs, then three, in four parts."""
-    options = {"accumulation": 4, "steps_per_execution": 2}
-    found = train(make(AlignModel, steady), batch_size=5, **options)
+    found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4)
     assert_equal(found, of_five)
 
 
 @pytest.mark.slow
-def test_accumulation_compiled_by_xla(steady, of_five):
-    found = train(make(AlignModel, steady), batch_size=5, accumulation=4, jit_compile=True)
+def test_accumulation_compiled_by_xla(steady_config, of_five):
+    found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4, jit_compile=True)
     assert_equal(found, of_five)
 
 
 @pytest.mark.slow  # two more steps to trace, as each of the following
-def test_accumulation_with_a_scaled_loss(steady):
+def test_accumulation_with_a_scaled_loss(steady_config):
     """Held to the plain step in float16, which leaves out the same steps."""
     options = {"dtype": "mixed_float16"}
-    expected = train(make(AlignModel, steady, **options))
-    model = make(AlignModel, steady, **options)
+    expected = train(make(AlignModel, steady_config, **options))
+    model = make(AlignModel, steady_config, **options)
     found = train(model, accumulation=2)
     assert model.optimizer.initial_scale == 2**15
     assert_equal(found, expected, atol=0.01)
 
 
 @pytest.mark.slow
-def test_rematerialised_blocks_take_the_same_step(config):
-    expected = train(make(AlignModel, config))
-    assert_equal(train(make(AlignModel, config), remat=True), expected)
+def test_rematerialised_blocks_take_the_same_step(short_config):
+    expected = train(make(AlignModel, short_config))
+    assert_equal(train(make(AlignModel, short_config), remat=True), expected)
 
 
 @pytest.mark.slow
-def test_rematerialised_blocks_take_the_same_accumulated_step(config, accumulated):
-    found = train(make(AlignModel, config), sigmoid=True, remat=True, accumulation=2)
+def test_rematerialised_blocks_take_the_same_accumulated_step(short_config, accumulated):
+    found = train(make(AlignModel, short_config), sigmoid=True, remat=True, accumulation=2)
     assert_equal(found, accumulated[0])
 
 
-def test_a_short_part_moves_batch_norm_by_pictures_of_the_batch(config):
+def test_a_short_part_moves_batch_norm_by_pictures_of_the_batch(short_config):
     """Three rows in four parts: pictures of zeros would have it learn of what is not there."""
-    model = AlignModel(config)
+    model = AlignModel(short_config)
     model.unfreeze_batch_norm()
     model.compile(optimizer=keras.optimizers.SGD(0.0), accumulation=4)
     batch = {key: value[:3] for key, value in make_batch().items()}

@@ -19,17 +19,9 @@ LOGS = {"loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "tempera
 
 
 @pytest.fixture(scope="module")
-def steady_config(tiny_config) -> AlignConfig:
-    """Without dropout, with BatchNorm frozen: a step depends on the batch alone."""
-    text = dataclasses.replace(
-        tiny_config.text_config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    vision = dataclasses.replace(
-        tiny_config.vision_config, drop_connect_rate=0.0, freeze_batch_norm=True
-    )
-    return dataclasses.replace(
-        tiny_config, text_config=text, vision_config=vision, temperature_init_value=0.5
-    )
+def steady_config(steady_config) -> AlignConfig:
+    """With a temperature that a step moves."""
+    return dataclasses.replace(steady_config, temperature_init_value=0.5)
 
 
 def compile_once(config: AlignConfig, **options) -> Callable[[], AlignModel]:
@@ -63,6 +55,13 @@ def restart_two_steps(steady_config) -> Callable[[], AlignModel]:
 def model(restart) -> AlignModel:
     """Compiled with SGD(0.3); it may be trained, and not be changed in another way."""
     return restart()
+
+
+@pytest.fixture
+def still(model) -> AlignModel:
+    """The model, at a rate of 0."""
+    model.optimizer.learning_rate = 0.0
+    return model
 
 
 @pytest.fixture
@@ -107,10 +106,34 @@ def kept() -> dict:
 @pytest.fixture
 def expected(restart, pairs, kept) -> tuple[dict, list]:
     """The logs and weights of the plain training of `pairs`."""
-    if not kept:
+    if "plain" not in kept:
         kept["plain"] = train(restart(), pairs)
         restart()
     return kept["plain"]
+
+
+class Counted(AlignModel):
+    """Counts how often its step is traced."""
+
+    traced = 0
+
+    def train_step(self, *state_and_data):
+        Counted.traced += 1
+        return super().train_step(*state_and_data)
+
+
+@pytest.fixture
+def of_one_step(steady_config, pairs, kept) -> tuple[AlignModel, dict, bool]:
+    """A model after Adam's first step; what the optimizer holds, and if it did before `fit`."""
+    if "adam" not in kept:
+        model = Counted(steady_config)
+        model.compile(optimizer=keras.optimizers.Adam(1e-3, beta_1=0.9, beta_2=0.999))
+        model.evaluate(pairs, verbose=0)
+        built = model.optimizer.built
+        model.fit(pairs, batch_size=4, verbose=0)
+        held = {v.path: np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables}
+        kept["adam"] = model, held, built
+    return kept["adam"]
 
 
 # --- losses --------------------------------------------------------------------------------
@@ -166,21 +189,21 @@ def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pair
         assert two[key] == pytest.approx(one[key], abs=1e-6), key
 
 
-def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(model, pairs):
+def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(still, pairs):
     """Five pairs in batches of four: of the last, alone in its batch, the loss is 0."""
     filler = rows(pairs, [0, 1, 2, 3, 0, 0, 0, 0])
     filler["sample_weight"] = np.array([1, 1, 1, 1, 1, 0, 0, 0], "float32")
-    of_four = float(model(pairs, return_loss=True).loss)
+    of_four = float(still(pairs, return_loss=True).loss)
     assert of_four > 0.5
-    logs = model.evaluate(filler, batch_size=4, verbose=0, return_dict=True)
+    logs = still.evaluate(filler, batch_size=4, verbose=0, return_dict=True)
     assert logs["loss"] == pytest.approx(0.8 * of_four, abs=1e-5)
     assert logs["loss"] == pytest.approx((logs["loss_i2t"] + logs["loss_t2i"]) / 2, abs=1e-6)
-    for accumulation in (1, 2):
-        still = twin(model)  # at a rate of 0
-        still.compile(optimizer=keras.optimizers.SGD(0.0), accumulation=accumulation)
-        history, _ = train(still, filler, epochs=1)
+    in_parts = twin(still)
+    in_parts.compile(optimizer=keras.optimizers.SGD(0.0), accumulation=2)
+    for model in (still, in_parts):
+        history, _ = train(model, filler, epochs=1)
         assert history["loss"] == [pytest.approx(0.8 * of_four, abs=1e-5)]
-        assert [metric.name for metric in still.metrics].count("loss") == 1
+        assert [metric.name for metric in model.metrics].count("loss") == 1
 
 
 def test_an_epoch_from_which_nothing_can_be_learned_is_an_error(model, pairs):
@@ -235,18 +258,16 @@ def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
     assert apart(other[-1], expected[-1]) > 1e-3
 
 
-def test_weights_beside_a_validation_and_in_tuples_count(model, padded):
+def test_weights_beside_a_validation_and_in_tuples_count(still, padded):
     """Keras drops the weight of (x, None, weight) in arrays."""
     import tensorflow as tf
 
     weight = padded["sample_weight"]
     x = {key: value for key, value in padded.items() if key != "sample_weight"}
-    expected = model.evaluate(x, batch_size=6, sample_weight=weight, verbose=0)[0]
+    expected = still.evaluate(x, batch_size=6, sample_weight=weight, verbose=0)[0]
     data = tf.data.Dataset.from_tensors((x, None, weight))
-    assert model.evaluate(data, verbose=0)[0] == pytest.approx(expected, abs=1e-6)
-    np.testing.assert_array_equal(model.predict(data, verbose=0)["sample_weight"], weight)
-    still = twin(model)
-    still.compile(optimizer=keras.optimizers.SGD(0.0))
+    assert still.evaluate(data, verbose=0)[0] == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_array_equal(still.predict(data, verbose=0)["sample_weight"], weight)
     for validation in ((x, None, weight), [x, None, weight], padded, collections.UserDict(padded)):
         logs = still.fit(padded, batch_size=6, validation_data=validation, verbose=0).history
         assert logs["val_loss"] == [pytest.approx(expected, abs=1e-5)]
@@ -331,8 +352,8 @@ def test_the_temperature_stays_within_its_bounds(steady_config, pairs):
 def test_steps_per_execution(model, restart_two_steps, pairs):
     two = {key: np.concatenate([value, value[::-1]]) for key, value in pairs.items()}
     two["pixel_values"][4:] = np.random.default_rng(1).random((4, 16, 16, 3))
-    logs, weights = train(model, two)
-    found_logs, found = train(restart_two_steps(), two)
+    logs, weights = train(model, two, batch_size=2)
+    found_logs, found = train(restart_two_steps(), two, batch_size=2)
     assert apart(found[-1], weights[-1]) < 1e-6
     for key in LOGS:
         np.testing.assert_allclose(found_logs[key], logs[key], atol=1e-5, err_msg=key)
@@ -371,13 +392,9 @@ def test_callbacks_and_validation(model, pairs, tmp_path):
     assert set(again.evaluate(pairs, verbose=0, return_dict=True)) == LOGS
 
 
-def test_a_token_that_occurs_again_is_summed_before_it_is_squared(model, pairs):
+def test_a_token_that_occurs_again_is_summed_before_it_is_squared(of_one_step):
     """After one step Adam's moments are (1 - beta_1) g and (1 - beta_2) g^2, for each weight."""
-    model = twin(model)
-    optimizer = keras.optimizers.Adam(1e-3, beta_1=0.9, beta_2=0.999)
-    model.compile(optimizer=optimizer)
-    model.train_on_batch(pairs)
-    moments = {variable.path: np.asarray(variable) for variable in optimizer.variables}
+    moments = of_one_step[1]
     names = [name for name in moments if name.endswith("embeddings_momentum")]
     assert len(names) == 3
     for name in names:
@@ -385,6 +402,15 @@ def test_a_token_that_occurs_again_is_summed_before_it_is_squared(model, pairs):
         assert np.abs(gradient).max() > 1e-5
         second = moments[name.replace("momentum", "velocity")] / 0.001
         np.testing.assert_allclose(second, gradient**2, rtol=1e-3, atol=1e-10)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's variables")
+def test_a_step_is_traced_once(of_one_step, pairs):
+    """Variables that an optimizer makes within the step would have TensorFlow trace it again."""
+    model, _, built = of_one_step
+    assert not built  # by an evaluation: it would take the memory of a training
+    model.fit(pairs, batch_size=4, epochs=2, verbose=0)
+    assert model.traced == 1
 
 
 def test_clipping_and_average_of_weights(model, pairs):
@@ -414,18 +440,19 @@ def test_mixed_bfloat16(model, pairs, expected):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_model_all_of_a_small_dtype_trains_its_batch_norm(dtype, steady_config, pairs):
-    keras.utils.set_random_seed(0)
-    model = AlignModel(steady_config)
-    model.unfreeze_batch_norm()
-    small = twin(model, dtype=dtype)
-    small.unfreeze_batch_norm()
-    for one in (model, small):
-        one.compile(optimizer=keras.optimizers.SGD(0.1))
-        one.fit(pairs, batch_size=4, verbose=0)
-    moving = small.vision_model.stem_bn.moving_variance
+def test_a_model_all_of_a_small_dtype_trains_its_batch_norm(dtype, steady_config, pairs, kept):
+    def moving_variance(dtype):
+        keras.utils.set_random_seed(0)
+        trained = twin(AlignModel(steady_config), dtype=dtype)
+        trained.unfreeze_batch_norm()
+        trained.compile(optimizer=keras.optimizers.SGD(0.1))
+        trained.fit(pairs, batch_size=4, verbose=0)
+        return trained.vision_model.stem_bn.moving_variance
+
+    if "variance" not in kept:
+        kept["variance"] = ops.convert_to_numpy(moving_variance("float32"))
+    expected, moving = kept["variance"], moving_variance(dtype)
     assert moving.dtype == dtype
-    expected = ops.convert_to_numpy(model.vision_model.stem_bn.moving_variance)
     assert np.abs(expected - 1).max() > 5e-3
     found = ops.convert_to_numpy(ops.cast(moving, "float32"))
     np.testing.assert_allclose(found, expected, atol=1e-2)  # bfloat16 has 256 steps from 1 to 2
@@ -445,29 +472,9 @@ def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pai
         np.testing.assert_array_equal(found["sample_weight"], weight)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's variables")
-def test_a_step_is_traced_once(steady_config, pairs):
-    """Variables that an optimizer makes within the step would have TensorFlow trace it again."""
-    traced = []
-
-    class Counted(AlignModel):
-        def train_step(self, data):
-            traced.append(data)
-            return super().train_step(data)
-
-    model = Counted(steady_config)
-    model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
-    model.evaluate(pairs, verbose=0)
-    assert not model.optimizer.built  # which would take the memory of a training
-    model.fit(pairs, batch_size=2, epochs=2, verbose=0)
-    assert len(traced) == 1
-
-
-def test_ids_that_are_floats_are_the_whole_numbers(steady_config, pairs):
+def test_ids_that_are_floats_are_the_whole_numbers(model, pairs):
     import tensorflow as tf
 
-    model = AlignModel(steady_config)
-    model.compile(optimizer="sgd")
     floats = {**pairs, "input_ids": pairs["input_ids"].astype("float32")}
     expected = model.evaluate(pairs, verbose=0)
     np.testing.assert_allclose(model.evaluate(floats, verbose=0), expected, rtol=1e-6)

@@ -14,6 +14,7 @@ from align_tf import AlignModel
 from align_tf.configuration.blocks import block_table
 from align_tf.models.bert import EncoderLayer, SelfAttention, TextEmbeddings
 from align_tf.models.efficientnet import MBConvBlock
+from align_tf.models.exports import INPUTS
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 
@@ -126,6 +127,24 @@ def test_output_shapes(unchanged):
         "text_model_output": texts,
         "vision_model_output": images,
     }
+    for part in (unchanged, unchanged.text_model, unchanged.vision_model):
+        inputs = {
+            name: keras.Input(batch_shape=shape, dtype=dtype)
+            for name, (shape, dtype) in INPUTS.items()
+            if name in part.input_names
+        }
+        found = keras.tree.map_structure(lambda output: output.shape, dict(part(inputs)))
+        assert found == part.output_shape
+
+
+def test_a_file_is_written_and_read_without_a_call(unchanged, monkeypatch, tmp_path):
+    """Keras asks a model for all its attributes: of one that calls it, each file takes twice."""
+    calls = []
+    for kind in (AlignModel, type(unchanged.text_model), type(unchanged.vision_model)):
+        monkeypatch.setattr(kind, "call", lambda self, *_, **__: calls.append(self))
+    unchanged.save(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras")
+    assert calls == []
 
 
 def test_summary_count_and_layers(unchanged):

@@ -44,13 +44,23 @@ def values(model):
     return {weight.path: np.array(ops.convert_to_numpy(weight)) for weight in model.weights}
 
 
-@pytest.fixture
-def adapted(checkpoint):
-    """The model of `checkpoint` with an adapter of rank 2 that computes another thing."""
+def adapt(checkpoint):
     model = AlignModel.from_pretrained(checkpoint)
     model.enable_lora(2, alpha=3)
     draw(model)
     return model
+
+
+@pytest.fixture
+def adapted(checkpoint):
+    """The model of `checkpoint` with an adapter of rank 2 that computes another thing."""
+    return adapt(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def unchanged(checkpoint):
+    """The same, made once: not to be changed."""
+    return adapt(checkpoint)
 
 
 def names(model):
@@ -190,17 +200,17 @@ def test_a_copy_has_the_adapter_merged_and_trains_what_trained_before(checkpoint
     assert names(again) == before
 
 
-def test_an_adapter_lies_at_an_address(adapted, checkpoint, pairs, monkeypatch, tmp_path):
+def test_an_adapter_lies_at_an_address(unchanged, checkpoint, pairs, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    adapted.save_adapter("memory://bucket/adapter")
+    unchanged.save_adapter("memory://bucket/adapter")
     assert list(tmp_path.iterdir()) == []
     again = AlignModel.from_pretrained(checkpoint)
     again.load_adapter("memory://bucket/adapter")
-    assert_same(embeds(again, pairs), embeds(adapted, pairs))
+    assert_same(embeds(again, pairs), embeds(unchanged, pairs))
     model = AlignModel.from_pretrained("memory://bucket/adapter")
-    assert_same(embeds(model, pairs), embeds(adapted, pairs))
+    assert_same(embeds(model, pairs), embeds(unchanged, pairs))
     with pytest.raises(ValueError, match="xx://bucket/adapter: not an address that is read or wr"):
-        adapted.save_adapter("xx://bucket/adapter")
+        unchanged.save_adapter("xx://bucket/adapter")
 
 
 def test_a_merged_adapter_is_in_the_weights(adapted, pairs, checkpoint, tmp_path):
@@ -235,8 +245,9 @@ def test_keras_weight_file_keeps_the_adapter_and_its_base(quantized, checkpoint,
     draw(model)
     model.save_weights(tmp_path / "model.weights.h5")
     again.load_weights(tmp_path / "model.weights.h5")
+    found = values(again)
     for path, value in values(model).items():
-        np.testing.assert_array_equal(values(again)[path], value, err_msg=path)
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
     assert_same(embeds(again, pairs), embeds(model, pairs))
     # A file without an adapter leaves that of the model.
     AlignModel.from_pretrained(checkpoint).save_weights(tmp_path / "plain.weights.h5")
@@ -270,8 +281,8 @@ def test_a_broken_off_fit_goes_on_with_its_adapter(checkpoint, pairs, tmp_path):
 
 
 @pytest.mark.parametrize("options", [None, {"rank": 3}, {"rank": 2, "alpha": 8}], ids=str)
-def test_a_weight_file_of_another_adapter_is_told(options, adapted, checkpoint, tmp_path):
-    adapted.save_weights(tmp_path / "model.weights.h5")
+def test_a_weight_file_of_another_adapter_is_told(options, unchanged, checkpoint, tmp_path):
+    unchanged.save_weights(tmp_path / "model.weights.h5")
     other = AlignModel.from_pretrained(checkpoint)
     if options:
         other.enable_lora(**options)
@@ -283,12 +294,12 @@ def test_a_weight_file_of_another_adapter_is_told(options, adapted, checkpoint, 
         np.testing.assert_array_equal(value, before[path], err_msg=path)
 
 
-def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp_path):
+def test_a_collection_knows_a_model_by_what_it_computes(unchanged, checkpoint, tmp_path):
     processor = AlignProcessor.from_pretrained(checkpoint)
-    found = fingerprint(adapted, processor)
+    found = fingerprint(unchanged, processor)
     assert found != fingerprint(AlignModel.from_pretrained(checkpoint), processor)
-    adapted.save_adapter(tmp_path / "adapter")
-    adapted.save_pretrained(tmp_path / "merged")
+    unchanged.save_adapter(tmp_path / "adapter")
+    unchanged.save_pretrained(tmp_path / "merged")
     for name in ("adapter", "merged"):
         assert fingerprint(AlignModel.from_pretrained(tmp_path / name), processor) == found
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -297,13 +308,13 @@ def test_a_collection_knows_a_model_by_what_it_computes(adapted, checkpoint, tmp
     assert fingerprint(other, processor) != found
 
 
-def test_a_folder_of_an_adapter_is_a_model(adapted, checkpoint, pairs, tmp_path):
-    adapted.save_adapter(tmp_path)
+def test_a_folder_of_an_adapter_is_a_model(unchanged, checkpoint, pairs, tmp_path):
+    unchanged.save_adapter(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(checkpoint)
     again = AlignModel.from_pretrained(tmp_path)
     assert again.active_adapter == "default"
-    assert_same(embeds(again, pairs), embeds(adapted, pairs))
+    assert_same(embeds(again, pairs), embeds(unchanged, pairs))
     assert len(AlignProcessor.from_pretrained(tmp_path).tokenizer) == 10
     assert AlignConfig.from_pretrained(tmp_path).projection_dim == 8
     with pytest.raises(ValueError, match="an adapter: expected AlignModel, of which a tower is"):
@@ -386,21 +397,21 @@ def test_an_optimizer_of_other_weights_is_told(checkpoint, pairs):
         ({"rank": 2, "name": "default"}, "name='default': there is such an adapter; expected ano"),
     ],
 )
-def test_an_argument_that_is_none_is_told(arguments, message, adapted):
+def test_an_argument_that_is_none_is_told(arguments, message, unchanged):
     with pytest.raises(ValueError, match=message):
-        adapted.enable_lora(**arguments)
+        unchanged.enable_lora(**arguments)
 
 
-def test_a_name_that_is_none_is_told(adapted, checkpoint):
-    for call in (adapted.set_adapter, adapted.delete_adapter):
+def test_a_name_that_is_none_is_told(unchanged, checkpoint):
+    for call in (unchanged.set_adapter, unchanged.delete_adapter):
         with pytest.raises(ValueError, match="name='x': no such adapter; there are: default"):
             call("x")
         with pytest.raises(ValueError, match=r"name=\['x'\]: no such adapter; there are: default"):
             call(["x"])
     with pytest.raises(ValueError, match="the bias of the sigmoid loss is no part of an adapter"):
-        adapted.use_sigmoid_loss(4)
+        unchanged.use_sigmoid_loss(4)
     with pytest.raises(ValueError, match="new word embeddings are no part of an adapter: expected"):
-        adapted.resize_token_embeddings(50)
+        unchanged.resize_token_embeddings(50)
     plain = AlignModel.from_pretrained(checkpoint)
     with pytest.raises(ValueError, match="no adapter is active: expected enable_lora or load_ad"):
         plain.save_adapter("nowhere")
@@ -420,9 +431,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("message", "change"), CHANGES.items())
-def test_an_adapter_that_does_not_fit_is_told(message, change, adapted, pairs, tmp_path):
-    expected = embeds(adapted, pairs)
-    adapted.save_adapter(tmp_path)
+def test_an_adapter_that_does_not_fit_is_told(message, change, unchanged, pairs, tmp_path):
+    expected = embeds(unchanged, pairs)
+    unchanged.save_adapter(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     for name, shape in change.items():
@@ -430,10 +441,10 @@ def test_an_adapter_that_does_not_fit_is_told(message, change, adapted, pairs, t
     present = {key: value for key, value in tensors.items() if value is not None}
     safetensors.numpy.save_file(present, path)
     with pytest.raises(CheckpointError) as error:
-        adapted.load_adapter(tmp_path, name="other")
+        unchanged.load_adapter(tmp_path, name="other")
     assert str(error.value).startswith(f"{path}: {message}")
-    assert adapted.adapters == ["default"]
-    assert_same(embeds(adapted, pairs), expected)
+    assert unchanged.adapters == ["default"]
+    assert_same(embeds(unchanged, pairs), expected)
 
 
 SETTINGS = {
@@ -457,12 +468,12 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("message", "settings"), SETTINGS.items())
-def test_settings_that_are_not_supported_are_told(message, settings, adapted, tmp_path):
-    adapted.save_adapter(tmp_path)
+def test_settings_that_are_not_supported_are_told(message, settings, unchanged, tmp_path):
+    unchanged.save_adapter(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
     with pytest.raises(CheckpointError) as error:
-        adapted.load_adapter(tmp_path, name="other")
+        unchanged.load_adapter(tmp_path, name="other")
     assert str(error.value) == f"{path}: {message}"
 
 

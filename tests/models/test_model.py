@@ -639,7 +639,7 @@ def test_keras_file_keeps_what_was_set(tiny_config, pairs, tmp_path):
     model.unfreeze("vision", [-1])
     model.freeze("text", [0])
     optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-    model.compile(optimizer=optimizer, accumulation=2, remat=True, steps_per_execution=3)
+    model.compile(optimizer=optimizer, accumulation=2, remat=True, steps_per_execution=2)
     model.fit(pairs, batch_size=4, verbose=0)
     assert all(np.isfinite(value).all() for value in values(model).values())
     assert any(ops.convert_to_numpy(variable).any() for variable in model.optimizer.variables[2:])
@@ -647,7 +647,7 @@ def test_keras_file_keeps_what_was_set(tiny_config, pairs, tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert (again.name, again.label_smoothing, again.loss_reduction) == ("mine", 0.3, "sum")
     assert again.temperature_bounds == (0.02, 0.5)
-    assert (again.accumulation, again.steps_per_execution) == (2, 3)
+    assert (again.accumulation, again.steps_per_execution) == (2, 2)
     assert again.text_model.remat is again.vision_model.remat is True
     assert again.dtype_policy.name == again.vision_model.dtype_policy.name == "mixed_bfloat16"
     names = [weight.path for weight in model.trainable_weights]
@@ -712,16 +712,6 @@ def test_mixed_precision(policy, unchanged, tiny_config, pairs):
         )
     features = mixed.get_image_features(pairs["pixel_values"])
     assert keras.backend.standardize_dtype(features.dtype) == "float32"
-
-
-def test_mixed_float16_trains(tiny_config, pairs):
-    model = AlignModel(tiny_config, dtype="mixed_float16")
-    model.compile(optimizer="sgd")
-    before = values(model)
-    history = model.fit(pairs, batch_size=4, verbose=0).history
-    assert np.isfinite(history["loss"]).all()
-    assert all(np.isfinite(value).all() for value in values(model).values())
-    assert "text_model/layer_0/attention/query/kernel" in changed(before, values(model))
 
 
 def test_the_global_policy_is_taken(tiny_config):

@@ -58,6 +58,19 @@ if index == 0:
     print(json.dumps(history))
 """
 
+# Runs commands in turn, each in an environment: one import serves them all.
+IN_TURN = """
+import json, os, sys
+from align_tf.cli.main import main
+
+index = int(os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", 0))
+for environment, arguments in json.loads(sys.argv[1])[index]:
+    os.environ.update(environment)
+    print("--", main(arguments), file=sys.stderr, flush=True)
+    for name in environment:
+        del os.environ[name]
+"""
+
 
 def start(
     count: int, devices: int, settings: dict | list[dict], command: list[str] | None = None
@@ -99,6 +112,11 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
             process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
+
+
+def last_words(process: subprocess.Popen) -> list[tuple[str, str]]:
+    """Waits for a process of IN_TURN, and returns each command's last line and code."""
+    return re.findall(r"^(.*)\n-- (\d+)$", process.communicate()[1], re.MULTILINE)
 
 
 def apart(one, other, left_out: str = "seed") -> float:
@@ -209,27 +227,30 @@ def test_after_a_kill_of_one_all_go_on_to_the_weights_of_an_unbroken_run(
     assert figures(tmp_path / "out") == figures(of_two)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        ({"seed": "2"}, ["--seed 0: not so in ev", "--seed 2: not so in ev"]),
-        ({"output": "y"}, ["another process has ended in an error", "y: not where the first pr"]),
-        ({"data": "gone"}, ["another process has ended in an error", "gone: no such file or fo"]),
-        ({"data": "fewer"}, ["data: pairs: 20, 24 in the processes; expected one"] * 2),
-    ],
+OTHERS = (
+    ({"seed": "2"}, ["--seed 0: not so in ev", "--seed 2: not so in ev"]),
+    ({"output": "y"}, ["another process has ended in an error", "y: not where the first pr"]),
+    ({"data": "gone"}, ["another process has ended in an error", "gone: no such file or fo"]),
+    ({"data": "fewer"}, ["data: pairs: 20, 24 in the processes; expected one"] * 2),
 )
-def test_processes_of_different_recipes_are_told(settings, place, tmp_path, other, expected):
-    given = {key: value for key, value in settings.items() if value is not None}
-    given |= {"output": str(tmp_path / "out")}
+
+
+@pytest.mark.slow
+def test_processes_of_different_recipes_are_told(settings, place, tmp_path):
     shutil.copytree(place / "pairs", tmp_path / "fewer", ignore=shutil.ignore_patterns("2*"))
-    if "seed" not in other:
-        other = {key: str(tmp_path / value) for key, value in other.items()}
-    processes = start(2, 1, [given, {**given, **other}])
-    said = [process.communicate()[1].splitlines()[-1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], said
-    for line, start_of_it in zip(said, expected, strict=True):
-        assert re.match(rf"align-tf: error: (\S*/)?{start_of_it}", line), said
+    commands = ([], [])
+    for number, (other, _) in enumerate(OTHERS):
+        given = {key: value for key, value in settings.items() if value is not None}
+        given |= {"output": str(tmp_path / f"out{number}")}
+        if "seed" not in other:
+            other = {key: str(tmp_path / value) for key, value in other.items()}
+        for of_one, changes in zip(commands, ({}, other), strict=True):
+            of_one.append(({}, ["train", *flags(given | changes)]))
+    processes = start(2, 1, {}, ["-c", IN_TURN, json.dumps(commands)])
+    for place_of, said in enumerate(map(last_words, processes)):
+        for (line, code), (_, expected) in zip(said, OTHERS, strict=True):
+            assert code == "2", line
+            assert re.match(rf"align-tf: error: (\S*/)?{expected[place_of]}", line), line
 
 
 # --- what the environment says -----------------------------------------------------------------
@@ -266,30 +287,27 @@ def test_several_processes_on_another_backend_are_told(monkeypatch, name):
         hosts.join()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2: several processes, which .* expected srun"),
-        ({"_JOB_ADDRESSES": "nohost"}, "KERAS_DISTRIBUTION_JOB_ADDRESSES=nohost, KERAS.*port, "),
-        ({"_NUM_PROCESSES": "x"}, "KERAS_.*_NUM_PROCESSES=x, .* find each other: .*this one's pl"),
-    ],
+ALONE = (
+    ({"SLURM_NTASKS": "2"}, "SLURM_NTASKS=2: several processes, which .* expected srun"),
+    ({"_JOB_ADDRESSES": "nohost"}, "KERAS_DISTRIBUTION_JOB_ADDRESSES=nohost, KERAS.*port, "),
+    ({"_NUM_PROCESSES": "x"}, "KERAS_.*_NUM_PROCESSES=x, .* find each other: .*this one's pl"),
 )
-def test_processes_that_cannot_find_each_other_are_told(environment, expected):
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_find_each_other_are_told():
     pytest.importorskip("jax")
     whole = {"_JOB_ADDRESSES": "127.0.0.1:9", "_NUM_PROCESSES": "2", "_PROCESS_ID": "0"}
-    if "SLURM_NTASKS" not in environment:
-        environment = {f"KERAS_DISTRIBUTION{k}": v for k, v in {**whole, **environment}.items()}
     given = ["train", "--model", "align-tiny", "--data", "x", "--output", "y", "--steps", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "align_tf", *given],
-        env={**os.environ, "KERAS_BACKEND": "jax", **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert re.match(f"align-tf: error: {expected}", done.stderr.splitlines()[-1]), done.stderr
+    commands = []
+    for environment, _ in ALONE:
+        if "SLURM_NTASKS" not in environment:
+            environment = {f"KERAS_DISTRIBUTION{k}": v for k, v in {**whole, **environment}.items()}
+        commands.append((environment, given))
+    (process,) = start(1, 1, {}, ["-c", IN_TURN, json.dumps([commands])])
+    for (line, code), (_, expected) in zip(last_words(process), ALONE, strict=True):
+        assert code == "2", line
+        assert re.match(f"align-tf: error: {expected}", line), line
 
 
 @pytest.mark.parametrize(("workers", "expected"), [("10.0.0.1", False), ("10.0.0.1,b", True)])

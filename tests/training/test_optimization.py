@@ -255,9 +255,10 @@ def test_mixed_float16_leaves_out_a_step_that_is_not_finite(small_config, pairs)
         found = ops.convert_to_numpy(variable)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7, err_msg=path)
     assert all(np.isfinite(value).all() for value in weights_of(model).values())
-    kernels = [weights["vision_model/stem_conv/kernel"] for weights in steps.weights]
-    moved = [np.abs(after - before).max() for before, after in itertools.pairwise(kernels)]
-    assert min(moved[1:]) > 1e-4
+    for path in ("vision_model/stem_conv/kernel", "text_model/layer_0/attention/query/kernel"):
+        kernels = [weights[path] for weights in steps.weights]
+        moved = [np.abs(after - before).max() for before, after in itertools.pairwise(kernels)]
+        assert min(moved[1:]) > 1e-4
 
 
 def test_make_optimizer_says_what_is_wrong(tiny_config):
