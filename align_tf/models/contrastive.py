@@ -69,8 +69,8 @@ class ContrastiveTraining:
                 arXiv 2101.06983); see `align_tf.models.accumulation`.
             remat: compute the activations inside a block again for its gradient instead of
                 keeping them: less memory, more time.
-            loop_blocks: on JAX, run blocks that are alike in a loop, which is compiled once: for
-                a TPU in less time; see `align_tf.models.block_loop`.
+            loop_blocks: on JAX, run blocks that are alike in a loop, which is compiled once and
+                keeps less: for a TPU; see `align_tf.models.block_loop`.
 
         Raises:
             ValueError: a loss or a metric is given, accumulation is not a positive integer, or

@@ -255,5 +255,5 @@ def _plain_errors(topology: str) -> Iterator[None]:
         taken, there = [value for value in found.groups() if value]
         raise ValueError(
             f"{topology}: the step takes {taken}iB of a chip's {there}iB; a smaller batch_size, "
-            "accumulation or remat takes less"
+            "accumulation, loop_blocks or remat takes less"
         ) from error
