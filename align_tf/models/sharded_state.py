@@ -43,30 +43,14 @@ class ShardedState(keras.distribution.DataParallel):
         return _Layout(self, axes)
 
     def get_variable_layout(self, variable: keras.Variable) -> keras.distribution.TensorLayout:
-        return _Layout(self, self._axes(tuple(variable.shape)))
+        return _Layout(self, self._axes(variable))
 
     def is_spread(self, variable: keras.Variable) -> bool:
         """Says whether a variable lies in parts."""
-        return any(self._axes(tuple(variable.shape)))
+        return any(self._axes(variable))
 
-    def _axes(self, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-        """Returns the axes of the mesh that each dimension is spread over."""
-        axes: list[tuple[str, ...]] = [()] * len(shape)
-        if math.prod(shape) < LEAST:
-            return axes
-        left = dict(self.mesh.shape)
-
-        def most(dimension: int) -> tuple[int, int]:
-            return math.gcd(shape[dimension], self.mesh.size), shape[dimension]
-
-        for dimension in sorted(range(len(shape)), key=most, reverse=True):
-            size = shape[dimension]
-            for name, parts in list(left.items()):
-                if size % parts == 0:
-                    size //= parts
-                    axes[dimension] += (name,)
-                    del left[name]
-        return axes
+    def _axes(self, variable: keras.Variable) -> list[tuple[str, ...]]:
+        return spread_axes(tuple(variable.shape), dict(self.mesh.shape))
 
 
 class _Layout(keras.distribution.TensorLayout):
@@ -159,6 +143,34 @@ def _gathering(parts: Any) -> Callable:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, parts),),
     )
     return gather
+
+
+def spread_axes(shape: tuple[int, ...], mesh: dict[str, int]) -> list[tuple[str, ...]]:
+    """Chooses how an array is cut, in as few dimensions as it can be.
+
+    Args:
+        shape: of the array.
+        mesh: the axes of the mesh of devices, and how many each has.
+
+    Returns:
+        For each dimension the axes that it is spread over; none for a small array.
+    """
+    axes: list[tuple[str, ...]] = [()] * len(shape)
+    if math.prod(shape) < LEAST:
+        return axes
+    left, count = dict(mesh), math.prod(mesh.values())
+
+    def most(dimension: int) -> tuple[int, int]:
+        return math.gcd(shape[dimension], count), shape[dimension]
+
+    for dimension in sorted(range(len(shape)), key=most, reverse=True):
+        size = shape[dimension]
+        for name, parts in list(left.items()):
+            if size % parts == 0:
+                size //= parts
+                axes[dimension] += (name,)
+                del left[name]
+    return axes
 
 
 def _prime_factors(number: int) -> list[int]:
