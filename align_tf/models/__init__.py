@@ -11,6 +11,7 @@ freezing        by tower and block, and under Keras's own `trainable`
 loss            the losses of all pairs, over all replicas
 effective_weights, plain_copy       without LoRA and quantization: what is saved and exported
 accumulation    a batch in parts (GradCache)
+sharded_state   weights and optimizer in parts on the devices of a batch (ZeRO)
 fused_training, block_loop, remat, packing, inference_copy      what makes them fast or small
 activation, configured, initialization, outputs, step_state, surgery   what they share
 """

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from align_tf.models.sharded_state import whole_beside
 from align_tf.models.step_state import step_variables
 
 EMBEDS = ("image_embeds", "text_embeds")
@@ -62,7 +63,7 @@ class _Parts:
             *zip(self.model.trainable_variables, weights, strict=True),
             *zip(self.moving, moving, strict=True),
         ]
-        with keras.StatelessScope(state_mapping=mapping) as scope:
+        with keras.StatelessScope(whole_beside(self.model, mapping)) as scope:
             part = {key: value[:, index] for key, value in self.x.items()}
             output = self.model(part, training=True)
         moved = [scope.get_current_value(variable) for variable in self.moving]

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
+from align_tf.models.sharded_state import whole
 from align_tf.models.step_state import step_variables
 
 # Operations that take a TPU as long as to write a number of two bytes and to read it again: below
@@ -77,7 +78,7 @@ def _run_alike(blocks: list, x: Any, constants: tuple, keep_inputs_alone: bool) 
         mapping = list(zip(variables, weights, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             options = {} if keep is None else {"keep_rate": keep}
-            outputs = first(x, *constants, training=True, **options)
+            outputs = whole(first)(x, *constants, training=True, **options)
         outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         return outputs, [scope.get_current_value(variable) for variable in moving]
 

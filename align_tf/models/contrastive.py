@@ -27,6 +27,7 @@ from align_tf.models.loss import (
     sigmoid_rows,
     weighted_mean,
 )
+from align_tf.models.sharded_state import whole_beside
 from align_tf.models.surgery import open_for_change
 
 METRICS = ("loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
@@ -332,6 +333,17 @@ class ContrastiveTraining:
         Under a strategy Keras would take a batch first and average its replicas, which of a dict
         fails between workers (keras issue 20329).
         """
+
+    def stateless_call(
+        self, trainable_variables: list, non_trainable_variables: list, *args: Any, **kw: Any
+    ) -> Any:
+        """As Keras's, which the steps of the JAX backend call."""
+        pairs = (
+            zip(self.trainable_variables, trainable_variables, strict=True),
+            zip(self.non_trainable_variables, non_trainable_variables, strict=True),
+        )
+        values = [[value for _, value in whole_beside(self, group)] for group in pairs]
+        return super().stateless_call(*values, *args, **kw)
 
     def predict_step(self, *state_and_data: Any) -> Any:
         """Keeps what batches can be joined in: the embeddings; (n, m) logits cannot.

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import layers, ops
 
+from align_tf.models.sharded_state import whole
 from align_tf.models.step_state import step_variables
 
 
@@ -33,7 +34,7 @@ def rematerialize(layer: layers.Layer) -> Callable:
         def run(values: list, x: Any) -> tuple[Any, list]:
             mapping = [*before, *zip(weights, values, strict=True)]
             with keras.StatelessScope(state_mapping=mapping) as scope:
-                outputs = layer(x, *constants, training=training)
+                outputs = whole(layer)(x, *constants, training=training)
             return outputs, [scope.get_current_value(variable) for variable in moving]
 
         outputs, after = keras.remat(run)([ops.convert_to_tensor(w.value) for w in weights], x)

@@ -20,6 +20,7 @@ from align_tf.models.inputs import ID_INPUTS, PAIR_INPUTS, TakesNames, check_ids
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
+from align_tf.models.sharded_state import whole
 from align_tf.models.surgery import check_plain, replace_layer
 
 HEADED = ("query", "key", "value")  # the layers of an attention whose columns are the heads
@@ -112,21 +113,21 @@ class AlignTextModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             attention_mask = ops.ones((1, length), dtype="bool")
         attention_mask = ops.expand_dims(ops.cast(attention_mask, "bool"), (1, 2))  # (m, 1, 1, t)
 
-        x = self.embeddings(**given, training=training)
+        x = whole(self.embeddings)(**given, training=training)
         hidden_states, attentions = [x], []
         wanted = output_hidden_states or output_attentions or first_token_only
         looped = training and self.loop_blocks and not wanted
         if looped:
             x = run_blocks(self.blocks, x, attention_mask, keep_inputs_alone=self.remat)
         for block in () if looped else self.blocks:
-            run = rematerialize(block) if self.remat and training else block
+            run = (rematerialize if self.remat and training else whole)(block)
             if first_token_only and block is self.blocks[-1]:
-                run = functools.partial(block, first_token_only=True)
+                run = functools.partial(whole(block), first_token_only=True)
             x, probs = run(x, attention_mask, training=training)
             hidden_states.append(x)
             attentions.append(probs)
 
-        output = ModelOutput(last_hidden_state=x, pooler_output=self.pooler(x[:, 0]))
+        output = ModelOutput(last_hidden_state=x, pooler_output=whole(self.pooler)(x[:, 0]))
         if output_hidden_states:
             output["hidden_states"] = tuple(hidden_states)
         if output_attentions:

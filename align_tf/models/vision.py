@@ -20,6 +20,7 @@ from align_tf.models.inputs import TakesNames, check_pixels
 from align_tf.models.outputs import ModelOutput
 from align_tf.models.pretrained import Pretrained
 from align_tf.models.remat import rematerialize
+from align_tf.models.sharded_state import whole
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -101,7 +102,7 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
             x = run_blocks(self.blocks, x, keep_inputs_alone=self.remat)
         else:
             for block in self.blocks:
-                run = rematerialize(block) if self.remat and training else block
+                run = (rematerialize if self.remat and training else whole)(block)
                 x = run(x, training=training)
                 hidden_states.append(given(x))
 

@@ -1,9 +1,12 @@
 """The devices that Keras's backend computes on, and training on several of them."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+
+from align_tf.models.sharded_state import ShardedState
 
 
 def count_devices() -> int:
@@ -23,27 +26,31 @@ def describe_devices() -> str:
     return f"{len(kinds)} {kinds[0]} device{plural}, Keras on {keras.backend.backend()}"
 
 
-def data_parallel(count: int | None = None) -> Any:
+def data_parallel(count: int | None = None, shard_state: bool = False) -> Any:
     """Makes what spreads each batch over devices; build, compile and fit within `.scope()`.
 
     Args:
         count: how many of them; None takes all.
+        shard_state: on JAX, keep weights and the optimizer's slots in parts, one on each device,
+            and gather a weight where it is computed with (ZeRO, arXiv 1910.02054).
 
     Returns:
-        On JAX a `keras.distribution.DataParallel`. On TensorFlow a `TPUStrategy` over all cores
-        where tensorflow-tpu is installed, a `MirroredStrategy` for several devices, and for a
-        single one the default strategy.
+        On JAX a `keras.distribution.DataParallel`, or a subclass of it that shards state. On
+        TensorFlow a `TPUStrategy` over all cores where tensorflow-tpu is installed, a
+        `MirroredStrategy` for several devices, and for a single one the default strategy.
 
     Raises:
-        ValueError: there are fewer than `count`.
+        ValueError: there are fewer than `count`; or `shard_state` on another backend than JAX, or
+            with a single device.
     """
     devices = keras.distribution.list_devices()
     if count is not None and count > len(devices):
         raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")
     devices = devices[:count]
+    if shard_state:
+        check_shard_state(len(devices))
     if keras.backend.backend() == "jax":
-        # Each process reads its own part of a batch: see `make_dataset`'s shard.
-        return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+        return spread_over(devices, shard_state)
     import tensorflow as tf
 
     if _is_installed("tensorflow-tpu"):
@@ -54,6 +61,29 @@ def data_parallel(count: int | None = None) -> Any:
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy(devices)
     return tf.distribute.get_strategy()
+
+
+def spread_over(devices: Sequence[Any], shard_state: bool) -> keras.distribution.DataParallel:
+    """Makes what spreads each batch over JAX's devices, and the state if asked for."""
+    if shard_state:
+        return ShardedState(devices)
+    # Each process reads its own part of a batch: see `make_dataset`'s shard.
+    return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+
+
+def check_shard_state(count: int) -> None:
+    """Checks that the state of a training can be sharded.
+
+    Args:
+        count: the devices.
+
+    Raises:
+        ValueError: Keras does not run on JAX, or there is a single device.
+    """
+    if keras.backend.backend() != "jax":
+        raise ValueError("shard_state=True: JAX shards the state; expected KERAS_BACKEND=jax")
+    if count == 1:
+        raise ValueError("shard_state=True: one device holds the whole state; expected several")
 
 
 def _is_installed(distribution: str) -> bool:

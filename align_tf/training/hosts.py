@@ -1,13 +1,15 @@
 """The processes of one training, on one host or many: joined, and which of them writes."""
 
+import contextlib
 import os
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from align_tf.terminal import say
 
@@ -120,7 +122,6 @@ def by_first(call: Callable[[], Any]) -> Any:
     index, count = place()
     if count == 1:
         return call()
-    import numpy as np
     from jax.experimental import multihost_utils
 
     result = error = None
@@ -161,11 +162,45 @@ def in_all(call: Callable[[], Any]) -> Any:
     return result
 
 
+def read(variable: keras.Variable) -> np.ndarray:
+    """Reads a variable; one that lies in parts on several processes' devices, in all of them."""
+    value = variable.value
+    if not _in_parts(value):
+        return keras.ops.convert_to_numpy(value)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(value, tiled=True)
+
+
+@contextlib.contextmanager
+def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Has the first process alone read variables that lie in parts on several processes' devices.
+
+    They are whole in its memory meanwhile, gathered by all one after the other.
+    """
+    found = {id(variable): variable for variable in variables if _in_parts(variable.value)}
+    held = {key: variable.value for key, variable in found.items()}
+    try:
+        for variable in found.values():
+            value = read(variable)
+            if is_first():
+                variable._value = value
+            del value
+        yield
+    finally:
+        for key, variable in found.items():
+            variable._value = held[key]
+
+
+def _in_parts(value: Any) -> bool:
+    """Says whether no process holds all of a value."""
+    return not (getattr(value, "is_fully_addressable", True) or value.is_fully_replicated)
+
+
 def any_of(said: bool) -> bool:
     """Says whether any of the processes says so."""
     if place()[1] == 1:
         return said
-    import numpy as np
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(said)).any())
@@ -179,7 +214,6 @@ def agree_on(settings: Mapping[str, Any]) -> None:
     """
     if place()[1] == 1:
         return
-    import numpy as np
     from jax.experimental import multihost_utils
 
     ours = np.array([zlib.crc32(repr(value).encode()) for value in settings.values()], np.uint32)
@@ -199,7 +233,6 @@ def agree(value: int, what: str) -> None:
     """
     if place()[1] == 1:
         return
-    import numpy as np
     from jax.experimental import multihost_utils
 
     values = np.unique(multihost_utils.process_allgather(np.array(value)))

@@ -138,6 +138,12 @@ class Recipe:
     remat: bool = _setting(
         BATCH, False, "compute activations again for the gradient, to save more", bool
     )
+    shard_state: bool = _setting(
+        BATCH,
+        False,
+        "on JAX, keep weights and optimizer in parts, one on each device: for what fits none whole",
+        bool,
+    )
     loop_blocks: bool = _setting(
         BATCH,
         False,

@@ -54,8 +54,9 @@ def save(
     """
     folder = output / FOLDER.format(step)
     # What reads or writes weights of all processes is done in all of them.
-    place = hosts.by_first(lambda: _begun(folder, step, model))
-    with averaged(model):
+    with hosts.readable([*_variables(model).values(), *model.weights]):
+        place = hosts.by_first(lambda: _begun(folder, step, model))
+    with averaged(model), hosts.readable(model.weights):
         hosts.by_first(lambda: _finish(place, folder, model, processor))
     hosts.by_first(lambda: _remove_old(output, keep, best))
     return folder
@@ -238,7 +239,7 @@ def _base(model: Any) -> dict[str, str]:
     sides, digest = {id(weight) for weight in model._adapter_weights()}, hashlib.sha256()
     for weight in model.weights:
         if id(weight) not in sides:
-            digest.update(np.ascontiguousarray(ops.convert_to_numpy(weight)).data)
+            digest.update(np.ascontiguousarray(hosts.read(weight)).data)
     return {"base_sha256": digest.hexdigest()}
 
 
@@ -261,15 +262,23 @@ def averaged(model: Any) -> Iterator[None]:
         yield
         return
     weights = model.trainable_variables
-    raw = [np.array(ops.convert_to_numpy(weight)) for weight in weights]
+    raw = [_copy(weight) for weight in weights]
     optimizer.finalize_variable_values(weights)
     for weight in weights:  # on JAX now the average's own memory, which a compiled step takes
-        weight.assign(np.array(ops.convert_to_numpy(weight)))
+        weight.assign(_copy(weight))
     try:
         yield
     finally:
         for weight, value in zip(weights, raw, strict=True):
             weight.assign(value)
+
+
+def _copy(variable: keras.Variable) -> Any:
+    """Copies a variable's value, in parts where it lies in parts."""
+    value = variable.value
+    if getattr(value, "is_fully_replicated", True):
+        return np.array(ops.convert_to_numpy(value))
+    return value.copy()
 
 
 def _hidden(folder: pathlib.Path) -> pathlib.Path:

@@ -42,7 +42,7 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 # Settings that may change when a training goes on: no weight depends on them.
 FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
-    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop"),
+    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop", "shard_state"),
 )
 # Settings that name places, which may be called otherwise on another host.
 OF_A_HOST = ("output", "data", "validation_data", "model", "processor")
@@ -83,6 +83,8 @@ def train(recipe: Recipe) -> addresses.Place:
     count = devices.count_devices() if recipe.devices is None else recipe.devices
     if hosts.place()[1] > 1 and count != devices.count_devices():
         raise ValueError(f"devices={count}: expected all, where several processes train")
+    if recipe.shard_state:
+        devices.check_shard_state(count)
     if recipe.batch_size % count:
         raise ValueError(f"batch_size={recipe.batch_size}: expected a multiple of devices={count}")
     at_a_time = recipe.batch_size // count // recipe.accumulation
@@ -94,7 +96,8 @@ def train(recipe: Recipe) -> addresses.Place:
     processor = hosts.in_all(lambda: make_processor(recipe))
     recipe, opened = _opened(recipe, output)
     several = count > 1 or hosts.place()[1] > 1
-    with devices.data_parallel(count).scope() if several else contextlib.nullcontext():
+    spread = devices.data_parallel(count, recipe.shard_state) if several else None
+    with contextlib.nullcontext() if spread is None else spread.scope():
         model = make_model(recipe, processor, count)
         if hosts.is_first():
             say_header(recipe, model, opened, count)
@@ -109,7 +112,8 @@ def train(recipe: Recipe) -> addresses.Place:
         if recipe.keep_best is not None:
             _take_best(output, model, best)
         model.optimizer.finalize_variable_values(model.trainable_variables)  # averages, if any
-        hosts.by_first(lambda: _save(model, processor, recipe, output))
+        with hosts.readable(model.weights):
+            hosts.by_first(lambda: _save(model, processor, recipe, output))
     return output
 
 
@@ -244,8 +248,18 @@ def _counted(recipe: Recipe, output: addresses.Place) -> tuple[Recipe, Source | 
     return recipe.counted(steps), opened
 
 
-def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> AlignModel:
-    """Makes the model of a recipe whose steps are counted, ready for `fit`."""
+def make_model(
+    recipe: Recipe, processor: AlignProcessor, device_count: int, blank: bool = False
+) -> AlignModel:
+    """Makes the model of a recipe whose steps are counted, ready for `fit`.
+
+    Args:
+        recipe: the settings.
+        processor: its AlignProcessor.
+        device_count: how many share a batch.
+        blank: give the variables of a preset shapes alone, which take no memory, to compile a
+            step and run none.
+    """
     if recipe.model is not None:
         vision = {"virtual_batch_size": recipe.virtual_batch_size}
         given = {"vision_config": vision} if recipe.virtual_batch_size else None
@@ -264,7 +278,8 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         size = recipe.virtual_batch_size
         vision_config = dataclasses.replace(config.vision_config, virtual_batch_size=size)
         config = dataclasses.replace(config, text_config=text_config, vision_config=vision_config)
-        model = AlignModel(config, dtype=recipe.dtype)
+        with _drawn(not blank):
+            model = AlignModel(config, dtype=recipe.dtype)
     height, _, _ = processor.image_processor.output_shape
     if height is not None:
         model.vision_model.config.image_size = height
@@ -301,8 +316,16 @@ def make_model(recipe: Recipe, processor: AlignProcessor, device_count: int) -> 
         remat=recipe.remat,
         loop_blocks=recipe.loop_blocks,
     )
-    model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its place
+    with _drawn(not blank):  # so that a checkpoint finds its place
+        model.optimizer.build(model.trainable_variables)
     return model
+
+
+def _drawn(drawn: bool) -> contextlib.AbstractContextManager:
+    """Has variables that are made in it get values, or none."""
+    if drawn:
+        return contextlib.nullcontext()
+    return keras.StatelessScope(initialize_variables=False)
 
 
 def _fit(

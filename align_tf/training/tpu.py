@@ -2,8 +2,8 @@
 
 Google's compiler, which libtpu brings, needs a description of the chips alone
 (`jax.experimental.topologies`). What is compiled is the step that `fit` runs under
-`keras.distribution.DataParallel`: `AlignModel.train_step`, its state donated and replicated, the
-batch spread over the chips.
+`keras.distribution.DataParallel`: `AlignModel.train_step`, its state donated, and where the
+distribution puts it: replicated, or in parts; the batch spread over the chips.
 """
 
 import contextlib
@@ -121,8 +121,7 @@ def compile_steps(
             has; the message says how much.
     """
     check_topology(topology)
-    import keras
-
+    from align_tf.training.devices import check_shard_state, spread_over
     from align_tf.training.run import make_model, make_processor
 
     devices = _devices(topology)
@@ -136,6 +135,8 @@ def compile_steps(
             f"batch_size={recipe.batch_size}: expected a multiple of {topology}'s "
             f"{len(devices)} chips"
         )
+    if recipe.shard_state:
+        check_shard_state(len(devices))
     recipe = recipe.counted(recipe.steps or (recipe.warmup_steps or 0) + 1)
     processor = make_processor(recipe)
     image_shape = processor.image_processor.output_shape
@@ -144,26 +145,26 @@ def compile_steps(
             f"{recipe.processor or recipe.model}: leaves images of any size, and a TPU runs "
             "programs of fixed shapes; expected one that crops, or image_size"
         )
-    model = make_model(recipe, processor, len(devices))
-    mesh = keras.distribution.DeviceMesh((len(devices),), ["batch"], devices)
+    model = make_model(recipe, processor, len(devices), blank=recipe.preset is not None)
     # Not around the model, whose weights would be put on the chips.
-    with keras.distribution.DataParallel(device_mesh=mesh).scope():
+    with spread_over(devices, recipe.shard_state).scope():
         for tokens in recipe.lengths(on_tpu=True):
-            yield _compile(recipe, model, devices, topology, image_shape, tokens, program_path)
+            yield _compile(recipe, model, topology, image_shape, tokens, program_path)
 
 
 def _compile(
     recipe: Recipe,
     model: Any,
-    devices: list,
     topology: str,
     image_shape: tuple,
     tokens: int,
     program_path: str | None,
 ) -> Program:
     import jax
+    import keras
 
-    state, batch, shardings = _arguments(model, devices, recipe.batch_size, tokens, image_shape)
+    chips = keras.distribution.distribution().device_mesh.devices.size
+    state, batch, shardings = _arguments(model, recipe.batch_size, tokens, image_shape)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
     start = time.monotonic()
     with _plain_errors(topology):
@@ -178,7 +179,7 @@ def _compile(
     memory = compiled.memory_analysis()
     return Program(
         topology=topology,
-        chips=len(devices),
+        chips=chips,
         tokens=tokens,
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
@@ -205,15 +206,17 @@ def _devices(topology: str) -> list:
 
 
 def _arguments(
-    model: Any, devices: list, batch_size: int, tokens: int, image_shape: tuple
+    model: Any, batch_size: int, tokens: int, image_shape: tuple
 ) -> tuple[tuple, dict, tuple]:
     """The shapes of a step's state and batch, and where the state lies."""
     import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    import keras
 
-    mesh = Mesh(np.array(devices), ("batch",))
-    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("batch"))
+    distribution = keras.distribution.distribution()
+
+    def shaped(shape: tuple, dtype: str, layout: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.backend_layout)
+
     variables = (
         model.trainable_variables,
         model.non_trainable_variables,
@@ -221,7 +224,7 @@ def _arguments(
         model.metrics_variables,
     )
     state = tuple(
-        [jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole) for v in group]
+        [shaped(v.shape, v.dtype, distribution.get_variable_layout(v)) for v in group]
         for group in variables
     )
     # As `make_dataset` gives them. name: (dtype, shape of a row)
@@ -235,7 +238,9 @@ def _arguments(
         "sample_weight": ("float32", ()),
     }
     batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        name: shaped(
+            (batch_size, *shape), dtype, distribution.get_data_layout((batch_size, *shape))
+        )
         for name, (dtype, shape) in batch.items()
     }
     return state, batch, jax.tree.map(lambda array: array.sharding, state)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -20,13 +21,17 @@ FOREIGN = {
 BITS = re.compile(r"\d+")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 # `%name = f32[512,640]{1,0:T(8,128)} all-reduce(...), channel_id=3, ...`, or a tuple of arrays.
-CALL = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(?:-start)?\(.*?channel_id=(\d+)")
-# `%body (parameter: ...) -> ... {`, and in it ` while(...), condition=%less, body=%body`, whose
-# condition compares with how many rounds there are.
-COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+CALL = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(.*?channel_id=(\d+)")
+# What a start gives before its results: what it has taken.
+TAKEN = ("all-gather", "collective-permute")
+
+# `%name (a: f32[8]) -> (f32[8], f32[2]) {`, or `ENTRY %name ...`.
+COMPUTATION = re.compile(r"(?:ENTRY )?%?(\S+) \(.*\) -> (.+) \{$")
+CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%?([^\s,()}]+)")
+LOOP = re.compile(r" while\(.*condition=%?([^\s,()}]+)")
 ROUNDS = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-CALLED = re.compile(r" calls=%?([\w.\-]+)")
+# A computation in which an all-reduce is cut at once: together a reduce-scatter.
+CUT = "all-reduce-scatter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Collective:
     Args:
         kind: such as `all-gather`.
         dtype: such as `bf16`, as the compiler writes it.
-        count: how many a step.
+        count: how many.
         num_bytes: of their results on each chip, together.
         largest: the shape of the largest result.
     """
@@ -52,7 +57,7 @@ def collectives_of(text: str) -> list[Collective]:
     """Finds the collectives of a program.
 
     The compiler cuts a long one into pieces that run beside the arithmetic: what has one
-    `channel_id` counts once, by its largest result; one in a loop counts once a round.
+    `channel_id` counts once, by its largest result. In a loop it counts once a round.
 
     Args:
         text: of the compiled program.
@@ -60,20 +65,26 @@ def collectives_of(text: str) -> list[Collective]:
     Returns:
         One row for each kind and dtype, the most bytes first.
     """
-    whole: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
-    times = {}
-    for line, rounds in _with_rounds(text):
-        found = CALL.search(line)
-        if found is None:
-            continue
-        arrays = [(dtype, _shape(sizes)) for dtype, sizes in ARRAY.findall(found[1])]
-        key = found[2], int(found[3])
-        whole[key], times[key] = max(whole.get(key, []), arrays, key=_total_bytes), rounds
+    computations = _computations(text)
+    rounds = _rounds(computations)
+    whole: dict[tuple[str, int], tuple[int, list]] = {}
+    for name, (result, lines) in computations.items():
+        for line in lines:
+            found = CALL.search(line)
+            if found is None:
+                continue
+            kind, arrays = found[2], _arrays(found[1])
+            if name.startswith(CUT):
+                kind, arrays = "reduce-scatter", _arrays(result)
+            elif found[3] and kind in TAKEN:
+                arrays = arrays[len(arrays) // 2 :]
+            key = kind, int(found[4])
+            largest = max(whole.get(key, (0, []))[1], arrays, key=_total_bytes)
+            whole[key] = rounds[name], largest
     rows = collections.defaultdict(list)
-    for key, arrays in whole.items():
+    for (kind, _), (times, arrays) in whole.items():
         for dtype in {dtype for dtype, _ in arrays}:
-            of_dtype = [array for array in arrays if array[0] == dtype]
-            rows[key[0], dtype] += [of_dtype] * times[key]
+            rows[kind, dtype] += [[array for array in arrays if array[0] == dtype]] * times
     made = [
         Collective(
             kind,
@@ -127,28 +138,45 @@ def _inner(parameters: dict[str, Any]) -> list[Any]:
     return found
 
 
-def _with_rounds(text: str) -> list[tuple[str, int]]:
-    """The lines of a program, each with how often a step runs it."""
-    computation = ""
-    lines, outer, bounds = [], {}, {}
-    loops = []
+def _computations(text: str) -> dict[str, tuple[str, list[str]]]:
+    """Returns the computations of a program by name: what each gives, and its lines."""
+    found: dict[str, tuple[str, list[str]]] = {"": ("", [])}
+    lines = found[""][1]
     for line in text.splitlines():
-        if head := COMPUTATION.match(line):
-            computation = head[1]
-        elif bound := ROUNDS.search(line):
-            bounds[computation] = int(bound[1])
-        elif loop := LOOP.search(line):
-            loops.append((computation, loop[1], loop[2]))
-        elif called := CALLED.search(line):
-            outer[called[1]] = computation, 1
-        lines.append((line, computation))
-    outer |= {body: (within, bounds.get(condition, 1)) for within, condition, body in loops}
+        header = None if line.startswith(" ") else COMPUTATION.match(line)
+        if header is not None:
+            lines = []
+            found[header[1]] = header[2], lines
+        else:
+            lines.append(line)
+    return found
 
-    def rounds(computation: str) -> int:
-        within, count = outer.get(computation, (None, 1))
-        return count if within is None else count * rounds(within)
 
-    return [(line, rounds(computation)) for line, computation in lines]
+def _rounds(computations: dict[str, tuple[str, list[str]]]) -> dict[str, int]:
+    """Counts how often each computation runs: the body of a loop as often as it turns."""
+    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for name, (_, lines) in computations.items():
+        for line in lines:
+            loop = LOOP.search(line)
+            times = 1 if loop is None else _turns(computations.get(loop[1], ("", []))[1])
+            for called in CALLED.findall(line):
+                callers[called].append((name, times))
+
+    @functools.cache
+    def count(name: str) -> int:
+        return max((times * count(caller) for caller, times in callers[name]), default=1)
+
+    return {name: count(name) for name in computations}
+
+
+def _turns(condition: list[str]) -> int:
+    """Reads from a loop's condition, which compares a counter, how often it turns."""
+    found = [int(match[1]) for line in condition if (match := ROUNDS.search(line))]
+    return max(found, default=1)
+
+
+def _arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(dtype, _shape(sizes)) for dtype, sizes in ARRAY.findall(text)]
 
 
 def foreign_parts(text: str) -> list[str]:

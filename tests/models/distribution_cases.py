@@ -16,7 +16,8 @@ import numpy as np
 from keras import ops
 
 from align_tf import AlignConfig, AlignModel
-from align_tf.training import make_optimizer
+from align_tf.models import sharded_state
+from align_tf.training import data_parallel, make_optimizer
 
 rng = np.random.default_rng(0)
 BATCH = {
@@ -27,12 +28,12 @@ BATCH = {
 }
 
 
-def make_config(dropout: float) -> AlignConfig:
+def make_config(dropout: float, depth: int = 1) -> AlignConfig:
     return AlignConfig(
         text_config={
             "vocab_size": 40,
             "hidden_size": 16,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": depth,
             "num_attention_heads": 4,
             "intermediate_size": 20,
             "max_position_embeddings": 16,
@@ -46,7 +47,7 @@ def make_config(dropout: float) -> AlignConfig:
             "in_channels": [32],
             "out_channels": [16],
             "strides": [2],
-            "num_block_repeats": [1],
+            "num_block_repeats": [depth],
             "expand_ratios": [1],
             "hidden_dim": 8,
             "initializer_range": 0.5,
@@ -61,10 +62,11 @@ def make_model(
     sigmoid: bool = False,
     batch_norm: str = "frozen",
     dropout: float = 0.0,
+    depth: int = 1,
     lora_rank: int | None = None,
 ):
     keras.utils.set_random_seed(0)
-    model = AlignModel(make_config(dropout))
+    model = AlignModel(make_config(dropout, depth))
     if sigmoid:
         model.use_sigmoid_loss(16)
     if batch_norm == "frozen":
@@ -92,6 +94,8 @@ def train(
     validate: bool = False,
     batch_size: int = 16,
     clip_norm: float | None = None,
+    remat: bool = False,
+    loop_blocks: bool = False,
     **options,
 ) -> tuple[list[np.ndarray], dict]:
     """Five epochs on 16 pairs; returns the weights, and the logs of each epoch."""
@@ -102,11 +106,28 @@ def train(
             model, learning_rate=0.1, schedule="constant", total_steps=5, clip_norm=clip_norm
         )
         optimizer.epsilon = 0.1  # so that rounding is not blown up where a gradient is zero
-    model.compile(optimizer=optimizer, accumulation=accumulation)
+    how = {"remat": remat, "loop_blocks": loop_blocks}
+    model.compile(optimizer=optimizer, accumulation=accumulation, **how)
     before = model.get_weights()
     logs = fit(model, epochs=5, validate=validate, batch_size=batch_size)
+    check_parts(model)
     assert apart(before, model.get_weights()) > 0.02
     return model.get_weights(), logs
+
+
+def check_parts(model: AlignModel) -> None:
+    """Checks that after training each device has its part of the state, and no more."""
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, sharded_state.ShardedState):
+        return
+    count, spread = distribution.mesh.size, 0
+    for variable in (*model.variables, *model.optimizer.variables):
+        values = variable.value
+        parts = [shard.data.size for shard in values.addressable_shards]
+        even = any(size % count == 0 for size in values.shape)  # count is prime
+        assert parts == [values.size // (count if even else 1)] * count, variable.path
+        spread += even
+    assert spread > 30
 
 
 def apart(one: list, other: list) -> float:
@@ -172,18 +193,18 @@ def dropout_and_statistics(show: Callable, each: Callable) -> None:
 def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     """Prints the cases; within(n) is the scope of n devices, and `each` is as above."""
 
-    def train_on(count: int, **options):
-        with within(count):
+    def train_on(count: int, shard_state: bool = False, **options):
+        with data_parallel(count, True).scope() if shard_state else within(count):
             return train(**options)
 
     def show(name: str, value: float) -> None:
         print(name, value, flush=True)
 
-    alone, logs = train_on(1, validate=True)
+    plain, logs = train_on(1, validate=True)
     weights, found = train_on(count, validate=True)
-    show("weights", apart(alone, weights))
+    show("weights", apart(plain, weights))
     show("logs", logs_apart(found, logs))
-    show("accumulation", apart(alone, train_on(count, accumulation=4)[0]))
+    show("accumulation", apart(plain, train_on(count, accumulation=4)[0]))
     if mode == "workers":
         return
     options = {"sigmoid": True, "clip_norm": 0.1}
@@ -192,11 +213,37 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     show("synchronized", apart(alone, weights))
     show("synchronized_logs", logs_apart(found, logs))
     options = {"lora_rank": 2}
-    show("lora", apart(train_on(1, **options)[0], train_on(count, **options)[0]))
+    adapted = train_on(1, **options)[0]
+    show("lora", apart(adapted, train_on(count, **options)[0]))
+    if mode == "jax":
+        in_parts(train_on, count, show, plain, adapted)
     with within(count):
         dropout_and_statistics(show, each)
     if mode == "tensorflow":
         without_an_image(train_on, count, show)
+
+
+def in_parts(train_on: Callable, count: int, show: Callable, plain: list, adapted: list) -> None:
+    """Takes the steps of one device with the state in parts on several.
+
+    Args:
+        train_on: trains on so many devices, and returns weights and logs.
+        count: the devices.
+        show: prints a name and a number.
+        plain: the weights of one device.
+        adapted: those with an adapter.
+    """
+    sharded_state.LEAST = 1
+    state = {"shard_state": True}
+    show("parts_lora", apart(adapted, train_on(count, lora_rank=2, **state)[0]))
+    show("parts_accumulation", apart(plain, train_on(count, accumulation=4, **state)[0]))
+    options = {"depth": 2, "clip_norm": 0.1}
+    alone, logs = train_on(1, batch_norm="own", validate=True, **options)
+    options |= {"batch_norm": "synchronized", **state}
+    for name, how in (("", {}), ("_remat", {"remat": True}), ("_loop", {"loop_blocks": True})):
+        weights, found = train_on(count, validate=True, **how, **options)
+        show(f"parts{name}", apart(alone, weights))
+        show(f"parts{name}_logs", logs_apart(found, logs))
 
 
 def without_an_image(train_on: Callable, count: int, show: Callable) -> None:

@@ -59,7 +59,9 @@ def test_devices_of_one_process_take_the_steps_of_one():
     assert found.pop("equal") == (8 if TENSORFLOW else 0)
     names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "lora")
     names += ("own", "again")
-    check(found, *names, *(("short", "short_logs", "refused") if TENSORFLOW else ()))
+    parts = [f"parts{how}{logs}" for how in ("", "_remat", "_loop") for logs in ("", "_logs")]
+    parts += ["parts_lora", "parts_accumulation"]
+    check(found, *names, *(("short", "short_logs", "refused") if TENSORFLOW else parts))
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="MultiWorkerMirroredStrategy is TensorFlow's")

@@ -72,6 +72,29 @@ for environment, arguments in json.loads(sys.argv[1])[index]:
 """
 
 
+# `align-tf train`, with parts of all weights, and with a look at what lies on a device.
+IN_PARTS = """
+import sys
+import jax
+from align_tf.cli.main import main
+from align_tf.models import sharded_state
+from align_tf.training import resume
+
+sharded_state.LEAST = 1
+save = resume.save
+
+def checked(output, step, model, *rest):
+    values = [v.value for v in (*model.variables, *model.optimizer.variables)]
+    there = sum(value.addressable_shards[0].data.size for value in values)
+    assert there < sum(value.size for value in values) * 1.3 / jax.device_count()
+    return save(output, step, model, *rest)
+
+if "true" in sys.argv[sys.argv.index("--shard-state"):][1]:
+    resume.save = checked
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start(
     count: int, devices: int, settings: dict | list[dict], command: list[str] | None = None
 ) -> list[subprocess.Popen]:
@@ -138,7 +161,9 @@ def settings(place):
 
 def run(settings, output, count: int, devices: int = 1) -> list[str]:
     given = {key: value for key, value in settings.items() if value is not None}
-    return finish(start(count, devices, {**given, "output": str(output)}))
+    given |= {"output": str(output)}
+    command = ["-c", IN_PARTS, "train", *flags(given)] if "shard_state" in given else None
+    return finish(start(count, devices, given, command))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +208,45 @@ def test_two_processes_take_the_steps_of_one(of_one, of_two):
 def test_more_processes_and_devices_take_them_too(settings, of_one, tmp_path, count, devices):
     run(settings, tmp_path / "out", count, devices)
     assert_alike(tmp_path / "out", of_one)
+
+
+@pytest.fixture(scope="module")
+def in_parts(settings, of_one):
+    """The same by two processes with the state in parts."""
+    output = of_one.with_name("parts")
+    run({**settings, "shard_state": "true"}, output, 2)
+    return output
+
+
+@pytest.mark.slow
+def test_processes_with_the_state_in_parts_take_them_too(of_one, in_parts):
+    assert_alike(in_parts, of_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("begun", "shard_state", "count", "devices"),
+    [("in_parts", "false", 1, 1), ("of_one", "true", 1, 4), ("of_one", "true", 2, 1)],
+)
+def test_a_training_goes_on_in_the_other_layout(
+    request, settings, of_one, tmp_path, begun, shard_state, count, devices
+):
+    shutil.copytree(request.getfixturevalue(begun), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / f"checkpoint-{STEPS}")
+    said = run({**settings, "shard_state": shard_state}, tmp_path / "out", count, devices)
+    assert "Going on from step 18, " in said[0]
+    assert_alike(tmp_path / "out", of_one)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_base_in_parts_goes_on_with_it_whole(settings, tmp_path):
+    settings |= {"lora_rank": "2", "batch_norm": "frozen", "keep_best": "val_r1_t2i"}
+    run({**settings, "shard_state": "true"}, tmp_path / "two", 2)
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / f"checkpoint-{STEPS}")
+    said = run({**settings, "shard_state": "false"}, tmp_path / "one", 1)
+    assert "Going on from step 18, " in said[0]  # the checkpoint tells its base from others
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -68,5 +69,11 @@ def test_devices_share_a_batch_and_the_training_goes_on(settings, place, tmp_pat
 def test_devices_that_are_not_there_are_refused(settings):
     with pytest.raises(ValueError, match=r"devices=8: found 1, .*(?i:cpu:0)"):
         train(Recipe(**settings, devices=8))
+    if keras.backend.backend() == "jax":
+        expected = "shard_state=True: one device holds the whole state; expected several"
+    else:
+        expected = "shard_state=True: JAX shards the state; expected KERAS_BACKEND=jax"
+    with pytest.raises(ValueError, match=expected):
+        train(Recipe(**settings, shard_state=True))
     with pytest.raises(ValueError, match="batch_size=8: expected a multiple of devices=3"):
         train(Recipe(**settings, devices=3))

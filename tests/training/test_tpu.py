@@ -33,35 +33,36 @@ def test_collectives_count_once_by_channel():
     ]
 
 
-# A loop of twelve rounds within one of three, whose body calls what holds a collective.
-LOOPS = """
-%inner (a: f32[8]) -> f32[8] {
-  %all-reduce.1 = f32[8]{0} all-reduce(%a), channel_id=1, to_apply=%add
+# A loop of three turns, whose body gathers a weight and sums its gradient into parts; a start.
+LOOP = """
+%cond.1 (p.1: (s32[], f32[8])) -> pred[] {
+  %limit.1 = s32[]{:T(128)} constant(3)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i.1, %limit.1), direction=LT
 }
-%called (a: f32[8]) -> f32[8] {
-  %all-gather.2 = bf16[16]{0} all-gather(%a), channel_id=2, dimensions={0}
+
+%all-reduce-scatter.2 (in.1: bf16[768,192]) -> bf16[96,192] {
+  %all-reduce.5 = bf16[768,192]{1,0} all-reduce(%in.1), channel_id=5, to_apply=%add.9
+  ROOT %slice.1 = bf16[96,192]{1,0} dynamic-slice(%all-reduce.5, %at.1, %at.2)
 }
-%less.12 (a: (s32[], f32[8])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(12)
+
+%body.1.spmd (p.2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather.6 = bf16[64,32]{1,0} all-gather(%w.1), channel_id=6, dimensions={0}
+  %fusion.3 = bf16[96,192]{1,0} fusion(%g.1), kind=kCustom, calls=%all-reduce-scatter.2
 }
-%less.3 (a: (s32[], f32[8])) -> pred[] {
-  %constant.2 = s32[]{:T(128)} constant(3)
-}
-%outer (a: f32[8]) -> f32[8] {
-  %while.1 = (s32[], f32[8]{0}) while(%t.1), condition=%less.12, body=%inner, metadata={}
-  %fusion.1 = bf16[16]{0} fusion(%a), kind=kCustom, calls=%called
-}
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %while.2 = (s32[], f32[8]{0}) while(%t.2), condition=%less.3, body=%outer
-  %all-reduce.3 = f32[8]{0} all-reduce(%a), channel_id=3, to_apply=%add
+
+ENTRY %main.1_spmd (p.3: f32[8]) -> (f32[8], s32[]) {
+  %while.1 = (s32[], f32[8]) while(%tuple.1), condition=%cond.1, body=%body.1.spmd
+  %start.1 = (f32[2,4], f32[16,4]) all-gather-start(%w.2), channel_id=7, dimensions={0}
+  %done.1 = f32[16,4]{1,0} all-gather-done(%start.1)
 }
 """
 
 
-def test_collectives_of_a_loop_count_once_a_round():
-    assert collectives_of(LOOPS) == [
-        Collective("all-reduce", "f32", 3 * 12 + 1, (3 * 12 + 1) * 8 * 4, (8,)),
-        Collective("all-gather", "bf16", 3, 3 * 16 * 2, (16,)),
+def test_collectives_count_by_the_turns_of_their_loop():
+    assert collectives_of(LOOP) == [
+        Collective("reduce-scatter", "bf16", 3, 3 * 96 * 192 * 2, (96, 192)),
+        Collective("all-gather", "bf16", 3, 3 * 64 * 32 * 2, (64, 32)),
+        Collective("all-gather", "f32", 1, 16 * 4 * 4, (16, 4)),
     ]
 
 
@@ -171,6 +172,20 @@ def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path)
     # The embeddings of both towers, 32 of 192 in bfloat16, and nothing wider.
     assert gathered["dtype"] == "bf16"
     assert gathered["num_bytes"] == gathered["count"] * 32 * 192 * 2
+
+
+@pytest.mark.slow
+def test_step_with_sharded_state_gathers_weights_and_keeps_parts(check):
+    flags = ("--topology", "v6e:2x4", "--batch-size", "32", "--length-buckets", "8")
+    code, out, err = check(*flags, "--shard-state", "true")
+    assert code == 0, err
+    [program] = json.loads(out)
+    # 39 MiB a chip whole; of these 13 are variables too small to be cut.
+    assert 13e6 < program["state_bytes"] < 20e6
+    gathered = [row for row in program["collectives"] if row["kind"] == "all-gather"]
+    assert [750, 192] in [row["largest"][-2:] for row in gathered]  # 8 parts of word embeddings
+    assert "reduce-scatter" in {row["kind"] for row in program["collectives"]}
+    assert not {"all-to-all", "collective-permute"} & {r["kind"] for r in program["collectives"]}
 
 
 @pytest.mark.slow

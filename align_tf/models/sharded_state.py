@@ -1,0 +1,184 @@
+"""A model's state in parts, spread over the devices that share its batch (ZeRO), on JAX.
+
+Each device keeps a part of a large weight and of the optimizer's slots for it (arXiv 1910.02054,
+stage 3). What computes gathers its weights whole, a block at a time; their gradient comes back
+summed, a part on each device.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+from keras import layers, ops
+
+from align_tf.models.step_state import step_variables
+
+LEAST = 2**16  # elements of a variable; smaller ones are whole everywhere
+
+
+class ShardedState(keras.distribution.DataParallel):
+    """Keras's `DataParallel`, with each large variable in parts on the devices of the batch.
+
+    A dimension need not be a multiple of all devices, as few of EfficientNet's are of 256: the
+    devices form a mesh of their number's prime factors, and each dimension takes those that
+    divide it.
+
+    Args:
+        devices: as `DataParallel` takes them, several; Keras runs on JAX.
+    """
+
+    def __init__(self, devices: Sequence[Any]) -> None:
+        super().__init__(devices=devices, auto_shard_dataset=False)
+        import jax
+
+        there = self.device_mesh.backend_mesh.devices
+        factors = _prime_factors(there.size)
+        names = [f"batch_{index}" for index in range(len(factors))]
+        self.mesh = jax.sharding.Mesh(there.reshape(factors), names)
+
+    def get_data_layout(self, data_shape: Sequence) -> keras.distribution.TensorLayout:
+        axes = (self.mesh.axis_names, *[()] * (len(data_shape) - 1))
+        return _Layout(self, axes)
+
+    def get_variable_layout(self, variable: keras.Variable) -> keras.distribution.TensorLayout:
+        return _Layout(self, self._axes(variable))
+
+    def is_spread(self, variable: keras.Variable) -> bool:
+        """Says whether a variable lies in parts."""
+        return any(self._axes(variable))
+
+    def _axes(self, variable: keras.Variable) -> list[tuple[str, ...]]:
+        return spread_axes(tuple(variable.shape), dict(self.mesh.shape))
+
+
+class _Layout(keras.distribution.TensorLayout):
+    """A layout whose dimensions may each be spread over several axes of a mesh."""
+
+    def __init__(self, distribution: ShardedState, axes: Sequence[tuple[str, ...]]) -> None:
+        super().__init__([None] * len(axes), distribution.device_mesh)
+        self._spread = distribution.mesh, axes
+
+    @property
+    def backend_layout(self) -> Any:
+        import jax
+
+        mesh, axes = self._spread
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def whole(layer: layers.Layer) -> Callable:
+    """Wraps a layer so that it computes with its weights whole where its state is in parts.
+
+    Within what is computed again for the gradient they are gathered again too.
+
+    Args:
+        layer: built, and of one dtype policy with the layer that calls it.
+
+    Returns:
+        What is called as the layer is; the layer itself where its weights are whole.
+    """
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, ShardedState):
+        return layer
+    if not any(map(distribution.is_spread, layer.variables)):
+        return layer
+
+    def call(*args: Any, **options: Any) -> Any:
+        moving = step_variables(layer)
+        mapping = [
+            (variable, _gathered(distribution, variable, ops.convert_to_tensor(variable.value)))
+            for variable in layer.variables
+        ]
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            outputs = layer(*args, **options)
+        for variable in moving:
+            variable.assign(scope.get_current_value(variable))
+        return outputs
+
+    return call
+
+
+def whole_beside(model: keras.Model, mapping: Iterable[tuple]) -> list[tuple]:
+    """Gathers what an AlignModel has beside its towers, which gather their own weights.
+
+    Args:
+        model: an `AlignModel`.
+        mapping: its variables, each with its value.
+
+    Returns:
+        The variables and values, those beside the towers whole.
+    """
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, ShardedState):
+        return list(mapping)
+    towers = (model.text_model, model.vision_model)
+    theirs = {id(variable) for tower in towers for variable in tower.variables}
+    return [
+        (variable, value if id(variable) in theirs else _gathered(distribution, variable, value))
+        for variable, value in mapping
+    ]
+
+
+def _gathered(distribution: ShardedState, variable: keras.Variable, value: Any) -> Any:
+    if not distribution.is_spread(variable):
+        return value
+    return _gathering(distribution.get_variable_layout(variable).backend_layout)(value)
+
+
+@functools.cache
+def _gathering(parts: Any) -> Callable:
+    """Returns what gathers an array from its parts, and leaves its gradient in parts."""
+    import jax
+
+    everywhere = jax.sharding.NamedSharding(parts.mesh, jax.sharding.PartitionSpec())
+
+    @jax.custom_vjp
+    def gather(value: Any) -> Any:
+        return jax.lax.with_sharding_constraint(value, everywhere)
+
+    gather.defvjp(
+        lambda value: (gather(value), None),
+        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, parts),),
+    )
+    return gather
+
+
+def spread_axes(shape: tuple[int, ...], mesh: dict[str, int]) -> list[tuple[str, ...]]:
+    """Chooses how an array is cut, in as few dimensions as it can be.
+
+    Args:
+        shape: of the array.
+        mesh: the axes of the mesh of devices, and how many each has.
+
+    Returns:
+        For each dimension the axes that it is spread over; none for a small array.
+    """
+    axes: list[tuple[str, ...]] = [()] * len(shape)
+    if math.prod(shape) < LEAST:
+        return axes
+    left, count = dict(mesh), math.prod(mesh.values())
+
+    def most(dimension: int) -> tuple[int, int]:
+        return math.gcd(shape[dimension], count), shape[dimension]
+
+    for dimension in sorted(range(len(shape)), key=most, reverse=True):
+        size = shape[dimension]
+        for name, parts in list(left.items()):
+            if size % parts == 0:
+                size //= parts
+                axes[dimension] += (name,)
+                del left[name]
+    return axes
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, divisor = [], 2
+    while number > 1:
+        if number % divisor:
+            divisor += 1
+        else:
+            factors.append(divisor)
+            number //= divisor
+    return factors
