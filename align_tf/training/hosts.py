@@ -165,8 +165,8 @@ def in_all(call: Callable[[], Any]) -> Any:
 def read(variable: keras.Variable) -> np.ndarray:
     """Reads a variable; one that lies in parts on several processes' devices, in all of them."""
     value = variable.value
-    if not _in_parts(value):
-        return keras.ops.convert_to_numpy(value)
+    if not _in_parts(value):  # of TensorFlow's replicas the value alone is no array
+        return keras.ops.convert_to_numpy(variable)
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(value, tiled=True)

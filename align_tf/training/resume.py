@@ -277,7 +277,7 @@ def _copy(variable: keras.Variable) -> Any:
     """Copies a variable's value, in parts where it lies in parts."""
     value = variable.value
     if getattr(value, "is_fully_replicated", True):
-        return np.array(ops.convert_to_numpy(value))
+        return np.array(ops.convert_to_numpy(variable))
     return value.copy()
 
 
