@@ -15,6 +15,7 @@ from align_tf.export.requirements import (
 )
 from align_tf.models.align import AlignModel
 from align_tf.models.packing import text_features
+from align_tf.preprocessing.apart import functions_apart
 from align_tf.preprocessing.processor import AlignProcessor
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 
@@ -65,7 +66,8 @@ def make_signatures(model: AlignModel, processor: AlignProcessor) -> dict[str, A
     for name, function in functions.items():
         specs = [tf.TensorSpec(shape, dtype, key) for key, shape, dtype in inputs[name]]
         traced = _traced_once(_of_shapes(function, specs), input_signature=specs)
-        signatures[name] = traced.get_concrete_function()
+        with functions_apart():  # else each signature optimises them anew, at its first request
+            signatures[name] = traced.get_concrete_function()
     return signatures
 
 
@@ -99,7 +101,6 @@ def _embed(model: AlignModel, processor: AlignProcessor) -> _Embed:
     def image(first, image_bytes):
         return image_tower(processor.image_processor.pixel_values(image_bytes, first))
 
-    @_traced_once
     def pixels(pixel_values):
         return embeds_in_chunks(lambda _, x: image_tower(x), [pixel_values], IMAGES_AT_ONCE)
 
@@ -111,7 +112,6 @@ def _embed(model: AlignModel, processor: AlignProcessor) -> _Embed:
         )
         return embeds_in_chunks(lambda _, *x: text_tower(*x), tokens, at_once)
 
-    @_traced_once
     def images(image_bytes):
         return embeds_in_chunks(image, [image_bytes], IMAGES_AT_ONCE)
 

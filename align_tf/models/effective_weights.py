@@ -8,6 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from align_tf.models.quantization import QUANTIZABLE
+from align_tf.models.sharded_state import check_gathered
 
 # Of Keras's quantizations those that leave the inputs of a layer as they are, or round them alone.
 DEQUANTIZED = ("int8", "int4")
@@ -24,9 +25,10 @@ def effective_weights(model: Any) -> dict[str, Any]:
         LoRA's product was added to it or Keras had quantized it.
 
     Raises:
-        ValueError: a layer is quantized to another thing than int8 or int4, or a weight holds no
-            floating-point numbers.
+        ValueError: a layer is quantized to another thing than int8 or int4, a weight holds no
+            floating-point numbers, or it lies in parts in several processes.
     """
+    check_gathered(model.weights)
     owners = {
         layer.path.removeprefix(f"{model.path}/"): layer
         for layer in model._flatten_layers(include_self=False)

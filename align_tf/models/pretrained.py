@@ -20,6 +20,7 @@ from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.initialization import no_init_weights
 from align_tf.models.quantization import quantizations, quantize_again
+from align_tf.models.sharded_state import check_gathered, undistributed
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ class Pretrained:
 
         Raises:
             ValueError: there is no such dtype or it cannot hold a weight, a weight is quantized
-                to another thing, or a layer was changed to compute what no configuration says.
+                to another thing or lies in parts in several processes, or a layer was changed to
+                compute what no configuration says.
             CheckpointError: a weight has no name in the checkpoint.
         """
         self._check_layers()
@@ -283,15 +285,18 @@ class Pretrained:
         """As Keras's `save`; a model whose layers were changed leaves a file as it is.
 
         Raises:
-            ValueError: a layer was changed to compute what no configuration says, or the name is
-                that of a .h5 file, from which Keras could not load it.
+            ValueError: a layer was changed to compute what no configuration says, a weight lies in
+                parts in several processes, or the name is that of a .h5 file, from which Keras
+                could not load it.
         """
         if os.fspath(filepath).endswith((".h5", ".hdf5")):
             raise ValueError(
                 f"{filepath}: expected a name that ends in .keras; save_weights writes .weights.h5"
             )
-        self.get_config()  # before Keras opens the file
-        super().save(filepath, overwrite=overwrite, zipped=zipped)
+        check_gathered(self.weights)  # before Keras opens the file
+        self.get_config()
+        with undistributed():
+            super().save(filepath, overwrite=overwrite, zipped=zipped)
 
     def get_config(self) -> dict[str, Any]:
         # For copies and .keras files. A subclass may make its layers otherwise, and do so again.

@@ -5,9 +5,10 @@ stage 3). What computes gathers its weights whole, a block at a time; their grad
 summed, a part on each device.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -143,6 +144,39 @@ def _gathering(parts: Any) -> Callable:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, parts),),
     )
     return gather
+
+
+def is_apart(value: Any) -> bool:
+    """Says whether no process holds all of a variable's value."""
+    return not (getattr(value, "is_fully_addressable", True) or value.is_fully_replicated)
+
+
+def check_gathered(weights: Iterable[Any]) -> None:
+    """Checks that weights which are read are whole in this process.
+
+    Args:
+        weights: variables; anything else is whole.
+
+    Raises:
+        ValueError: one lies in parts in several processes.
+    """
+    for weight in weights:
+        if is_apart(getattr(weight, "value", None)):
+            raise ValueError(
+                f"{weight.path}: this process has a part of it alone; expected `with "
+                "align_tf.training.gathered(model):` in all processes, and in it the first to save"
+            )
+
+
+@contextlib.contextmanager
+def undistributed() -> Iterator[None]:
+    """Has Keras make no variable on other processes' devices, as it does when it saves."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
 
 
 def spread_axes(shape: tuple[int, ...], mesh: dict[str, int]) -> list[tuple[str, ...]]:

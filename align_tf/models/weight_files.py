@@ -7,6 +7,7 @@ import numpy as np
 
 from align_tf.models import lora
 from align_tf.models.adapters import Adapters
+from align_tf.models.sharded_state import check_gathered, undistributed
 
 # Of an adapted layer what a file has, after its name: the two matrices, and the factor of both.
 PARTS = ("lora_a", "lora_b", "lora_scale")
@@ -36,14 +37,19 @@ class WeightFiles(Adapters):
             filepath: as Keras takes it.
             overwrite: as Keras takes it.
             max_shard_size: as Keras takes it.
+
+        Raises:
+            ValueError: a weight lies in parts in several processes.
         """
+        check_gathered(self.weights)
         adapted = list(self._adapted().values()) if self.active_adapter is not None else []
         self._park()
         self._file.beside = bool(adapted)
         try:
             for layer in adapted:
                 layer.lora_enabled = False  # else Keras merges
-            super().save_weights(filepath, overwrite=overwrite, max_shard_size=max_shard_size)
+            with undistributed():
+                super().save_weights(filepath, overwrite=overwrite, max_shard_size=max_shard_size)
         finally:
             self._file.beside = False
             for layer in adapted:

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from align_tf.models.sharded_state import is_apart
 from align_tf.terminal import say
 
 # What says that there are several processes: Keras's own, then what JAX finds out itself.
@@ -165,7 +166,7 @@ def in_all(call: Callable[[], Any]) -> Any:
 def read(variable: keras.Variable) -> np.ndarray:
     """Reads a variable; one that lies in parts on several processes' devices, in all of them."""
     value = variable.value
-    if not _in_parts(value):  # of TensorFlow's replicas the value alone is no array
+    if not is_apart(value):  # of TensorFlow's replicas the value alone is no array
         return keras.ops.convert_to_numpy(variable)
     from jax.experimental import multihost_utils
 
@@ -178,7 +179,7 @@ def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
 
     They are whole in its memory meanwhile, gathered by all one after the other.
     """
-    found = {id(variable): variable for variable in variables if _in_parts(variable.value)}
+    found = {id(variable): variable for variable in variables if is_apart(variable.value)}
     held = {key: variable.value for key, variable in found.items()}
     try:
         for variable in found.values():
@@ -192,9 +193,19 @@ def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
             variable._value = held[key]
 
 
-def _in_parts(value: Any) -> bool:
-    """Says whether no process holds all of a value."""
-    return not (getattr(value, "is_fully_addressable", True) or value.is_fully_replicated)
+@contextlib.contextmanager
+def gathered(model: keras.Model) -> Iterator[None]:
+    """Gathers the state of a model over several processes, for the first of them to save it.
+
+    To be entered in all of them; within it the others have their parts alone, as before. A model
+    whose state no process shares is as it was.
+
+    Args:
+        model: an `AlignModel`; its optimizer's state is gathered with its weights.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    with readable([*model.variables, *(optimizer.variables if optimizer is not None else ())]):
+        yield
 
 
 def any_of(said: bool) -> bool:

@@ -18,6 +18,7 @@ import safetensors.numpy
 from quick_xla import xla_flags
 from small_training import flags, settings_of
 
+from align_tf import AlignModel
 from align_tf.training import hosts
 
 STEPS = 20
@@ -54,6 +55,9 @@ with data_parallel().scope():
             checkpoints,
         ],
     ).history
+    if index == 0:  # the others do not wait for it
+        model.save(output + ".keras")
+        model.save_weights(output + ".weights.h5")
 if index == 0:
     print(json.dumps(history))
 """
@@ -72,13 +76,14 @@ for environment, arguments in json.loads(sys.argv[1])[index]:
 """
 
 
-# `align-tf train`, with parts of all weights, and with a look at what lies on a device.
+# `align-tf train`, with parts of all weights, and with a look at what lies on a device and at what
+# a user saves.
 IN_PARTS = """
 import sys
-import jax
+import jax, pytest
 from align_tf.cli.main import main
 from align_tf.models import sharded_state
-from align_tf.training import resume
+from align_tf.training import gathered, resume
 
 sharded_state.LEAST = 1
 save = resume.save
@@ -87,6 +92,18 @@ def checked(output, step, model, *rest):
     values = [v.value for v in (*model.variables, *model.optimizer.variables)]
     there = sum(value.addressable_shards[0].data.size for value in values)
     assert there < sum(value.size for value in values) * 1.3 / jax.device_count()
+    if jax.process_count() > 1 and step == 6:
+        for name in ("save_pretrained", "save", "save_weights"):
+            place = output / {"save": "a.keras", "save_weights": "a.weights.h5"}.get(name, "a")
+            with pytest.raises(ValueError, match="a part of it alone; expected `with align_tf.tr"):
+                getattr(model, name)(place)
+            assert not place.exists()
+    if step == 18:
+        with gathered(model):
+            if jax.process_index() == 0:
+                model.save_pretrained(output / "by_hand")
+                model.save(output / "by_hand.keras")
+                model.save_weights(output / "by_hand.weights.h5")
     return save(output, step, model, *rest)
 
 if "true" in sys.argv[sys.argv.index("--shard-state"):][1]:
@@ -151,6 +168,12 @@ def apart(one, other, left_out: str = "seed") -> float:
         names = [name for name in ours if not re.search(left_out, name)]
         found = max(found, *(np.abs(ours[name] - theirs[name]).max() for name in names))
     return found
+
+
+def assert_equal(model, *others) -> None:
+    for weight, *found in zip(*(each.weights for each in (model, *others)), strict=True):
+        for value in found:
+            np.testing.assert_array_equal(value, weight, err_msg=weight.path)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +247,18 @@ def test_processes_with_the_state_in_parts_take_them_too(of_one, in_parts):
 
 
 @pytest.mark.slow
+def test_the_first_process_saves_what_all_have_gathered(in_parts):
+    found = AlignModel.from_pretrained(in_parts / "by_hand")
+    read = AlignModel(found.config)
+    read.load_weights(in_parts / "by_hand.weights.h5")
+    assert_equal(found, read, keras.saving.load_model(in_parts / "by_hand.keras"))
+    # The checkpoint's own weights are an average over the steps before.
+    expected = AlignModel.from_pretrained(in_parts / "checkpoint-18")
+    for one, other in zip(expected.weights, found.weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=0.03, err_msg=one.path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begun", "shard_state", "count", "devices"),
     [("in_parts", "false", 1, 1), ("of_one", "true", 1, 4), ("of_one", "true", 2, 1)],
@@ -268,6 +303,11 @@ def test_fit_by_two_processes_is_that_of_one(place, tmp_path):
     assert one.keys() == two.keys()
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=1e-5, err_msg=name)
+    saved = keras.saving.load_model(tmp_path / "2.keras")
+    read = AlignModel(saved.config)
+    read.load_weights(tmp_path / "2.weights.h5")
+    expected = AlignModel.from_pretrained(tmp_path / "2" / "checkpoint-6")
+    assert_equal(expected, saved, read)
 
 
 @pytest.mark.slow
