@@ -33,9 +33,11 @@ SERVING = pathlib.Path(__file__).parents[1] / "serving"
 # Few tests that take long: pytest-xdist, which deals files out by their numbers of tests, would
 # come to these at the end, one worker having work left and the other none.
 LONGEST_FIRST = (
-    *("training/test_resuming.py", "test_readme.py", "server/test_fuzz.py", "cli/test_cli.py"),
-    *("test_serving_configs.py", "search/test_collection.py", "data/test_left_out.py"),
-    *("training/test_callbacks.py", "evaluation/test_identity.py", "models/test_accumulation.py"),
+    *("training/test_hosts.py", "training/test_resuming.py", "test_readme.py", "cli/test_cli.py"),
+    *("models/test_accumulation.py", "search/test_collection.py", "training/test_callbacks.py"),
+    *("training/test_training_data.py", "server/test_repeated_labels.py", "server/test_fuzz.py"),
+    *("evaluation/test_identity.py", "training/test_adapting.py", "test_serving_configs.py"),
+    *("training/test_run.py", "data/test_left_out.py"),
 )
 
 
@@ -55,8 +57,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def settled() -> None:
     """Keras and tracing collect garbage often, which goes through all that is alive; most stays."""
+    gc.set_threshold(10_000)
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_graphs() -> Iterator[None]:
+    """Grappler takes a quarter of the tests' time, over graphs that run a few times.
+
+    ALIGN_TF_GRAPPLER=1 leaves it, as programs and servers have it; `.ci/run` sets it for some.
+    """
+    if os.environ.get("ALIGN_TF_GRAPPLER"):
+        yield
+        return
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    make = tf.data.Options
+
+    def options() -> tf.data.Options:
+        made = make()
+        made.experimental_optimization.apply_default_optimizations = False
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data, "Options", options)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
