@@ -41,6 +41,15 @@ LONGEST_FIRST = (
 )
 
 
+# The rooms whose graphs read data, and what Grappler does that is of no use to a test.
+READING = ("data", "search", "evaluation")
+PASSES = (
+    *("layout_optimizer", "constant_folding", "shape_optimization", "remapping"),
+    *("arithmetic_optimization", "dependency_optimization", "loop_optimization"),
+    *("implementation_selector", "scoped_allocator_optimization", "pin_to_host_optimization"),
+)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         config.option.loadscopereorder = False
@@ -62,18 +71,20 @@ def settled() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quick_graphs() -> Iterator[None]:
-    """Grappler takes a quarter of the tests' time, over graphs that run a few times.
+@pytest.fixture(autouse=True, scope="module")
+def quick_graphs(request) -> Iterator[None]:
+    """Grappler takes long over graphs that run a few times: it prunes and inlines, and no more.
 
-    ALIGN_TF_GRAPPLER=1 leaves it, as programs and servers have it; `.ci/run` sets it for some.
+    Of a training that holds half the memory; where data are read, it is left out altogether.
+    ALIGN_TF_GRAPPLER=1 leaves all as programs and servers have it; `.ci/run` sets it for some.
     """
     if os.environ.get("ALIGN_TF_GRAPPLER"):
         yield
         return
     import tensorflow as tf
 
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    without = {"disable_meta_optimizer": request.path.parent.name in READING}
+    tf.config.optimizer.set_experimental_options(dict.fromkeys(PASSES, False) | without)
     make = tf.data.Options
 
     def options() -> tf.data.Options:
