@@ -33,9 +33,21 @@ SERVING = pathlib.Path(__file__).parents[1] / "serving"
 # Few tests that take long: pytest-xdist, which deals files out by their numbers of tests, would
 # come to these at the end, one worker having work left and the other none.
 LONGEST_FIRST = (
-    *("training/test_resuming.py", "test_readme.py", "server/test_fuzz.py", "cli/test_cli.py"),
-    *("test_serving_configs.py", "search/test_collection.py", "data/test_left_out.py"),
-    *("training/test_callbacks.py", "evaluation/test_identity.py", "models/test_accumulation.py"),
+    *("training/test_hosts.py", "training/test_resuming.py", "test_readme.py", "cli/test_cli.py"),
+    *("models/test_accumulation.py", "search/test_collection.py", "training/test_callbacks.py"),
+    *("training/test_training_data.py", "server/test_repeated_labels.py", "server/test_fuzz.py"),
+    *("evaluation/test_identity.py", "training/test_adapting.py", "test_serving_configs.py"),
+    *("training/test_run.py", "data/test_left_out.py"),
+)
+
+
+# Rooms, and whether Grappler is left out altogether where their tests run: not where what it makes
+# of a graph is what is tested, as of an export's. And what of it is of no use to a test.
+QUICK = {"data": True, "search": True, "evaluation": True, "training": False}
+PASSES = (
+    *("layout_optimizer", "constant_folding", "shape_optimization", "remapping"),
+    *("arithmetic_optimization", "dependency_optimization", "loop_optimization"),
+    "implementation_selector",
 )
 
 
@@ -55,8 +67,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def settled() -> None:
     """Keras and tracing collect garbage often, which goes through all that is alive; most stays."""
+    gc.set_threshold(10_000)
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_graphs(request) -> Iterator[None]:
+    """Grappler takes long over graphs that run a few times: it prunes and inlines, and no more.
+
+    Of a training that holds half the memory; where data are read, it is left out altogether.
+    ALIGN_TF_GRAPPLER=1 leaves all as programs have it; `.ci/run` sets it for some.
+    """
+    room = request.path.parent.name
+    if room not in QUICK or os.environ.get("ALIGN_TF_GRAPPLER"):
+        yield
+        return
+    import tensorflow as tf
+
+    def optimize(passes: bool, *, at_all: bool) -> None:
+        whole = {"disable_meta_optimizer": not at_all}
+        tf.config.optimizer.set_experimental_options(dict.fromkeys(PASSES, passes) | whole)
+
+    make = tf.data.Options
+
+    def options() -> tf.data.Options:
+        made = make()
+        made.experimental_optimization.apply_default_optimizations = False
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.data, "Options", options)
+        optimize(False, at_all=not QUICK[room])
+        yield
+        optimize(True, at_all=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

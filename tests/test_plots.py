@@ -39,17 +39,23 @@ def test_heatmap_writes_each_number_in_its_place(tmp_path):
         plots.heatmap(values, ["one", "two", "three"], ["a", "b", "c"])
 
 
-@pytest.mark.parametrize("method", ["pca", "tsne"])
-def test_embeddings_of_one_label_lie_together(method):
+@pytest.fixture
+def one_thread():
+    """For t-SNE: several threads wait for one another at every step, long on busy cores."""
     pytest.importorskip("sklearn")
     from threadpoolctl import threadpool_limits
 
+    with threadpool_limits(1):
+        yield
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_embeddings_of_one_label_lie_together(method, one_thread):
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(3, 20))
     kinds = np.arange(60) % 3
     embeds = centers[kinds] + 0.05 * rng.normal(size=(60, 20))
-    with threadpool_limits(1):  # several wait for one another at every step, long on busy cores
-        figure = plots.embeddings(embeds, [f"kind {kind}" for kind in kinds], method)
+    figure = plots.embeddings(embeds, [f"kind {kind}" for kind in kinds], method)
     groups = {c.get_label(): np.array(c.get_offsets()) for c in figure.axes[0].collections}
     assert {name: len(points) for name, points in groups.items()} == {
         f"kind {kind}": 20 for kind in range(3)
@@ -67,8 +73,7 @@ def test_points_without_a_label_are_told_apart():
     assert groups == {"a": 2, "b": 1, "without a label (3)": 3}
 
 
-def test_points_that_are_all_the_same_are_drawn(recwarn):
-    pytest.importorskip("sklearn")
+def test_points_that_are_all_the_same_are_drawn(one_thread, recwarn):
     figure = plots.embeddings(np.ones((4, 3)), ["a\x1b[31m", "\ud83e", "a\x1b[31m", "b"])
     labels = [c.get_label() for c in figure.axes[0].collections]
     assert labels == [r"a\x1b[31m", r"\ud83e", "b"]

@@ -245,6 +245,7 @@ def write_old(folder: pathlib.Path, rng: random.Random) -> pathlib.Path:
     return old
 
 
+@pytest.mark.slow  # a sweep, of which a few tries find little
 def test_no_hostile_input_ends_in_a_traceback(seeds, loaded_once, tmp_path, capsys):
     failed = []
     for number in range(SEED, SEED + TRIES):

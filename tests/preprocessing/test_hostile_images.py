@@ -202,6 +202,7 @@ def checked_png(file: bytes) -> bytes:
     return b"".join([*parts, file[at:]]) if at > 8 else file
 
 
+@pytest.mark.slow  # a sweep, of which a few files find little
 def test_mutated_files():
     """No file ends in anything but pixels or an error, and pixels are Pillow's."""
     processor = AlignImageProcessor(max_image_pixels=1 << 20)

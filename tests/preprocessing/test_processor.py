@@ -238,13 +238,19 @@ def test_what_are_no_ids_is_told_in_a_line(processor, ids, message):
         processor.tokenizer.decode(ids)
 
 
+@pytest.fixture(scope="module")
+def used() -> AlignProcessor:
+    """Its graphs are traced where it is first called."""
+    images = AlignImageProcessor(size=12, crop_size=9)
+    images._extra = {"processor_class": "EfficientNetProcessor"}
+    return AlignProcessor(images, AlignTokenizer(VOCAB))
+
+
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
 )
-def test_copies_of_what_has_been_used(copied, array, tmp_path):
+def test_copies_of_what_has_been_used(copied, array, used):
     """As workers of other processes get them; a graph that was traced can be neither."""
-    used = AlignProcessor(AlignImageProcessor(size=12, crop_size=9), AlignTokenizer(VOCAB))
-    used.image_processor._extra = {"processor_class": "EfficientNetProcessor"}
     expected = used(images=array, text="a cat", return_tensors="np")
     for mine in (used, used.tokenizer, used.image_processor):
         other = copied(mine)

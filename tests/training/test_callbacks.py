@@ -152,6 +152,9 @@ def test_every_steps_is_checked(pairs):
 # --- checkpoints ------------------------------------------------------------------------------
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Few steps are not worth a trace of TensorFlow; JAX's compiled ones, which another test has left
+# in the cache, take the memory of what they are given.
+EAGERLY = keras.backend.backend() == "tensorflow"
 
 
 @pytest.fixture
@@ -160,10 +163,10 @@ def processor():
 
 
 def new_model(small_config):
-    """A model whose dropout and optimizer have states; its few steps are not traced."""
+    """A model whose dropout and optimizer have states."""
     keras.utils.set_random_seed(1)
     model = AlignModel(small_config)
-    model.compile(optimizer=keras.optimizers.Adam(0.01), run_eagerly=True)
+    model.compile(optimizer=keras.optimizers.Adam(0.01), run_eagerly=EAGERLY)
     return model
 
 
@@ -195,7 +198,7 @@ def leaves_out_steps(small_config) -> AlignModel:
     model = AlignModel(small_config, dtype="mixed_float16")
     optimizer = keras.optimizers.SGD(0.01)
     optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**40)
-    model.compile(optimizer=optimizer, run_eagerly=True)
+    model.compile(optimizer=optimizer, run_eagerly=EAGERLY)
     return model
 
 
@@ -227,8 +230,7 @@ def test_what_is_saved_is_measured(small_config, pairs, processor, tmp_path):
         keras.utils.set_random_seed(1)
         model = AlignModel(small_config)
         optimizer = keras.optimizers.Adam(0.05, use_ema=True, ema_momentum=0.5)
-        # JAX's compiled steps take the memory of what they are given.
-        model.compile(optimizer=optimizer, run_eagerly=keras.backend.backend() == "tensorflow")
+        model.compile(optimizer=optimizer, run_eagerly=EAGERLY)
         callbacks = (RetrievalEvaluation(pairs), ResumableCheckpoint(tmp_path, processor))
         options = {"validation_data": pairs, "validation_batch_size": 10}
         history = fit(
