@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from align_tf.models.sharded_state import whole_beside
+from align_tf.models.sharded_state import spread, whole_beside
 from align_tf.models.step_state import step_variables
 
 EMBEDS = ("image_embeds", "text_embeds")
@@ -112,10 +112,11 @@ def map_rows(function: Callable, rows: Any, others: Sequence, count: int, num_ou
     if count == 1:
         return list(function(ops.arange(total), rows, *others))
     numbers, parts = _split(ops.arange(total), count), _split(rows, count)
+    others = [spread(array, rows=False) for array in others]  # once, and not for each part anew
 
     def step(carry: list, part: Any) -> tuple[list, list]:
-        again = keras.remat(functools.partial(function, numbers[:, part]))
-        return carry, list(again(parts[:, part], *others))
+        again = keras.remat(functools.partial(function, spread(numbers[:, part], rows=True)))
+        return carry, list(again(spread(parts[:, part], rows=True), *others))
 
     return [_join(array, total) for array in _scan(step, [], count, num_outputs)[1]]
 

@@ -122,6 +122,25 @@ def whole_beside(model: keras.Model, mapping: Iterable[tuple]) -> list[tuple]:
     ]
 
 
+def spread(array: Any, *, rows: bool) -> Any:
+    """Says on JAX how an array within a step lies on the devices that share its batch.
+
+    Args:
+        array: (n, ...); a scalar stays as it is.
+        rows: whether each device has some of the rows; or all have all.
+
+    Returns:
+        The array.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax" or not array.shape:
+        return array
+    layout = distribution.get_data_layout(array.shape)
+    if rows:
+        return keras.distribution.distribute_tensor(array, layout)
+    return _gathering(layout.backend_layout)(array)
+
+
 def _gathered(distribution: ShardedState, variable: keras.Variable, value: Any) -> Any:
     if not distribution.is_spread(variable):
         return value

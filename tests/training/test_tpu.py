@@ -175,6 +175,18 @@ def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_step_in_parts_gathers_the_embeddings_once(check):
+    flags = ("--topology", "v6e:2x4", "--batch-size", "64", "--length-buckets", "8")
+    code, out, err = check(*flags, "--accumulation", "2")
+    assert code == 0, err
+    [program] = json.loads(out)
+    kinds = {row["kind"] for row in program["collectives"]}
+    assert kinds == {"all-gather", "all-reduce", "reduce-scatter"}  # no row of the logits moves
+    [gathered] = [row for row in program["collectives"] if row["kind"] == "all-gather"]
+    assert (gathered["dtype"], gathered["num_bytes"]) == ("bf16", 2 * 64 * 192 * 2)
+
+
+@pytest.mark.slow
 def test_step_with_sharded_state_gathers_weights_and_keeps_parts(check):
     flags = ("--topology", "v6e:2x4", "--batch-size", "32", "--length-buckets", "8")
     code, out, err = check(*flags, "--shard-state", "true")
