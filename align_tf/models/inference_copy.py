@@ -58,13 +58,23 @@ def _use_fast_kernels(tower: AlignVisionModel) -> None:
         if owner.activation is get_activation("swish"):
             owner.activation = swish_product
     for block in tower.blocks:
-        _replace(block, "se_squeeze", area_mean)
+        _replace(block, "se_squeeze", squeeze)
 
 
 def swish_product(x: tf.Tensor) -> tf.Tensor:
     """Without the gradient of its own that Keras's has: with it, the graph optimiser would not fuse
     the product with a convolution."""
     return x * tf.sigmoid(x)
+
+
+def squeeze(x: tf.Tensor) -> tf.Tensor:
+    """`area_mean` to the bit, by a third of its operations where the images' size is known."""
+    _, h, w, c = x.shape
+    if h is None or w is None:
+        return area_mean(x)
+    weights = tf.fill((1, 1, h * w), tf.constant(2**-10, x.dtype))
+    sums = tf.reshape(tf.matmul(weights, tf.reshape(x, (-1, h * w, c))), (-1, 1, 1, c))
+    return tf.cast(tf.cast(sums, tf.float32) / (h * w * 2**-10), x.dtype)
 
 
 def _fold(owner: layers.Layer, name: str, values: dict[str, Any]) -> None:
@@ -126,5 +136,8 @@ class JoinedProjections(layers.Layer):
         self.built = True
 
     def call(self, asking: tf.Tensor, inputs: tf.Tensor) -> list[tf.Tensor]:
-        projected = tf.nn.bias_add(tf.matmul(inputs, self.kernel), self.bias)
-        return tf.split(projected, self.widths, axis=1)
+        return tf.split(self.joined(inputs), self.widths, axis=1)
+
+    def joined(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns query, key and value side by side, in each of which the heads are."""
+        return tf.nn.bias_add(tf.matmul(inputs, self.kernel), self.bias)

@@ -1,12 +1,13 @@
 """The text tower without the padding, for inference on TensorFlow: all texts' tokens in one row."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
 
 from align_tf.models.align import AlignModel
-from align_tf.models.bert import SelfAttention
+from align_tf.models.bert import EncoderLayer, SelfAttention
 from align_tf.models.text import AlignTextModel
 
 # The row is rounded up to a multiple of so many tokens: kernels are prepared for each length of it.
@@ -43,18 +44,37 @@ def _first_token_states(
         if ids is not None
     }
     x = tower.embeddings(**tokens, position_ids=column[None])[0]  # (m, hidden_size)
-    for block in tower.blocks:
-        attention = block.attention
-        inputs, places = x, (place, place, place)
-        if block is tower.blocks[-1]:
-            x = tf.gather(x, place[:, 0])  # (n, hidden_size)
-            position = tf.range(tf.shape(x)[0])
-            places = (position[:, None], place, place)
-        projected = zip(attention.project(x, inputs), places, strict=True)
-        query, key, value = (_in_heads(attention, rows, where) for rows, where in projected)
+    # What lies where is the same in all blocks of as many heads.
+    into = functools.cache(functools.partial(_into_heads, place))
+    into_joined = functools.cache(functools.partial(_into_joined_heads, place))
+    out_of = functools.cache(functools.partial(_out_of_heads, position, tf.shape(mask)[1]))
+    *blocks, last = tower.blocks
+    for block in blocks:
+        attention, heads = block.attention, block.attention.num_heads
+        if hasattr(attention.project, "joined"):  # one gather for three
+            joined = _in_heads(attention, attention.project.joined(x), into_joined(heads))
+            query, key, value = (joined[part] for part in range(3))
+        else:
+            projected = attention.project(x, x)
+            query, key, value = (_in_heads(attention, rows, into(heads)) for rows in projected)
         attended, _ = attention.attend(query, key, value, mask[:, None, None])
-        x = block.after_attention(x, attention.output_dense(_out_of_heads(attended, position)))
-    return x
+        attended = _in_a_row(attended, out_of(heads))
+        x = block.after_attention(x, attention.output_dense(attended))
+    return _first_states(last, x, place, mask, into)
+
+
+def _first_states(
+    block: EncoderLayer, x: tf.Tensor, place: tf.Tensor, mask: tf.Tensor, into: Callable
+) -> tf.Tensor:
+    """Runs the last block, in which the first token of each text alone asks."""
+    attention, heads = block.attention, block.attention.num_heads
+    first = tf.gather(x, place[:, 0])  # (n, hidden_size)
+    query, key, value = attention.project(first, x)
+    query = tf.reshape(query, [-1, heads, 1, attention.config.head_size])
+    key, value = (_in_heads(attention, rows, into(heads)) for rows in (key, value))
+    attended, _ = attention.attend(query, key, value, mask[:, None, None])
+    attended = tf.reshape(attended, [-1, heads * attention.config.head_size])
+    return block.after_attention(first, attention.output_dense(attended))
 
 
 def _pack(mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -75,16 +95,29 @@ def _pack(mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return place, tf.pad(position, [[0, -tf.size(position) % MULTIPLE]])
 
 
-def _in_heads(attention: SelfAttention, projected: tf.Tensor, place: tf.Tensor) -> tf.Tensor:
-    """Takes what is at `place` of a row (m, heads * head_size) to (n, heads, t, head_size)."""
-    rows = tf.reshape(projected, [-1, attention.config.head_size])  # (m * heads, head_size)
-    heads = attention.num_heads
-    return tf.gather(rows, place[:, None] * heads + tf.range(heads)[:, None])
+def _into_heads(place: tf.Tensor, heads: int) -> tf.Tensor:
+    """Says where the parts of a head lie in rows (m * heads, head_size), int (n, heads, t)."""
+    return place[:, None] * heads + tf.range(heads)[:, None]
 
 
-def _out_of_heads(x: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-    """Takes (n, heads, t, head_size) back to a row (m, heads * head_size)."""
-    heads, length, size = x.shape[1], tf.shape(x)[2], x.shape[3]
+def _out_of_heads(position: tf.Tensor, length: tf.Tensor, heads: int) -> tf.Tensor:
+    """Says where the heads of a place lie in rows (n * heads * t, head_size), int (m, heads)."""
     text, column = position // length, position % length
-    index = (text[:, None] * heads + tf.range(heads)) * length + column[:, None]  # (m, heads)
+    return (text[:, None] * heads + tf.range(heads)) * length + column[:, None]
+
+
+def _into_joined_heads(place: tf.Tensor, heads: int) -> tf.Tensor:
+    """As `_into_heads` of query, key and value side by side, int (3, n, heads, t)."""
+    parts = tf.reshape(tf.range(3 * heads), [3, 1, heads, 1])
+    return place[:, None] * (3 * heads) + parts
+
+
+def _in_heads(attention: SelfAttention, rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Takes a row (m, heads * head_size) to (n, heads, t, head_size)."""
+    return tf.gather(tf.reshape(rows, [-1, attention.config.head_size]), index)
+
+
+def _in_a_row(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Takes (n, heads, t, head_size) back to a row (m, heads * head_size)."""
+    heads, size = x.shape[1], x.shape[3]
     return tf.reshape(tf.gather(tf.reshape(x, [-1, size]), index), [-1, heads * size])
