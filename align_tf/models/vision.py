@@ -168,7 +168,8 @@ class AlignVisionModel(TakesNames, Exports, Pretrained, Tower, keras.Model):
         black = tf.zeros([tf.maximum(1 - rows, 0), *tf.unstack(tf.shape(x))[1:]], x.dtype)
         # By operations from which LiteRT's converter learns the sizes.
         filled = tf.ensure_shape(tf.concat([x, black], axis=0), [None, *x.shape[1:]])
-        return filled, lambda y: y[:rows]
+        slices = (tf.zeros(1, tf.int32), tf.reshape(rows, [1]), tf.ones(1, tf.int32))
+        return filled, lambda y: tf.strided_slice(y, *slices)  # for all blocks' the same nodes
 
     def freeze_batch_norm(self) -> None:
         """Keeps every BatchNorm at its moving averages, scale and offset; compile again after it.
