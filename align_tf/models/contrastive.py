@@ -27,7 +27,7 @@ from align_tf.models.loss import (
     sigmoid_rows,
     weighted_mean,
 )
-from align_tf.models.sharded_state import whole_beside
+from align_tf.models.sharded_state import check_own_rows, on_devices, whole_beside
 from align_tf.models.surgery import open_for_change
 
 METRICS = ("loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
@@ -142,7 +142,7 @@ class ContrastiveTraining:
         if validation_data is not None:  # of (x, None, weight) Keras drops the weight
             validation_data = keras.utils.unpack_x_y_sample_weight(validation_data)
             validation_data, _ = self._with_weight(*validation_data)
-        with plain_errors():
+        with on_devices(self), plain_errors():
             return super().fit(
                 x,
                 y,
@@ -173,7 +173,7 @@ class ContrastiveTraining:
         """As Keras's `evaluate`; see `fit`."""
         check_ends(x, steps, "steps")
         x, y = self._with_weight(x, y, sample_weight)
-        with plain_errors():
+        with on_devices(self), plain_errors():
             logs = super().evaluate(x, y, batch_size, verbose, steps=steps, **kw)
         check_contrast(self, "the data")
         return logs
@@ -186,10 +186,16 @@ class ContrastiveTraining:
         steps: int | None = None,
         callbacks: Any = None,
     ) -> dict[str, Any]:
-        """As Keras's `predict`; see `predict_step`."""
+        """As Keras's `predict`; see `predict_step`.
+
+        Raises:
+            ValueError: the rows are spread over several processes, or the data is endless and no
+                number of steps is given.
+        """
         check_ends(x, steps, "steps")
+        check_own_rows()
         x, _ = self._with_weight(x, None, None)
-        with plain_errors():
+        with on_devices(self), plain_errors():
             return super().predict(x, batch_size, verbose, steps, callbacks)
 
     def _with_weight(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:

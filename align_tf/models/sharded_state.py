@@ -8,6 +8,7 @@ summed, a part on each device.
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from keras import layers, ops
 from align_tf.models.step_state import step_variables
 
 LEAST = 2**16  # elements of a variable; smaller ones are whole everywhere
+
+# Of JAX's error: the parts of a batch, and its rows.
+UNEVEN = re.compile(r"axis 0 is partitioned (\d+) times, but the dimension size is (\d+)")
 
 
 class ShardedState(keras.distribution.DataParallel):
@@ -163,6 +167,65 @@ def _gathering(parts: Any) -> Callable:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, parts),),
     )
     return gather
+
+
+@contextlib.contextmanager
+def on_devices(model: keras.Model) -> Iterator[None]:
+    """Has a model or a batch that the devices of the scope cannot share be one line, on JAX.
+
+    Args:
+        model: what computes within.
+
+    Raises:
+        ValueError: the model was built outside of the scope or lies in parts outside of it, or a
+            batch leaves a remainder.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        for variable in model.variables:
+            if is_apart(variable.value):
+                raise ValueError(
+                    f"{variable.path}: this process has a part of it alone; expected the scope of "
+                    "`data_parallel`, in all processes"
+                )
+        yield
+        return
+    devices = set(distribution.device_mesh.backend_mesh.devices.flat)
+    optimizer = getattr(model, "optimizer", None)
+    for variable in (*model.variables, *(() if optimizer is None else optimizer.variables)):
+        there = getattr(variable.value, "devices", set)()  # of what is gathered, none
+        if there != devices:
+            raise ValueError(
+                f"{variable.path}: not on the {len(devices)} devices of this scope; expected a "
+                "model that is built and compiled within it"
+            )
+    try:
+        yield
+    except ValueError as error:
+        uneven = UNEVEN.search(str(error))
+        if uneven is None:
+            raise
+        parts, rows = uneven.groups()
+        raise ValueError(
+            f"a batch of {rows}: expected a multiple of the {parts} devices that share it; "
+            "drop_remainder=True leaves out a last one that is smaller"
+        ) from None
+
+
+def check_own_rows() -> None:
+    """Checks that this process has all rows that the scope's devices compute, for Keras to join.
+
+    Raises:
+        ValueError: other processes have some.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        return
+    if distribution.device_mesh.backend_mesh.is_multi_process:
+        raise ValueError(
+            "predict: other processes have some of the rows; expected `model(...)` of the same "
+            "rows in all of them"
+        )
 
 
 def is_apart(value: Any) -> bool:

@@ -55,6 +55,10 @@ class WeightFiles(Adapters):
             for layer in adapted:
                 layer.lora_enabled = True
 
+    def get_weights(self) -> list[np.ndarray]:
+        check_gathered(self.weights)
+        return super().get_weights()
+
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **options: Any) -> None:
         """As Keras's; where the file has no adapter, that of the model stays.
 

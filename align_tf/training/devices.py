@@ -40,10 +40,12 @@ def data_parallel(count: int | None = None, shard_state: bool = False) -> Any:
         `MirroredStrategy` for several devices, and for a single one the default strategy.
 
     Raises:
-        ValueError: there are fewer than `count`; or `shard_state` on another backend than JAX, or
-            with a single device.
+        ValueError: `count` is no positive integer, or there are fewer; or `shard_state` on another
+            backend than JAX, or with a single device.
     """
     devices = keras.distribution.list_devices()
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"devices={count!r}: expected a positive integer")
     if count is not None and count > len(devices):
         raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")
     devices = devices[:count]

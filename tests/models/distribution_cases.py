@@ -8,6 +8,7 @@ Prints one line for each case: its name, and a number. For most that is how far 
 steps are from those of one device.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -217,6 +218,7 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     show("lora", apart(adapted, train_on(count, **options)[0]))
     if mode == "jax":
         in_parts(train_on, count, show, plain, adapted)
+        not_shared(within(count), show)
     with within(count):
         dropout_and_statistics(show, each)
     if mode == "tensorflow":
@@ -244,6 +246,23 @@ def in_parts(train_on: Callable, count: int, show: Callable, plain: list, adapte
         weights, found = train_on(count, validate=True, **how, **options)
         show(f"parts{name}", apart(alone, weights))
         show(f"parts{name}_logs", logs_apart(found, logs))
+
+
+def not_shared(scope: contextlib.AbstractContextManager, show: Callable) -> None:
+    """A model of one device and a batch with a remainder are refused in a line."""
+    outside = make_model()
+    with scope:
+        inside = make_model()
+        refusals = {
+            "outside": (outside, 16, "devices of this scope; expected a model that is built"),
+            "uneven": (inside, 5, "a batch of 5: expected a multiple of the 2 devices"),
+        }
+        for name, (model, rows, expected) in refusals.items():
+            model.compile(optimizer=keras.optimizers.SGD(0.1))
+            try:
+                fit(model, epochs=1, batch_size=rows)
+            except ValueError as error:
+                show(name, float(expected not in str(error)))
 
 
 def without_an_image(train_on: Callable, count: int, show: Callable) -> None:
