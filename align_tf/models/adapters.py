@@ -18,6 +18,7 @@ from align_tf.configuration.checks import is_finite
 from align_tf.models import lora
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.freezing import KeepsFrozen
+from align_tf.models.sharded_state import check_gathered
 
 Model = TypeVar("Model", bound="Adapters")
 
@@ -360,9 +361,11 @@ class Adapters(KeepsFrozen):
     def _park(self) -> None:
         """Takes note of the matrices of the active adapter, as they are now."""
         if self.active_adapter is not None:
+            sides = {hf: lora.sides(layer) for hf, layer in self._adapted().items()}
+            check_gathered(side for pair in sides.values() for side in pair)
             self._all.held[self.active_adapter].sides = {
-                hf: tuple(np.array(ops.convert_to_numpy(side)) for side in lora.sides(layer))
-                for hf, layer in self._adapted().items()
+                hf: tuple(np.array(ops.convert_to_numpy(side)) for side in pair)
+                for hf, pair in sides.items()
             }
 
     def _activate(self, name: str | None, held: _Held | None) -> None:

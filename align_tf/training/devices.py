@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from align_tf.models.sharded_state import ShardedState
+from align_tf.training import hosts
 
 
 def count_devices() -> int:
@@ -40,14 +41,16 @@ def data_parallel(count: int | None = None, shard_state: bool = False) -> Any:
         `MirroredStrategy` for several devices, and for a single one the default strategy.
 
     Raises:
-        ValueError: `count` is no positive integer, or there are fewer; or `shard_state` on another
-            backend than JAX, or with a single device.
+        ValueError: `count` is no positive integer, or there are fewer, or more and several
+            processes; or `shard_state` on another backend than JAX, or with a single device.
     """
     devices = keras.distribution.list_devices()
-    if count is not None and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"devices={count!r}: expected a positive integer")
-    if count is not None and count > len(devices):
-        raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")
+    if count is not None:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"devices={count!r}: expected a positive integer")
+        if count > len(devices):
+            raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")
+        check_all(count)
     devices = devices[:count]
     if shard_state:
         check_shard_state(len(devices))
@@ -71,6 +74,16 @@ def spread_over(devices: Sequence[Any], shard_state: bool) -> keras.distribution
         return ShardedState(devices)
     # Each process reads its own part of a batch: see `make_dataset`'s shard.
     return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
+
+
+def check_all(count: int) -> None:
+    """Checks that a training of several processes is on all of their devices.
+
+    Raises:
+        ValueError: it is not, so that a process may have none.
+    """
+    if hosts.place()[1] > 1 and count != count_devices():
+        raise ValueError(f"devices={count}: expected all, where several processes train")
 
 
 def check_shard_state(count: int) -> None:

@@ -81,8 +81,7 @@ def train(recipe: Recipe) -> addresses.Place:
     limit_arenas()
     keras.utils.set_random_seed(recipe.seed)
     count = devices.count_devices() if recipe.devices is None else recipe.devices
-    if hosts.place()[1] > 1 and count != devices.count_devices():
-        raise ValueError(f"devices={count}: expected all, where several processes train")
+    devices.check_all(count)
     if recipe.shard_state:
         devices.check_shard_state(count)
     if recipe.batch_size % count:

@@ -36,7 +36,7 @@ def test_the_one_device_is_used():
     assert type(data_parallel()).__name__ == STRATEGIES[BACKEND][0]
 
 
-@pytest.mark.parametrize("count", [0, -1, 2.0])
+@pytest.mark.parametrize("count", [0, -1, 2.0, True])
 def test_a_number_of_devices_that_is_none_is_refused(count):
     with pytest.raises(ValueError, match=f"devices={count}: expected a positive integer"):
         data_parallel(count)
