@@ -41,14 +41,8 @@ LONGEST_FIRST = (
 )
 
 
-# Rooms, and whether Grappler is left out altogether where their tests run: not where what it makes
-# of a graph is what is tested, as of an export's. And what of it is of no use to a test.
-QUICK = {"data": True, "search": True, "evaluation": True, "training": False}
-PASSES = (
-    *("layout_optimizer", "constant_folding", "shape_optimization", "remapping"),
-    *("arithmetic_optimization", "dependency_optimization", "loop_optimization"),
-    "implementation_selector",
-)
+# The rooms whose graphs read data: what Grappler makes of them is of no use to their tests.
+READING = ("data", "search", "evaluation")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,20 +68,14 @@ def settled() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_graphs(request) -> Iterator[None]:
-    """Grappler takes long over graphs that run a few times: it prunes and inlines, and no more.
+    """Grappler takes long over graphs that run a few times; where data are read, it is left out.
 
-    Of a training that holds half the memory; where data are read, it is left out altogether.
     ALIGN_TF_GRAPPLER=1 leaves all as programs have it; `.ci/run` sets it for some.
     """
-    room = request.path.parent.name
-    if room not in QUICK or os.environ.get("ALIGN_TF_GRAPPLER"):
+    if request.path.parent.name not in READING or os.environ.get("ALIGN_TF_GRAPPLER"):
         yield
         return
     import tensorflow as tf
-
-    def optimize(passes: bool, *, at_all: bool) -> None:
-        whole = {"disable_meta_optimizer": not at_all}
-        tf.config.optimizer.set_experimental_options(dict.fromkeys(PASSES, passes) | whole)
 
     make = tf.data.Options
 
@@ -98,9 +86,9 @@ def quick_graphs(request) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf.data, "Options", options)
-        optimize(False, at_all=not QUICK[room])
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         yield
-        optimize(True, at_all=True)
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture(autouse=True, scope="session")

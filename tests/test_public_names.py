@@ -17,7 +17,7 @@ PUBLIC = {
     "distinct_pairs holdout knn_metrics linear_probe_metrics retrieval_metrics zero_shot_metrics "
     "zero_shot_predictions",
     "align_tf.training": "CompilationCount Recipe ResumableCheckpoint RetrievalEvaluation "
-    "ZeroShotEvaluation data_parallel describe_devices make_optimizer read_recipe train",
+    "ZeroShotEvaluation data_parallel describe_devices gathered make_optimizer read_recipe train",
     "align_tf.search": "Hit Index Searcher build_index embed",
     "align_tf.server": "Limits ModelServer",
     "align_tf.client": "AlignClient AlignServerError AsyncAlignClient Classification Signature "
