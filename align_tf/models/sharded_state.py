@@ -136,8 +136,8 @@ def spread(array: Any, *, rows: bool) -> Any:
     Returns:
         The array.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or keras.backend.backend() != "jax" or not array.shape:
+    distribution = _of_jax()
+    if distribution is None or not array.shape:
         return array
     layout = distribution.get_data_layout(array.shape)
     if rows:
@@ -180,19 +180,16 @@ def on_devices(model: keras.Model) -> Iterator[None]:
         ValueError: the model was built outside of the scope or lies in parts outside of it, or a
             batch leaves a remainder.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or keras.backend.backend() != "jax":
-        for variable in model.variables:
-            if is_apart(variable.value):
-                raise ValueError(
-                    f"{variable.path}: this process has a part of it alone; expected the scope of "
-                    "`data_parallel`, in all processes"
-                )
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    distribution = _of_jax()
+    if distribution is None:
+        _check_whole(model.variables, "the scope of `data_parallel`, in all processes")
         yield
         return
     devices = set(distribution.device_mesh.backend_mesh.devices.flat)
-    optimizer = getattr(model, "optimizer", None)
-    for variable in (*model.variables, *(() if optimizer is None else optimizer.variables)):
+    for variable in state_of(model):
         there = getattr(variable.value, "devices", set)()  # of what is gathered, none
         if there != devices:
             raise ValueError(
@@ -218,14 +215,23 @@ def check_own_rows() -> None:
     Raises:
         ValueError: other processes have some.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or keras.backend.backend() != "jax":
-        return
-    if distribution.device_mesh.backend_mesh.is_multi_process:
+    distribution = _of_jax()
+    if distribution is not None and distribution.device_mesh.backend_mesh.is_multi_process:
         raise ValueError(
             "predict: other processes have some of the rows; expected `model(...)` of the same "
             "rows in all of them"
         )
+
+
+def _of_jax() -> keras.distribution.DataParallel | None:
+    """Returns the distribution of the scope, on JAX."""
+    return keras.distribution.distribution() if keras.backend.backend() == "jax" else None
+
+
+def state_of(model: keras.Model) -> list[keras.Variable]:
+    """Lists the variables of a model, and its optimizer's where it has one."""
+    optimizer = getattr(model, "optimizer", None)
+    return [*model.variables, *(() if optimizer is None else optimizer.variables)]
 
 
 def is_apart(value: Any) -> bool:
@@ -242,11 +248,17 @@ def check_gathered(weights: Iterable[Any]) -> None:
     Raises:
         ValueError: one lies in parts in several processes.
     """
+    _check_whole(
+        weights,
+        "`with align_tf.training.gathered(model):` in all processes, and in it the first to save",
+    )
+
+
+def _check_whole(weights: Iterable[Any], expected: str) -> None:
     for weight in weights:
         if is_apart(getattr(weight, "value", None)):
             raise ValueError(
-                f"{weight.path}: this process has a part of it alone; expected `with "
-                "align_tf.training.gathered(model):` in all processes, and in it the first to save"
+                f"{weight.path}: this process has a part of it alone; expected {expected}"
             )
 
 

@@ -1,6 +1,7 @@
 """The devices that Keras's backend computes on, and training on several of them."""
 
 import importlib.metadata
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def data_parallel(count: int | None = None, shard_state: bool = False) -> Any:
     """
     devices = keras.distribution.list_devices()
     if count is not None:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        if not isinstance(count, numbers.Integral) or isinstance(count, bool) or count < 1:
             raise ValueError(f"devices={count!r}: expected a positive integer")
         if count > len(devices):
             raise ValueError(f"devices={count}: found {len(devices)}, {', '.join(devices)}")

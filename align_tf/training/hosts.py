@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from align_tf.models.sharded_state import is_apart
+from align_tf.models.sharded_state import is_apart, state_of
 from align_tf.terminal import say
 
 # What says that there are several processes: Keras's own, then what JAX finds out itself.
@@ -203,8 +203,7 @@ def gathered(model: keras.Model) -> Iterator[None]:
     Args:
         model: an `AlignModel`; its optimizer's state is gathered with its weights.
     """
-    optimizer = getattr(model, "optimizer", None)
-    with readable([*model.variables, *(optimizer.variables if optimizer is not None else ())]):
+    with readable(state_of(model)):
         yield
 
 

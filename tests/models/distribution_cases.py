@@ -217,6 +217,7 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
     adapted = train_on(1, **options)[0]
     show("lora", apart(adapted, train_on(count, **options)[0]))
     if mode == "jax":
+        show("a_row_at_a_time", apart(plain, train_on(count, accumulation=16)[0]))
         in_parts(train_on, count, show, plain, adapted)
         not_shared(within(count), show)
     with within(count):

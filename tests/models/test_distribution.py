@@ -60,7 +60,7 @@ def test_devices_of_one_process_take_the_steps_of_one():
     names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "lora")
     names += ("own", "again")
     parts = [f"parts{how}{logs}" for how in ("", "_remat", "_loop") for logs in ("", "_logs")]
-    parts += ["parts_lora", "parts_accumulation", "outside", "uneven"]
+    parts += ["parts_lora", "parts_accumulation", "a_row_at_a_time", "outside", "uneven"]
     check(found, *names, *(("short", "short_logs", "refused") if TENSORFLOW else parts))
 
 

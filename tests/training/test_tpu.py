@@ -134,11 +134,23 @@ def check():
     return run
 
 
+@pytest.fixture(scope="module")
+def compiled(check):
+    """Runs it for texts of 8 tokens; returns what it tells of the one program."""
+
+    def run(topology, batch_size, *flags):
+        size = ("--batch-size", str(batch_size), "--length-buckets", "8")
+        code, out, err = check("--topology", topology, *size, *flags)
+        assert code == 0, err
+        [program] = json.loads(out)
+        return program
+
+    return run
+
+
 @pytest.mark.slow
-def test_step_compiles_for_one_chip(check):
-    code, out, err = check("--topology", "v5e:1x1", "--batch-size", "16", "--length-buckets", "8")
-    assert code == 0, err
-    [program] = json.loads(out)
+def test_step_compiles_for_one_chip(compiled):
+    program = compiled("v5e:1x1", 16)
     assert program["collectives"] == []
     assert program["foreign"] == []
     assert program["fits"]
@@ -148,21 +160,9 @@ def test_step_compiles_for_one_chip(check):
 
 
 @pytest.mark.slow
-def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path):
+def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(compiled, tmp_path):
     text = tmp_path / "program.txt"
-    flags = (
-        "--topology",
-        "v6e:2x4",
-        "--batch-size",
-        "32",
-        "--length-buckets",
-        "8",
-        "--program",
-        str(text),
-    )
-    code, out, err = check(*flags)
-    assert code == 0, err
-    [program] = json.loads(out)
+    program = compiled("v6e:2x4", 32, "--program", str(text))
     assert program["chips"] == 8
     assert program["foreign"] == []
     assert "f64[" not in text.read_text()
@@ -175,11 +175,8 @@ def test_step_of_two_hosts_moves_embeddings_and_gradients_alone(check, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_step_in_parts_gathers_the_embeddings_once(check):
-    flags = ("--topology", "v6e:2x4", "--batch-size", "64", "--length-buckets", "8")
-    code, out, err = check(*flags, "--accumulation", "2")
-    assert code == 0, err
-    [program] = json.loads(out)
+def test_a_step_in_parts_gathers_the_embeddings_once(compiled):
+    program = compiled("v6e:2x4", 64, "--accumulation", "2")
     kinds = {row["kind"] for row in program["collectives"]}
     assert kinds == {"all-gather", "all-reduce", "reduce-scatter"}  # no row of the logits moves
     [gathered] = [row for row in program["collectives"] if row["kind"] == "all-gather"]
@@ -187,11 +184,8 @@ def test_a_step_in_parts_gathers_the_embeddings_once(check):
 
 
 @pytest.mark.slow
-def test_step_with_sharded_state_gathers_weights_and_keeps_parts(check):
-    flags = ("--topology", "v6e:2x4", "--batch-size", "32", "--length-buckets", "8")
-    code, out, err = check(*flags, "--shard-state", "true")
-    assert code == 0, err
-    [program] = json.loads(out)
+def test_step_with_sharded_state_gathers_weights_and_keeps_parts(compiled):
+    program = compiled("v6e:2x4", 32, "--shard-state", "true")
     # 39 MiB a chip whole; of these 13 are variables too small to be cut.
     assert 13e6 < program["state_bytes"] < 20e6
     gathered = [row for row in program["collectives"] if row["kind"] == "all-gather"]
