@@ -275,7 +275,7 @@ def test_a_training_goes_on_in_the_other_layout(
 
 @pytest.mark.slow
 def test_an_adapter_of_a_base_in_parts_goes_on_with_it_whole(settings, tmp_path):
-    settings |= {"lora_rank": "2", "batch_norm": "frozen", "keep_best": "val_r1_t2i"}
+    settings = {**settings, "lora_rank": "2", "batch_norm": "frozen", "keep_best": "val_r1_t2i"}
     run({**settings, "shard_state": "true"}, tmp_path / "two", 2)
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / f"checkpoint-{STEPS}")
