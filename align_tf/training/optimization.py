@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 OPTIMIZERS = ("lamb", "adamw")
@@ -15,6 +16,10 @@ SCHEDULES = ("linear", "cosine", "constant")
 # Variables that are no kernel and no embedding: weight decay would only pull them from where
 # normalisation and temperature put them (the original excludes them too).
 NOT_DECAYED = ("gamma", "beta", "bias", "logit_bias", "temperature")
+
+# Numbers of a weight up to which it takes LAMB's step joined with others: of align-base's 906
+# weights 706, 2 % of their numbers; the others have 16 sizes.
+JOINED = 2**16
 
 
 @keras.saving.register_keras_serializable(package="align_tf")
@@ -95,13 +100,17 @@ class _OwnRates:
             )
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        super().update_step(gradient, variable, self._decay(variable, learning_rate))
+
+    def _decay(self, variable: Any, learning_rate: Any) -> Any:
+        """Decays a variable by its own rate, which it returns."""
         own_rate = self._own_rates[self._get_variable_index(variable)]
         if own_rate != 1.0:
             learning_rate = learning_rate * own_rate
         if self.weight_decay and self._use_weight_decay(variable):
             rate = ops.cast(learning_rate, variable.dtype)
             self.assign_sub(variable, variable * self.weight_decay * rate)
-        super().update_step(gradient, variable, learning_rate)
+        return learning_rate
 
     def _apply_weight_decay(self, variables: list) -> None:
         pass  # Keras's takes one rate for all; update_step decays instead
@@ -137,34 +146,106 @@ class _OwnRates:
         return optimizer
 
 
-class _LambInLoops(keras.optimizers.Lamb):
-    """Keras's LAMB; on TensorFlow a weight's step is two loops, before and after the two norms.
+@keras.saving.register_keras_serializable(package="align_tf")
+class Lamb(_OwnRates, keras.optimizers.Lamb):
+    """Keras's LAMB (arXiv 1904.00962) with a rate for each variable.
 
-    Keras's operations, some forty for each of a thousand weights, read and write the whole weight a
-    dozen times; and the fewer operations a graph has, the sooner its first step begins.
+    The weight decay is Keras's, `rate * weight_decay * weight` beside the step; Algorithm 2 of
+    the paper has it inside the trust ratio.
+
+    On TensorFlow what is not of a weight's norm is computed in one loop, and small weights, most of
+    a thousand, take their step joined: Keras's operations, some forty a weight, read and write it a
+    dozen times, and a loop of its own for each shape is compiled for as long as many steps take.
     """
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        if keras.backend.backend() != "tensorflow":
-            super().update_step(gradient, variable, learning_rate)
-            return
+    def _distributed_tf_update_step(
+        self, distribution: Any, grads_and_vars: Sequence, learning_rate: Any
+    ) -> None:
+        joined: dict[Any, list] = {}
+        for gradient, variable in grads_and_vars:
+            small = math.prod(variable.shape) <= JOINED
+            joined.setdefault(variable.dtype if small else id(variable), []).append(
+                (gradient, variable)
+            )
+        for pairs in joined.values():
+            gradients, variables = zip(*pairs, strict=True)
+            arguments = (variables, gradients, learning_rate)
+            distribution.extended.update(
+                variables[0], self._step_joined, args=arguments, group=False
+            )
+
+    def _step_joined(
+        self, _: Any, variables: Sequence, gradients: Sequence, learning_rate: Any
+    ) -> None:
+        """Takes the steps of variables of one dtype."""
         import tensorflow as tf
 
-        index = self._get_variable_index(variable)
-        slots = (self._momentums[index], self._velocities[index])
-        weight, *values = map(tf.convert_to_tensor, (variable, gradient, *slots, self.iterations))
-        find_direction, scale_direction = _lamb_loops()
-        *moments, direction = find_direction(*values, self.beta_1, self.beta_2, self.epsilon)
-        for slot, moment in zip(slots, moments, strict=True):
-            self.assign(slot, moment)
-        norms = tf.nn.l2_loss(weight), tf.nn.l2_loss(direction)
-        learning_rate = tf.convert_to_tensor(learning_rate)  # may be a Keras variable
-        self.assign_sub(variable, scale_direction(direction, *norms, learning_rate))
+        for variable in variables:
+            self._decay(variable, learning_rate)
+        shapes = [variable.shape for variable in variables]
+        indices = [self._get_variable_index(variable) for variable in variables]
+        slots = [[kept[i] for i in indices] for kept in (self._momentums, self._velocities)]
+        values = map(_join, (gradients, *slots))
+        iterations = tf.convert_to_tensor(self.iterations)
+        *moments, direction = _lamb_loop()(
+            *values, iterations, self.beta_1, self.beta_2, self.epsilon
+        )
+        norms, moved = (  # halves of their squares
+            tf.stack([tf.nn.l2_loss(value) for value in each])
+            for each in (variables, _part(direction, shapes))
+        )
+        ratios = tf.where((norms > 0) & (moved > 0), tf.sqrt(norms / moved), 1.0)
+        rates = tf.cast(learning_rate, direction.dtype) * [self._own_rates[i] for i in indices]
+        direction *= _spread(ratios * rates, shapes)
+        for assign, kept, value in (
+            *zip([self.assign] * 2, slots, moments, strict=True),
+            (self.assign_sub, variables, direction),
+        ):
+            for variable, part in zip(kept, _part(value, shapes), strict=True):
+                assign(variable, part)
+
+
+def _join(values: Sequence) -> Any:
+    """Returns a vector of all; one alone as it is."""
+    import tensorflow as tf
+
+    if len(values) == 1:
+        return tf.convert_to_tensor(values[0])
+    # Each operation counts: there are thousands.
+    flat = [value if len(value.shape) == 1 else tf.reshape(value, [-1]) for value in values]
+    return tf.concat(flat, axis=0)
+
+
+def _part(joined: Any, shapes: Sequence) -> list:
+    """Returns what `_join` has joined, each in its shape."""
+    import tensorflow as tf
+
+    if len(shapes) == 1:
+        return [joined]
+    parts = tf.split(joined, [math.prod(shape) for shape in shapes])
+    return [
+        part if len(shape) == 1 else tf.reshape(part, shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def _spread(values: Any, shapes: Sequence) -> Any:
+    """Returns what multiplies joined weights: each value as often as its shape has numbers.
+
+    As `tf.repeat`, in a shape that XLA knows, and without a mask of all weights by the largest.
+    """
+    import tensorflow as tf
+
+    if len(shapes) == 1:
+        return values[0]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    steps = tf.scatter_nd(ends[:-1, None], tf.ones(len(shapes) - 1, "int32"), ends[-1:])
+    return tf.gather(values, tf.cumsum(steps))
 
 
 @functools.cache
-def _lamb_loops() -> tuple[Callable, Callable]:
-    """Returns what finds LAMB's direction, and what scales it, each compiled by XLA."""
+def _lamb_loop() -> Callable:
+    """Returns what finds LAMB's moments and direction, compiled by XLA."""
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=True)
@@ -183,23 +264,7 @@ def _lamb_loops() -> tuple[Callable, Callable]:
         deviation = tf.sqrt(velocity / (1 - beta_2**step)) + epsilon
         return momentum, velocity, momentum / (1 - beta_1**step) / deviation
 
-    @tf.function(jit_compile=True, reduce_retracing=True)
-    def scaled(direction: Any, weight_loss: Any, direction_loss: Any, learning_rate: Any) -> Any:
-        """The losses are half of the squared norms, as `tf.nn.l2_loss` gives them."""
-        trusted = (weight_loss > 0) & (direction_loss > 0)
-        ratio = tf.where(trusted, tf.sqrt(weight_loss / direction_loss), 1.0)
-        return direction * (ratio * tf.cast(learning_rate, direction.dtype))
-
-    return direction, scaled
-
-
-@keras.saving.register_keras_serializable(package="align_tf")
-class Lamb(_OwnRates, _LambInLoops):
-    """Keras's LAMB (arXiv 1904.00962) with a rate for each variable.
-
-    The weight decay is Keras's, `rate * weight_decay * weight` beside the step; Algorithm 2 of
-    the paper has it inside the trust ratio.
-    """
+    return direction
 
 
 @keras.saving.register_keras_serializable(package="align_tf")

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from align_tf import AlignModel
-from align_tf.training import make_optimizer
+from align_tf.training import make_optimizer, optimization
 from align_tf.training.optimization import AdamW, Lamb, WarmupDecay, learning_rates
 
 WEIGHTS = [1.0, -2.0, 2.0]
@@ -126,6 +126,40 @@ def test_a_rate_of_one_is_keras_own_step(ours, keras_own):
     settings = {"learning_rate": 0.05, "weight_decay": 0.02}
     expected = run(getattr(keras.optimizers, keras_own)(**settings))
     np.testing.assert_array_equal(run(ours(**settings)), expected)
+
+
+@pytest.mark.parametrize("joined", [0, 8, 100])
+def test_weights_take_lambs_step_joined_as_alone(joined, monkeypatch):
+    monkeypatch.setattr(optimization, "JOINED", joined)
+    shapes = {
+        "kernel": (2, 2),
+        "gamma": (3,),
+        "temperature": (),
+        "embeddings": (4, 3),
+        "bias": (1,),
+    }
+    rng = np.random.default_rng(0)
+    starts = [rng.normal(size=shape) for shape in shapes.values()]
+    gradients = [rng.normal(size=shape) for shape in shapes.values()] * 2
+    gradients[1] = np.zeros(3)  # of which no ratio is to be had
+
+    def stepped(optimizer, dtype):
+        weights = [
+            keras.Variable(start, dtype=dtype, name=name)
+            for start, name in zip(starts, shapes, strict=True)
+        ]
+        optimizer.build(weights)
+        optimizer.exclude_from_weight_decay(var_names=["gamma", "temperature", "bias"])
+        for step in (gradients[:5], gradients[5:]):
+            optimizer.apply([ops.cast(gradient, dtype) for gradient in step], weights)
+        return [ops.convert_to_numpy(weight) for weight in weights]
+
+    for dtype, atol in (("float32", 1e-7), ("float64", 1e-9)):
+        settings = {"learning_rate": 0.05, "weight_decay": 0.02}
+        found = stepped(Lamb(**settings), dtype)
+        expected = stepped(keras.optimizers.Lamb(**settings), dtype)
+        for name, one, other in zip(shapes, found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("optimizer_class", [Lamb, AdamW])
