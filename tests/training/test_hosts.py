@@ -79,14 +79,27 @@ for environment, arguments in json.loads(sys.argv[1])[index]:
 # `align-tf train`, with parts of all weights, and with a look at what lies on a device and at what
 # a user saves.
 IN_PARTS = """
-import sys
-import jax, pytest
+import functools, sys
+import jax, numpy, pytest
 from align_tf.cli.main import main
+from align_tf.evaluation import Embedder
 from align_tf.models import sharded_state
 from align_tf.training import gathered, resume
 
 sharded_state.LEAST = 1
 save = resume.save
+
+# What would wait for the other processes, where the first alone does it.
+def refuse_to_compute(model):
+    pixels, texts = numpy.zeros((4, 16, 16, 3), "float32"), numpy.ones((4, 6), "int32")
+    pairs = {"pixel_values": pixels, "input_ids": texts}
+    calls = [functools.partial(model.fit, pairs, batch_size=4, verbose=0)]
+    calls += [functools.partial(model.evaluate, pairs, batch_size=4, verbose=0)]
+    calls += [functools.partial(model, pairs), functools.partial(model.text_model, texts)]
+    calls += [functools.partial(Embedder(model).images, pixels)]
+    for call in calls:
+        with pytest.raises(ValueError, match="gathered for the first process to save; expected to"):
+            call()
 
 def checked(output, step, model, *rest):
     values = [v.value for v in (*model.variables, *model.optimizer.variables)]
@@ -99,7 +112,9 @@ def checked(output, step, model, *rest):
                 getattr(model, name)(place)
             assert not place.exists()
     if step == 18:
-        with gathered(model):
+        with gathered(model), gathered(model):
+            if jax.process_count() > 1:
+                refuse_to_compute(model)
             if jax.process_index() == 0:
                 model.save_pretrained(output / "by_hand")
                 model.save(output / "by_hand.keras")
