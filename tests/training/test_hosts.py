@@ -275,15 +275,21 @@ def test_the_first_process_saves_what_all_have_gathered(in_parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("begun", "shard_state", "count", "devices"),
-    [("in_parts", "false", 1, 1), ("of_one", "true", 1, 4), ("of_one", "true", 2, 1)],
+    ("begun", "changes", "count", "devices"),
+    [
+        ("in_parts", {"shard_state": "false"}, 1, 1),
+        ("of_one", {"shard_state": "true"}, 1, 4),
+        ("of_one", {"shard_state": "true"}, 2, 1),
+        ("of_one", {"devices": "2", "remat": "true"}, 1, 4),
+        ("of_one", {"loop_blocks": "true"}, 1, 1),
+    ],
 )
 def test_a_training_goes_on_in_the_other_layout(
-    request, settings, of_one, tmp_path, begun, shard_state, count, devices
+    request, settings, of_one, tmp_path, begun, changes, count, devices
 ):
     shutil.copytree(request.getfixturevalue(begun), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / f"checkpoint-{STEPS}")
-    said = run({**settings, "shard_state": shard_state}, tmp_path / "out", count, devices)
+    said = run({**settings, **changes}, tmp_path / "out", count, devices)
     assert "Going on from step 18, " in said[0]
     assert_alike(tmp_path / "out", of_one)
 
