@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     recipe = read_settings(arguments, SILENT)
-    from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_steps
+    from align_tf.training.tpu import ENVIRONMENT, check_topology, compile_steps, too_large
 
     check_topology(arguments.topology)
     os.environ.update(ENVIRONMENT)
@@ -55,6 +55,10 @@ def run(arguments: Any) -> int:
     if foreign:
         say(f"align-tf: error: the program holds {', '.join(foreign)}, which a TPU has not")
         return EXIT_USER_ERROR
+    for program in programs:
+        if not program.fits:
+            sizes = _size(program.taken_bytes), _size(program.chip_bytes)
+            raise ValueError(too_large(program.topology, *sizes))
     return 0
 
 
@@ -62,7 +66,7 @@ def _print(program: Any) -> None:
     figures = [
         ["weights, optimizer, batch", f"{_size(program.state_bytes)} a chip"],
         ["beside them", f"{_size(program.temporary_bytes)} a chip"],
-        ["a chip has", _size(program.chip_bytes)],
+        ["a chip has", _size(program.chip_bytes) + ("" if program.fits else ", too little")],
         ["computed", f"{program.flops_per_pair / 1e9:,.1f} GFLOP a pair"],
         ["compiled in", f"{program.seconds:,.0f} s"],
     ]
