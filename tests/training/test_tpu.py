@@ -1,8 +1,10 @@
 """The training step compiled for TPUs: the text of its program, and the step of align-tiny."""
 
+import faulthandler
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -163,6 +165,34 @@ def test_a_program_that_no_chip_holds_is_told_as_one_that_the_compiler_refuses(t
     code, out, last = told(lambda *_: iter([program(17 * GIB)]))
     assert (code, last) == (0, "8 tokens: compiled in 1 s")
     assert "too little" not in out
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGSEGV, "a fault of its own; another batch_size, loop_blocks or remat may "),
+        (signal.SIGKILL, "as where the memory of this machine runs out"),
+    ],
+)
+def test_a_compiler_that_dies_is_told(told, number, why):
+    def dies(*_):
+        faulthandler.disable()  # which pytest has on
+        yield program(17 * GIB)
+        os.kill(os.getpid(), number)
+
+    code, out, last = told(dies)
+    died = f"align-tf: error: v5e:1x1: libtpu's compiler has died of {number.name}, {why}"
+    assert (code, out) == (2, "")
+    assert last.startswith(died)
+
+
+def test_a_mistake_that_the_compiler_tells_is_one_line(told):
+    def fails(*_):
+        raise FileNotFoundError("align-tiny: no such folder")
+        yield
+
+    code, out, last = told(fails)
+    assert (code, out, last) == (2, "", "align-tf: error: align-tiny: no such folder")
 
 
 @pytest.fixture(scope="module")
