@@ -95,6 +95,8 @@ def refuse_to_compute(model):
     pairs = {"pixel_values": pixels, "input_ids": texts}
     calls = [functools.partial(model.fit, pairs, batch_size=4, verbose=0)]
     calls += [functools.partial(model.evaluate, pairs, batch_size=4, verbose=0)]
+    calls += [functools.partial(model.train_on_batch, pairs)]
+    calls += [functools.partial(model.test_on_batch, pairs)]
     calls += [functools.partial(model, pairs), functools.partial(model.text_model, texts)]
     calls += [functools.partial(Embedder(model).images, pixels)]
     for call in calls:
