@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +17,10 @@ from align_tf import addresses
 _HALVES = dict.fromkeys(range(0xD800, 0xE000)) | {
     0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(0x80, 0x100)
 }
+
+
+# Where devices are, and what a shell has opened, such as /dev/stdout and that of `>(gzip > x)`.
+STREAMS = ("/dev", "/dev/fd", "/proc/self/fd")
 
 
 class CheckpointError(ValueError):
@@ -46,6 +51,10 @@ def check_writable(path: str | os.PathLike) -> None:
         addresses.check_writable(path)
         return
     place = pathlib.Path(path).absolute()
+    if _is_stream(place):
+        if not os.access(place, os.W_OK):
+            raise OSError(f"{path}: cannot be written: {os.strerror(errno.EACCES)}")
+        return
     place = place if place.is_dir() else place.parent
     while not place.exists():
         place = place.parent
@@ -54,6 +63,23 @@ def check_writable(path: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Checks that no file is where a folder is to be, before the work that it is to hold.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    if not addresses.is_remote(path) and os.path.exists(path) and not os.path.isdir(path):
+        raise FileExistsError(f"{path}: a file; expected a folder, or a name that is free")
+
+
+def _is_stream(path: pathlib.Path) -> bool:
+    """Says whether a path is that of a device or a pipe, in whose place no file may come."""
+    if path.is_dir() or not path.exists():
+        return False
+    return not path.is_file() or str(path.parent) in STREAMS
 
 
 # --- text ----------------------------------------------------------------------------------
@@ -161,12 +187,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Args:
         path: as `addresses.place` returns it. Of one on this machine the temporary path lies
-            beside it; a remote one is sent.
+            beside it; a remote one is sent, and a device or a pipe is written to.
     """
     if not addresses.is_local(path):
         with tempfile.TemporaryDirectory(prefix="align_tf-") as folder:
             yield pathlib.Path(folder, path.name)
             addresses.send(pathlib.Path(folder, path.name), path)
+        return
+    if _is_stream(path.absolute()):
+        with tempfile.TemporaryDirectory(prefix="align_tf-") as folder:
+            yield pathlib.Path(folder, path.name)
+            with open(path, "ab") as stream:
+                stream.write(pathlib.Path(folder, path.name).read_bytes())
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

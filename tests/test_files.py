@@ -86,3 +86,22 @@ def test_a_file_where_a_folder_is_to_be_is_told(tmp_path):
     with pytest.raises(FileExistsError, match=f"{tmp_path}/file: a file; expected a folder$"):
         files.write_text(tmp_path / "file" / "new", "text")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    files.check_writable(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.read(reading, 10) == b"text"
+    os.close(reading)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_what_a_shell_has_opened_is_written_to_and_stays(tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        path = pathlib.Path(f"/dev/fd/{log.fileno()}")
+        files.check_writable(path)
+        files.write_text(path, "text")
+    assert (tmp_path / "log").read_text() == "text"

@@ -3,7 +3,9 @@
 import argparse
 from typing import Any
 
+from align_tf.addresses import place
 from align_tf.cli.common import add_model_argument, hint, load, say
+from align_tf.files import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
+    check_folder(arguments.output)
     if arguments.format == "saved_model":
         return _export_saved_model(arguments)
     if arguments.dtype:
         raise ValueError(f"--dtype {arguments.dtype}: not with --format {arguments.format}")
     if arguments.format == "onnx":
-        from align_tf.export.onnx_graph import check_installed
+        from align_tf.export.onnx_graph import check_free, check_installed
 
         check_installed(arguments.quantize)
+        check_free(place(arguments.output))
     return _export_towers(arguments)
 
 

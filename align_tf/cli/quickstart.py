@@ -14,7 +14,7 @@ from align_tf.cli.common import (
     probabilities,
     say,
 )
-from align_tf.files import check_local
+from align_tf.files import check_folder, check_local
 
 # Offered beside the names of the bundled pictures.
 DISTRACTORS = ("dog", "cup of coffee", "airplane", "house", "clock")
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     check_local(arguments.output or "")
+    check_folder(arguments.output or "")
     import_tensorflow()
     from align_tf.export.saved_model import export_saved_model
     from align_tf.hub import BUNDLED

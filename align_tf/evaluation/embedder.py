@@ -12,7 +12,7 @@ from align_tf.evaluation.identity import RowIds, image_contents, text_contents
 from align_tf.graph_errors import plain_errors
 from align_tf.models.align import AlignModel
 from align_tf.models.fit_watch import is_endless
-from align_tf.models.sharded_state import whole_beside
+from align_tf.models.sharded_state import check_not_gathered, whole_beside
 from align_tf.preprocessing.tokenization import TOKEN_INPUTS
 from align_tf.progress import track
 
@@ -165,4 +165,8 @@ def _compiled(model: AlignModel, function: Callable) -> Callable:
         with keras.StatelessScope(mapping):
             return function(inputs)
 
-    return lambda inputs: run([variable.value for variable in model.variables], inputs)
+    def call(inputs: Any) -> Any:
+        check_not_gathered(model)
+        return run([variable.value for variable in model.variables], inputs)
+
+    return call

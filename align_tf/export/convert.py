@@ -17,7 +17,7 @@ from align_tf.configuration.blocks import block_table
 from align_tf.export.matching import check_fit
 from align_tf.export.saved_model import export_saved_model
 from align_tf.export.temporary import put, temporary_folder
-from align_tf.files import CheckpointError
+from align_tf.files import CheckpointError, check_folder
 from align_tf.models.align import AlignModel
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.plain_copy import plain_copy
@@ -229,8 +229,7 @@ def _check_output(output: addresses.Place, to: str, overwrite: bool) -> None:
         if output.is_dir() or (output.exists() and not overwrite):
             raise FileExistsError(f"{output}: it is there already; --overwrite replaces a file")
         return
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output}: a file; expected a folder, or a name that is free")
+    check_folder(output)
     if to == "hf" and output.is_dir() and any(output.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{output}: the folder is not empty; --overwrite replaces the checkpoint in it"

@@ -11,12 +11,11 @@ from typing import Any
 
 from align_tf import addresses, files
 from align_tf.export.matching import check_fit
-from align_tf.export.onnx_graph import check_installed
+from align_tf.export.onnx_graph import check_free, check_installed
 from align_tf.export.onnx_towers import image_tower, text_tower
 from align_tf.export.temporary import put, temporary_folder
 from align_tf.export.tower_files import check_quantize, examples, least_cosine, tower_settings
 from align_tf.extras import extra
-from align_tf.hub import WHOLE
 from align_tf.models.align import AlignModel
 from align_tf.models.fingerprint import fingerprint
 from align_tf.models.plain_copy import plain_copy
@@ -88,7 +87,7 @@ def export_onnx(
     check_fit(model, processor)
     directory = addresses.place(directory)
     with temporary_folder(directory, "onnx") as new:
-        _check_free(directory)
+        check_free(directory)
         copy = plain_copy(model, "float32")
         # file, what makes its tower
         towers = ((IMAGE_TOWER, image_tower), (TEXT_TOWER, text_tower))
@@ -109,15 +108,6 @@ def export_onnx(
         for path in sorted(new.iterdir(), key=lambda path: path.suffix == ".onnx"):
             put(path, directory / path.name)
     return directory
-
-
-def _check_free(directory: addresses.Place) -> None:
-    found = sorted(set(addresses.names(directory)) & set(WHOLE))
-    if found:
-        raise FileExistsError(
-            f"{directory}: a checkpoint, of {found[0]}; expected another folder, such as "
-            f"{directory / 'onnx'}, since the export has a config.json of its own"
-        )
 
 
 def _of_another(directory: addresses.Place, digest: str) -> set[str]:

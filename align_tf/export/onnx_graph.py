@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 
 import align_tf
+from align_tf import addresses
 from align_tf.extras import extra
+from align_tf.hub import WHOLE
 
 # Of 2022: every runtime of today reads it, and it is the first that has LayerNormalization.
 OPSET = 17
@@ -24,6 +26,20 @@ def check_installed(quantize: str | None) -> None:
 
         if quantize:
             import onnxruntime.quantization  # noqa: F401
+
+
+def check_free(directory: addresses.Place) -> None:
+    """Checks that a folder is none of a checkpoint, whose config.json an export would replace.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    found = sorted(set(addresses.names(directory)) & set(WHOLE))
+    if found:
+        raise FileExistsError(
+            f"{directory}: a checkpoint, of {found[0]}; expected another folder, such as "
+            f"{directory / 'onnx'}, since the export has a config.json of its own"
+        )
 
 
 class Graph:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 from align_tf import addresses
+from align_tf.files import check_folder
 
 
 @contextlib.contextmanager
@@ -34,8 +35,7 @@ def temporary_folder(directory: addresses.Place, name: str) -> Iterator[pathlib.
     for path in (directory, *directory.parents):
         if path.is_dir():
             break
-        if path.exists():
-            raise FileExistsError(f"{path}: a file; expected a folder, or a name that is free")
+        check_folder(path)
         absent.append(path)
     directory.mkdir(parents=True, exist_ok=True)
     try:

@@ -134,8 +134,7 @@ class ContrastiveTraining:
             ValueError: there are targets or weights of classes, the data is endless and no number
                 of steps is given, or an epoch held no usable pair, or no two in a batch.
         """
-        if class_weight is not None:
-            raise ValueError("class_weight: expected None; pairs have no class, but sample_weight")
+        _check_no_classes(class_weight)
         check_ends(x, steps_per_epoch, "steps_per_epoch")
         check_ends(validation_data, validation_steps, "validation_steps")
         x, y = self._with_weight(x, y, sample_weight)
@@ -197,6 +196,51 @@ class ContrastiveTraining:
         x, _ = self._with_weight(x, None, None)
         with on_devices(self), plain_errors():
             return super().predict(x, batch_size, verbose, steps, callbacks)
+
+    def train_on_batch(
+        self,
+        x: Any,
+        y: None = None,
+        sample_weight: Any = None,
+        class_weight: None = None,
+        return_dict: bool = False,
+    ) -> Any:
+        """As Keras's `train_on_batch`, on a dict of pairs; see `fit`.
+
+        Raises:
+            ValueError: as `fit`; or on TensorFlow several replicas would each take the batch whole.
+        """
+        _check_no_classes(class_weight)
+        x, y = self._one_batch(x, y, sample_weight)
+        with on_devices(self), plain_errors():
+            return super().train_on_batch(x, y, return_dict=return_dict)
+
+    def test_on_batch(
+        self, x: Any, y: None = None, sample_weight: Any = None, return_dict: bool = False
+    ) -> Any:
+        """As Keras's `test_on_batch`, on a dict of pairs; see `train_on_batch`."""
+        x, y = self._one_batch(x, y, sample_weight)
+        with on_devices(self), plain_errors():
+            return super().test_on_batch(x, y, return_dict=return_dict)
+
+    def predict_on_batch(self, x: Any) -> dict[str, Any]:
+        """As Keras's `predict_on_batch`, on a dict of pairs; see `predict`."""
+        check_own_rows()
+        x, _ = self._one_batch(x, None, None)
+        with on_devices(self), plain_errors():
+            return super().predict_on_batch(x)
+
+    def _one_batch(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
+        """Takes a batch as `_with_weight` does, which Keras gives to the devices as it is."""
+        strategy = getattr(self, "_distribute_strategy", None)  # TensorFlow's alone
+        if strategy is not None and strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"a batch by itself: each of {strategy.num_replicas_in_sync} replicas would take "
+                "all of it; expected fit, evaluate or predict, which share it"
+            )
+        if not isinstance(x, Mapping):
+            raise ValueError(f"a batch of {type(x).__name__}: expected a dict of pixel_values, ...")
+        return self._with_weight(x, y, sample_weight)
 
     def _with_weight(self, x: Any, y: Any, sample_weight: Any) -> tuple[Any, Any]:
         """Moves the sample weight of arrays into the batch."""
@@ -428,6 +472,11 @@ def _check_no_targets(y: Any) -> None:
             "targets beside the batch: expected none; AlignModel learns from pairs alone, and "
             "what makes positives are the batch's image_ids and text_ids"
         )
+
+
+def _check_no_classes(class_weight: Any) -> None:
+    if class_weight is not None:
+        raise ValueError("class_weight: expected None; pairs have no class, but sample_weight")
 
 
 def _check_rows(batch: Mapping[str, Any]) -> None:

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from align_tf.models.sharded_state import check_not_gathered
+
 # What a batch may hold beside the inputs of the towers; the loss reads it.
 PAIR_INPUTS = ("image_ids", "text_ids", "sample_weight")
 
@@ -23,6 +25,7 @@ class TakesNames:
     input_names: tuple[str, ...]
 
     def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        check_not_gathered(self)
         named = {name: kwargs.pop(name) for name in self.input_names if name in kwargs}
         inputs = _as_arrays(self.input_names, gather(self.input_names, inputs, named))
         self._check_inputs(inputs)  # here, since Keras adds all arguments to an error of `call`

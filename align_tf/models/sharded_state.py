@@ -19,6 +19,10 @@ from align_tf.models.step_state import step_variables
 
 LEAST = 2**16  # elements of a variable; smaller ones are whole everywhere
 
+# The ids of variables that are gathered for the first of several processes to save them. To compute
+# with them takes what the others have, so one process would wait for another.
+GATHERED: set[int] = set()
+
 # Of JAX's error: the parts of a batch, and its rows.
 UNEVEN = re.compile(r"axis 0 is partitioned (\d+) times, but the dimension size is (\d+)")
 
@@ -177,9 +181,10 @@ def on_devices(model: keras.Model) -> Iterator[None]:
         model: what computes within.
 
     Raises:
-        ValueError: the model was built outside of the scope or lies in parts outside of it, or a
-            batch leaves a remainder.
+        ValueError: the model was built outside of the scope, lies in parts outside of it or is
+            gathered to be saved, or a batch leaves a remainder.
     """
+    check_not_gathered(model)
     if keras.backend.backend() != "jax":
         yield
         return
@@ -252,6 +257,20 @@ def check_gathered(weights: Iterable[Any]) -> None:
         weights,
         "`with align_tf.training.gathered(model):` in all processes, and in it the first to save",
     )
+
+
+def check_not_gathered(model: keras.Model) -> None:
+    """Checks that a model can be computed with in all processes that share its state.
+
+    Raises:
+        ValueError: it is gathered for the first of them to save it.
+    """
+    for variable in model.variables if GATHERED else ():
+        if id(variable) in GATHERED:
+            raise ValueError(
+                f"{variable.path}: gathered for the first process to save; expected to compute "
+                "after `with align_tf.training.gathered(model):`, in all processes"
+            )
 
 
 def _check_whole(weights: Iterable[Any], expected: str) -> None:

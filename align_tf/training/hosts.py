@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from align_tf.models.sharded_state import is_apart, state_of
+from align_tf.models.sharded_state import GATHERED, is_apart, state_of
 from align_tf.terminal import say
 
 # What says that there are several processes: Keras's own, then what JAX finds out itself.
@@ -177,10 +177,13 @@ def read(variable: keras.Variable) -> np.ndarray:
 def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
     """Has the first process alone read variables that lie in parts on several processes' devices.
 
-    They are whole in its memory meanwhile, gathered by all one after the other.
+    They are whole in its memory meanwhile, gathered by all one after the other, and no process
+    computes with them. What is gathered already stays so.
     """
     found = {id(variable): variable for variable in variables if is_apart(variable.value)}
+    found = {key: variable for key, variable in found.items() if key not in GATHERED}
     held = {key: variable.value for key, variable in found.items()}
+    GATHERED.update(found)
     try:
         for variable in found.values():
             value = read(variable)
@@ -189,6 +192,7 @@ def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
             del value
         yield
     finally:
+        GATHERED.difference_update(found)
         for key, variable in found.items():
             variable._value = held[key]
 
@@ -197,8 +201,9 @@ def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
 def gathered(model: keras.Model) -> Iterator[None]:
     """Gathers the state of a model over several processes, for the first of them to save it.
 
-    To be entered in all of them; within it the others have their parts alone, as before. A model
-    whose state no process shares is as it was.
+    To be entered in all of them; within it the others have their parts alone, as before, and what
+    computes with the model, such as `fit`, raises a ValueError in each. A model whose state no
+    process shares is as it was.
 
     Args:
         model: an `AlignModel`; its optimizer's state is gathered with its weights.

@@ -39,11 +39,13 @@ KEYS_SAID = 4  # of it in the error
 ADAPTER_FOLDER = "adapter"  # beside the model that it is merged into
 M_ARENA_MAX = -8  # of glibc's malloc.h
 
-# Settings that may change when a training goes on: no weight depends on them.
+# Settings that may change when a training goes on: no weight depends on them,
 FREE_SETTINGS = (
     *("output", "validation_data", "max_errors", "save_every", "keep", "log_every"),
-    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop", "shard_state"),
+    *("tensorboard", "wandb", "mlflow", "keep_best", "early_stop"),
 )
+# or by rounding alone, since they say how the same step is computed.
+ROUNDING_SETTINGS = ("remat", "loop_blocks", "shard_state")
 # Settings that name places, which may be called otherwise on another host.
 OF_A_HOST = ("output", "data", "validation_data", "model", "processor")
 
@@ -56,7 +58,9 @@ def train(recipe: Recipe) -> addresses.Place:
     from its last checkpoint, and reaches the weights that it would have reached unbroken: the
     checkpoint holds the optimizer and the states of dropout, and the data follow from seed and
     step. On one CPU they are equal bit for bit; on a GPU as far as its kernels are deterministic,
-    see `tf.config.experimental.enable_op_determinism`. SIGINT and SIGTERM write a checkpoint first.
+    see `tf.config.experimental.enable_op_determinism`. It may go on with another `remat`,
+    `loop_blocks` or `shard_state`, and on JAX on other `devices`, as where memory ran out: to
+    weights that differ by rounding. SIGINT and SIGTERM write a checkpoint first.
     With `lora_rank` the checkpoints hold the adapter alone; the trained model has it merged, and
     beside it in `adapter`.
 
@@ -158,16 +162,31 @@ def _claim(recipe: Recipe) -> addresses.Place:
         before = read_recipe(path)
         for field in dataclasses.fields(Recipe):
             old, new = getattr(before, field.name), getattr(recipe, field.name)
-            if old != new and field.name not in FREE_SETTINGS:
+            if old != new and (why := _why_kept(field.name, recipe)) is not None:
                 raise ValueError(
                     f"{output}: belongs to a training with {field.name}={old!r}, this recipe has "
-                    f"{new!r}; expected the same recipe to go on with it, or another output"
+                    f"{new!r}{why}; expected the same recipe to go on with it, or another output"
                 )
     elif not begun and addresses.names(output):
         raise ValueError(f"{output}: not empty and not of a training; expected another output")
     recipe.save(path)
     _check_data(recipe, output)
     return output
+
+
+def _why_kept(setting: str, recipe: Recipe) -> str | None:
+    """Says why a training cannot go on with another value of a setting; None where it can."""
+    if setting in (*FREE_SETTINGS, *ROUNDING_SETTINGS):
+        return None
+    if setting == "accumulation":
+        return ", whose parts draw masks of dropout of their own (remat may change)"
+    if setting != "devices":
+        return ""
+    if recipe.virtual_batch_size is not None:
+        return ", and virtual_batch_size takes its parts of each device's images"
+    if keras.backend.backend() != "jax":
+        return f", and on {keras.backend.backend()} each device draws masks of dropout of its own"
+    return None
 
 
 def _check_seen(output: addresses.Place) -> None:

@@ -76,9 +76,28 @@ class Program:
     foreign: list[str]
 
     @property
+    def taken_bytes(self) -> int:
+        """What it takes of a chip."""
+        return self.state_bytes + self.temporary_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether a chip holds it."""
-        return self.state_bytes + self.temporary_bytes <= self.chip_bytes
+        return self.taken_bytes <= self.chip_bytes
+
+
+def too_large(topology: str, taken: str, there: str) -> str:
+    """Says that no chip holds a step.
+
+    Args:
+        topology: such as `v5e:2x4`.
+        taken: what the step takes of a chip, such as `20.1 GiB`.
+        there: what a chip has.
+    """
+    return (
+        f"{topology}: the step takes {taken} of a chip's {there}; a smaller batch_size, "
+        "accumulation, loop_blocks or remat takes less"
+    )
 
 
 def check_topology(topology: str) -> None:
@@ -258,7 +277,4 @@ def _plain_errors(topology: str) -> Iterator[None]:
         if found is None:
             raise
         taken, there = [value for value in found.groups() if value]
-        raise ValueError(
-            f"{topology}: the step takes {taken}iB of a chip's {there}iB; a smaller batch_size, "
-            "accumulation, loop_blocks or remat takes less"
-        ) from error
+        raise ValueError(too_large(topology, f"{taken}iB", f"{there}iB")) from error

@@ -93,6 +93,7 @@ def test_streams_may_be_closed(closed):
         *(["evaluate", "--data", "x", option] for option in ("--output", "--plot")),
         ["embed", "x", "--output"],
         ["plot", "curves", "x", "--output"],
+        ["tpu-check", "--model", "align-tiny", "--program"],
     ],
 )
 def test_where_nothing_can_be_written_is_told_before_the_work(capsys, tmp_path, arguments):
@@ -101,9 +102,30 @@ def test_where_nothing_can_be_written_is_told_before_the_work(capsys, tmp_path, 
     said = f"align-tf: error: {tmp_path}/file/new.png: cannot be written: Not a directory\n"
     assert (code, err) == (2, said)
     assert run(capsys, *arguments, "")[2].endswith(": an empty name; expected a path\n")
-    if arguments[-1] in ("--html", "--montage", "--plot"):
+    if arguments[-1] in ("--html", "--montage", "--plot", "--program"):
         folder = f"align-tf: error: {tmp_path}: a folder; expected a file\n"
         assert run(capsys, *arguments, tmp_path)[2] == folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["export", "--format", to, "--output"] for to in ("saved_model", "litert", "onnx")),
+        ["quickstart", "--output"],
+        ["interpolate", "align-tiny", "align-tiny", "--output"],
+    ],
+)
+def test_a_file_where_a_folder_is_to_be_is_told_before_the_work(capsys, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, *arguments, tmp_path / "file")
+    assert code == 2
+    assert len(err.splitlines()) == 1  # and none of what is loaded
+    assert err.startswith(f"align-tf: error: {tmp_path}/file: ")
+    if "onnx" in arguments:
+        (tmp_path / "model.safetensors").touch()
+        code, _, err = run(capsys, *arguments, tmp_path)
+        said = f"align-tf: error: {tmp_path}: a checkpoint, of model.safetensors; expected another"
+        assert (code, err.startswith(said), len(err.splitlines())) == (2, True, 1)
 
 
 @pytest.mark.parametrize(

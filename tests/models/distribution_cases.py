@@ -9,6 +9,7 @@ steps are from those of one device.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable
 
@@ -224,6 +225,7 @@ def compare(within: Callable, count: int, mode: str, each: Callable) -> None:
         dropout_and_statistics(show, each)
     if mode == "tensorflow":
         without_an_image(train_on, count, show)
+        batch_by_itself(show, within(count))
 
 
 def in_parts(train_on: Callable, count: int, show: Callable, plain: list, adapted: list) -> None:
@@ -260,10 +262,36 @@ def not_shared(scope: contextlib.AbstractContextManager, show: Callable) -> None
         }
         for name, (model, rows, expected) in refusals.items():
             model.compile(optimizer=keras.optimizers.SGD(0.1))
-            try:
-                fit(model, epochs=1, batch_size=rows)
-            except ValueError as error:
-                show(name, float(expected not in str(error)))
+            batch = {key: values[:rows] for key, values in BATCH.items()}
+            calls = {
+                "fit": functools.partial(fit, model, epochs=1, batch_size=rows),
+                "train": functools.partial(model.train_on_batch, batch),
+                "test": functools.partial(model.test_on_batch, batch),
+            }
+            if name == "outside":  # each device computes all rows, of whatever number
+                calls["predict"] = functools.partial(model.predict_on_batch, batch)
+            for how, call in calls.items():
+                show(f"{name}_{how}", refusal(call, expected))
+
+
+def refusal(call: Callable, expected: str) -> float:
+    """Returns 0 where a call is refused as expected."""
+    try:
+        call()
+    except ValueError as error:
+        return float(expected not in str(error))
+    return 1.0
+
+
+def batch_by_itself(show: Callable, scope: contextlib.AbstractContextManager) -> None:
+    """Of a single batch each replica would take all, so it is refused."""
+    with scope:
+        model = make_model()
+        model.compile(optimizer=keras.optimizers.SGD(0.1))
+    expected = "a batch by itself: each of 2 replicas would take all of it; expected fit"
+    for name in ("train", "test", "predict"):
+        call = functools.partial(getattr(model, f"{name}_on_batch"), BATCH)
+        show(f"itself_{name}", refusal(call, expected))
 
 
 def without_an_image(train_on: Callable, count: int, show: Callable) -> None:

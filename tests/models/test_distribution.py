@@ -60,8 +60,12 @@ def test_devices_of_one_process_take_the_steps_of_one():
     names = ("weights", "logs", "accumulation", "synchronized", "synchronized_logs", "lora")
     names += ("own", "again")
     parts = [f"parts{how}{logs}" for how in ("", "_remat", "_loop") for logs in ("", "_logs")]
-    parts += ["parts_lora", "parts_accumulation", "a_row_at_a_time", "outside", "uneven"]
-    check(found, *names, *(("short", "short_logs", "refused") if TENSORFLOW else parts))
+    parts += ["parts_lora", "parts_accumulation", "a_row_at_a_time"]
+    parts += [f"outside_{call}" for call in ("fit", "train", "test", "predict")]
+    parts += [f"uneven_{call}" for call in ("fit", "train", "test")]
+    replicas = ["short", "short_logs", "refused"]
+    replicas += [f"itself_{call}" for call in ("train", "test", "predict")]
+    check(found, *names, *(replicas if TENSORFLOW else parts))
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="MultiWorkerMirroredStrategy is TensorFlow's")

@@ -189,6 +189,21 @@ def test_a_batch_of_weight_0_trains_nothing_and_counts_for_no_metric(model, pair
         assert two[key] == pytest.approx(one[key], abs=1e-6), key
 
 
+def test_a_batch_by_itself_is_taken_as_fit_takes_it(model, pairs):
+    weight = np.array([1, 0, 1, 1], "float32")
+    beside = model.test_on_batch(pairs, sample_weight=weight, return_dict=True)
+    assert beside == model.test_on_batch({**pairs, "sample_weight": weight}, return_dict=True)
+    assert beside != model.test_on_batch(pairs, return_dict=True)
+    assert model.predict_on_batch(pairs)["text_embeds"].shape == (4, 8)
+    with pytest.raises(ValueError, match="class_weight: expected None; pairs have no class"):
+        model.train_on_batch(pairs, class_weight={0: 2.0})
+    for call in (model.train_on_batch, model.test_on_batch, model.predict_on_batch):
+        with pytest.raises(ValueError, match="a batch of tuple: expected a dict of pixel_values"):
+            call((pairs, None))
+        with pytest.raises(ValueError, match="rows of pairs, pixel_values of 2, input_ids of 4"):
+            call({**pairs, "pixel_values": pairs["pixel_values"][:2]})
+
+
 def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(still, pairs):
     """Five pairs in batches of four: of the last, alone in its batch, the loss is 0."""
     filler = rows(pairs, [0, 1, 2, 3, 0, 0, 0, 0])

@@ -79,14 +79,29 @@ for environment, arguments in json.loads(sys.argv[1])[index]:
 # `align-tf train`, with parts of all weights, and with a look at what lies on a device and at what
 # a user saves.
 IN_PARTS = """
-import sys
-import jax, pytest
+import functools, sys
+import jax, numpy, pytest
 from align_tf.cli.main import main
+from align_tf.evaluation import Embedder
 from align_tf.models import sharded_state
 from align_tf.training import gathered, resume
 
 sharded_state.LEAST = 1
 save = resume.save
+
+# What would wait for the other processes, where the first alone does it.
+def refuse_to_compute(model):
+    pixels, texts = numpy.zeros((4, 16, 16, 3), "float32"), numpy.ones((4, 6), "int32")
+    pairs = {"pixel_values": pixels, "input_ids": texts}
+    calls = [functools.partial(model.fit, pairs, batch_size=4, verbose=0)]
+    calls += [functools.partial(model.evaluate, pairs, batch_size=4, verbose=0)]
+    calls += [functools.partial(model.train_on_batch, pairs)]
+    calls += [functools.partial(model.test_on_batch, pairs)]
+    calls += [functools.partial(model, pairs), functools.partial(model.text_model, texts)]
+    calls += [functools.partial(Embedder(model).images, pixels)]
+    for call in calls:
+        with pytest.raises(ValueError, match="gathered for the first process to save; expected to"):
+            call()
 
 def checked(output, step, model, *rest):
     values = [v.value for v in (*model.variables, *model.optimizer.variables)]
@@ -99,7 +114,9 @@ def checked(output, step, model, *rest):
                 getattr(model, name)(place)
             assert not place.exists()
     if step == 18:
-        with gathered(model):
+        with gathered(model), gathered(model):
+            if jax.process_count() > 1:
+                refuse_to_compute(model)
             if jax.process_index() == 0:
                 model.save_pretrained(output / "by_hand")
                 model.save(output / "by_hand.keras")
@@ -260,15 +277,21 @@ def test_the_first_process_saves_what_all_have_gathered(in_parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("begun", "shard_state", "count", "devices"),
-    [("in_parts", "false", 1, 1), ("of_one", "true", 1, 4), ("of_one", "true", 2, 1)],
+    ("begun", "changes", "count", "devices"),
+    [
+        ("in_parts", {"shard_state": "false"}, 1, 1),
+        ("of_one", {"shard_state": "true"}, 1, 4),
+        ("of_one", {"shard_state": "true"}, 2, 1),
+        ("of_one", {"devices": "2", "remat": "true"}, 1, 4),
+        ("of_one", {"loop_blocks": "true"}, 1, 1),
+    ],
 )
 def test_a_training_goes_on_in_the_other_layout(
-    request, settings, of_one, tmp_path, begun, shard_state, count, devices
+    request, settings, of_one, tmp_path, begun, changes, count, devices
 ):
     shutil.copytree(request.getfixturevalue(begun), tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / f"checkpoint-{STEPS}")
-    said = run({**settings, "shard_state": shard_state}, tmp_path / "out", count, devices)
+    said = run({**settings, **changes}, tmp_path / "out", count, devices)
     assert "Going on from step 18, " in said[0]
     assert_alike(tmp_path / "out", of_one)
 

@@ -9,13 +9,16 @@ import subprocess
 import sys
 
 import fsspec
+import keras
+import numpy as np
 import pytest
+import safetensors.numpy
 from small_training import STEPS, assert_same_end, flags
 
 from align_tf import AlignModel
 from align_tf.cli.main import main
 from align_tf.files import CheckpointError
-from align_tf.training import Recipe, devices, train
+from align_tf.training import Recipe, devices, read_recipe, train
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -205,11 +208,47 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(settings, unbroken):
         train(Recipe(**settings))
 
 
+@pytest.mark.slow  # a step of its own to trace
+def test_a_training_goes_on_with_another_memory(settings, unbroken, capsys):
+    output = pathlib.Path(settings["output"])
+    shutil.copytree(unbroken, output)
+    shutil.rmtree(output / f"checkpoint-{STEPS}")
+    train(Recipe(**settings, remat=True))
+    assert "Going on from step 18" in capsys.readouterr().err
+    assert read_recipe(output / "recipe.yaml").remat
+    for name in ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors"):
+        found, expected = (
+            safetensors.numpy.load_file(folder / name) for folder in (output, unbroken)
+        )
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            # Of a key's bias the gradient is rounding, which LAMB makes large.
+            if "key.bias" not in key:
+                np.testing.assert_allclose(value, expected[key], atol=1e-5, err_msg=key)
+
+
 def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
-    other = {**settings, "output": str(unbroken), "learning_rate": 0.02}
-    with pytest.raises(ValueError, match=r"belongs to a training with learning_rate=0\.01, this"):
-        train(Recipe(**other))
+    others = {
+        "learning_rate": (0.02, r"learning_rate=0\.01, this recipe has 0\.02; expected the same"),
+        "accumulation": (2, "accumulation=1, .* whose parts draw masks of dropout of their own"),
+    }
+    if keras.backend.backend() == "tensorflow":
+        said = "devices=None, .* on tensorflow each device draws masks of dropout of its own; exp"
+        others["devices"] = (1, said)
+    for key, (value, said) in others.items():
+        other = {**settings, "output": str(unbroken), key: value}
+        with pytest.raises(ValueError, match=f"belongs to a training with {said}"):
+            train(Recipe(**other))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and not of a training"):
         train(Recipe(**{**settings, "output": str(tmp_path)}))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_parts_of_a_devices_images_are_of_as_many_devices(settings):
+    output = pathlib.Path(settings["output"])
+    (output / "checkpoint-6").mkdir(parents=True)
+    settings |= {"virtual_batch_size": 4}
+    Recipe(**settings, devices=2).save(output / "recipe.yaml")
+    with pytest.raises(ValueError, match=r"devices=2, .* has 1, and virtual_batch_size takes"):
+        train(Recipe(**settings, devices=1))

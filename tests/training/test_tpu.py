@@ -1,14 +1,18 @@
 """The training step compiled for TPUs: the text of its program, and the step of align-tiny."""
 
+import faulthandler
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from align_tf.cli.main import main
+from align_tf.training import tpu
+from align_tf.training.tpu import GIB
 from align_tf.training.tpu_program import Collective, collectives_of, flops_of, foreign_parts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -116,6 +120,79 @@ def test_what_has_no_place_on_a_tpu_is_named(line, found):
 def test_mistakes_are_told_before_anything_is_loaded(flags, message, capsys):
     assert main(["tpu-check", "--model", "align-tiny", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def program(chip_bytes):
+    return tpu.Program(
+        topology="v5e:1x1",
+        chips=1,
+        tokens=8,
+        state_bytes=5 * GIB,
+        temporary_bytes=12 * GIB,
+        chip_bytes=chip_bytes,
+        flops_per_pair=1e9,
+        collectives=[],
+        seconds=1.0,
+        foreign=[],
+    )
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Runs `align-tf tpu-check` with another compiler; returns code, table and last line."""
+    monkeypatch.setattr(tpu, "check_topology", lambda topology: None)
+    monkeypatch.setattr(tpu, "ENVIRONMENT", {})
+
+    def run(compile_steps, *flags):
+        monkeypatch.setattr(tpu, "compile_steps", compile_steps)
+        code = main(["tpu-check", "--model", "align-tiny", *flags])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()[-1]
+
+    return run
+
+
+def test_a_program_that_no_chip_holds_is_told_as_one_that_the_compiler_refuses(told):
+    code, out, last = told(lambda *_: iter([program(16 * GIB)]))
+    assert code == 2
+    assert "16.00 GiB, too little" in out
+    assert last == (
+        "align-tf: error: v5e:1x1: the step takes 17.00 GiB of a chip's 16.00 GiB; a smaller "
+        "batch_size, accumulation, loop_blocks or remat takes less"
+    )
+    code, out, _ = told(lambda *_: iter([program(16 * GIB)]), "--json")
+    assert (code, json.loads(out)[0]["fits"]) == (2, False)
+    code, out, last = told(lambda *_: iter([program(17 * GIB)]))
+    assert (code, last) == (0, "8 tokens: compiled in 1 s")
+    assert "too little" not in out
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGSEGV, "a fault of its own; another batch_size, loop_blocks or remat may "),
+        (signal.SIGKILL, "as where the memory of this machine runs out"),
+    ],
+)
+def test_a_compiler_that_dies_is_told(told, number, why):
+    def dies(*_):
+        faulthandler.disable()  # which pytest has on
+        yield program(17 * GIB)
+        os.kill(os.getpid(), number)
+
+    code, out, last = told(dies)
+    died = f"align-tf: error: v5e:1x1: libtpu's compiler has died of {number.name}, {why}"
+    assert (code, out) == (2, "")
+    assert last.startswith(died)
+
+
+def test_a_mistake_that_the_compiler_tells_is_one_line(told):
+    def fails(*_):
+        raise FileNotFoundError("align-tiny: no such folder")
+        yield
+
+    code, out, last = told(fails)
+    assert (code, out, last) == (2, "", "align-tf: error: align-tiny: no such folder")
 
 
 @pytest.fixture(scope="module")
