@@ -127,7 +127,7 @@ def test_mistakes_are_told_on_the_page(page, tmp_path):
     assert "No picture" in message(page)
     (tmp_path / "broken.png").write_bytes((EXAMPLES / "panda.png").read_bytes()[:300])
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.png")
-    page.wait_for_timeout(1000)
+    page.locator("img[src*='broken.png']").first.wait_for(state="attached")
     classify.click()
     page.get_by_role("alert").filter(has_text="broken.png").wait_for()
     said = message(page)
@@ -217,10 +217,11 @@ def test_a_screen_400_pixels_wide(page):
     page.set_viewport_size({"width": 400, "height": 800})
     for tab in ("Classify", "Search", "Picture + words"):
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 400
         button = page.get_by_role("button", name=tab.replace("Picture + words", "Search"))
-        box = button.filter(visible=True).last.bounding_box()
+        button = button.filter(visible=True).last
+        button.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        box = button.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 400
 
 
