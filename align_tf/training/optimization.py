@@ -113,7 +113,7 @@ class _OwnRates:
         return learning_rate
 
     def _apply_weight_decay(self, variables: list) -> None:
-        pass  # Keras's takes one rate for all; update_step decays instead
+        pass  # Keras's takes one rate for all; `_decay` has each its own
 
     def _clip_gradients(self, gradients: list) -> list:
         if keras.backend.backend() == "tensorflow":
@@ -180,8 +180,8 @@ class Lamb(_OwnRates, keras.optimizers.Lamb):
         """Takes the steps of variables of one dtype."""
         import tensorflow as tf
 
-        for variable in variables:
-            self._decay(variable, learning_rate)
+        learning_rate = tf.convert_to_tensor(learning_rate)  # may be a Keras variable
+        rates = [self._decay(variable, learning_rate) for variable in variables]
         shapes = [variable.shape for variable in variables]
         indices = [self._get_variable_index(variable) for variable in variables]
         slots = [[kept[i] for i in indices] for kept in (self._momentums, self._velocities)]
@@ -191,12 +191,11 @@ class Lamb(_OwnRates, keras.optimizers.Lamb):
             *values, iterations, self.beta_1, self.beta_2, self.epsilon
         )
         norms, moved = (  # halves of their squares
-            tf.stack([tf.nn.l2_loss(value) for value in each])
+            _vector([tf.nn.l2_loss(value) for value in each])
             for each in (variables, _part(direction, shapes))
         )
         ratios = tf.where((norms > 0) & (moved > 0), tf.sqrt(norms / moved), 1.0)
-        rates = tf.cast(learning_rate, direction.dtype) * [self._own_rates[i] for i in indices]
-        direction *= _spread(ratios * rates, shapes)
+        direction *= _spread(ratios * tf.cast(_vector(rates), direction.dtype), shapes)
         for assign, kept, value in (
             *zip([self.assign] * 2, slots, moments, strict=True),
             (self.assign_sub, variables, direction),
@@ -211,9 +210,16 @@ def _join(values: Sequence) -> Any:
 
     if len(values) == 1:
         return tf.convert_to_tensor(values[0])
-    # Each operation counts: there are thousands.
-    flat = [value if len(value.shape) == 1 else tf.reshape(value, [-1]) for value in values]
+    shape = tf.constant([-1])  # once, and none of a vector: each of thousands of operations counts
+    flat = [value if len(value.shape) == 1 else tf.reshape(value, shape) for value in values]
     return tf.concat(flat, axis=0)
+
+
+def _vector(values: Sequence) -> Any:
+    """Returns a vector of numbers; one alone as it is."""
+    import tensorflow as tf
+
+    return values[0] if len(values) == 1 else tf.stack(values)
 
 
 def _part(joined: Any, shapes: Sequence) -> list:
@@ -237,7 +243,7 @@ def _spread(values: Any, shapes: Sequence) -> Any:
     import tensorflow as tf
 
     if len(shapes) == 1:
-        return values[0]
+        return values
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     steps = tf.scatter_nd(ends[:-1, None], tf.ones(len(shapes) - 1, "int32"), ends[-1:])
     return tf.gather(values, tf.cumsum(steps))
