@@ -1,5 +1,7 @@
 """A training small enough for tests: its words, its settings, and what two of them share."""
 
+import re
+
 import numpy as np
 import safetensors.numpy
 
@@ -48,3 +50,14 @@ def assert_same_end(output, unbroken):
         assert found.keys() == expected.keys()
         for key, value in found.items():
             np.testing.assert_array_equal(value, expected[key], err_msg=f"{name}: {key}")
+
+
+def apart(one, other, left_out: str = "seed") -> float:
+    """How far the weights and states of two trainings are from each other; NaN where one is."""
+    found = [0.0]
+    for name in ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors"):
+        ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (one, other))
+        assert ours.keys() == theirs.keys()
+        names = [name for name in ours if not re.search(left_out, name)]
+        found += [np.abs(ours[name] - theirs[name]).max() for name in names]
+    return max(found, key=lambda value: (np.isnan(value), value))

@@ -16,14 +16,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from quick_xla import xla_flags
-from small_training import flags, settings_of
+from small_training import STEPS, apart, flags, settings_of
 
 from align_tf import AlignModel
 from align_tf.training import hosts
-
-STEPS = 20
-WEIGHTS = ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors")
-
 
 # Two epochs of `fit`, and the validation of each; the first process writes.
 FIT = """
@@ -174,17 +170,6 @@ def finish(processes: list[subprocess.Popen]) -> list[str]:
 def last_words(process: subprocess.Popen) -> list[tuple[str, str]]:
     """Waits for a process of IN_TURN, and returns each command's last line and code."""
     return re.findall(r"^(.*)\n-- (\d+)$", process.communicate()[1], re.MULTILINE)
-
-
-def apart(one, other, left_out: str = "seed") -> float:
-    """How far the weights and states of two trainings are from each other."""
-    found = 0.0
-    for name in WEIGHTS:
-        ours, theirs = (safetensors.numpy.load_file(folder / name) for folder in (one, other))
-        assert ours.keys() == theirs.keys()
-        names = [name for name in ours if not re.search(left_out, name)]
-        found = max(found, *(np.abs(ours[name] - theirs[name]).max() for name in names))
-    return found
 
 
 def assert_equal(model, *others) -> None:

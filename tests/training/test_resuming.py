@@ -10,10 +10,8 @@ import sys
 
 import fsspec
 import keras
-import numpy as np
 import pytest
-import safetensors.numpy
-from small_training import STEPS, assert_same_end, flags
+from small_training import STEPS, apart, assert_same_end, flags
 
 from align_tf import AlignModel
 from align_tf.cli.main import main
@@ -216,15 +214,8 @@ def test_a_training_goes_on_with_another_memory(settings, unbroken, capsys):
     train(Recipe(**settings, remat=True))
     assert "Going on from step 18" in capsys.readouterr().err
     assert read_recipe(output / "recipe.yaml").remat
-    for name in ("model.safetensors", f"checkpoint-{STEPS}/training_state.safetensors"):
-        found, expected = (
-            safetensors.numpy.load_file(folder / name) for folder in (output, unbroken)
-        )
-        assert found.keys() == expected.keys()
-        for key, value in found.items():
-            # Of a key's bias the gradient is rounding, which LAMB makes large.
-            if "key.bias" not in key:
-                np.testing.assert_allclose(value, expected[key], atol=1e-5, err_msg=key)
+    # Of a key's bias the gradient is rounding, which LAMB makes large.
+    assert apart(output, unbroken, r"key.bias") < 1e-5
 
 
 def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
