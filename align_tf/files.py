@@ -65,13 +65,16 @@ def check_writable(path: str | os.PathLike) -> None:
         raise OSError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def check_folder(path: str | os.PathLike) -> None:
+def check_folder(path: addresses.Place) -> None:
     """Checks that no file is where a folder is to be, before the work that it is to hold.
+
+    Args:
+        path: as `addresses.place` returns it.
 
     Raises:
         FileExistsError: there is one.
     """
-    if not addresses.is_remote(path) and os.path.exists(path) and not os.path.isdir(path):
+    if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: a file; expected a folder, or a name that is free")
 
 

@@ -16,6 +16,7 @@ from align_tf.data import counting
 from align_tf.data.label_files import is_file_of_labels, read_labels
 from align_tf.data.listing import Listing
 from align_tf.evaluation.tasks import read_templates
+from align_tf.export.convert import convert
 from align_tf.files import write_text
 from align_tf.training import Recipe, read_recipe, trackers
 from align_tf.training.validation import Best
@@ -53,6 +54,14 @@ def test_a_conversion_goes_to_an_address(bucket, checkpoint, capsys):
     back = ["convert", "--from", ADDRESS, "--to", "keras", "--output", "memory://bucket/a.keras"]
     assert main(back) == 0
     assert bucket.size("/bucket/a.keras") > 0
+
+
+def test_an_object_where_a_folder_is_to_be_is_told_before_the_work(bucket):
+    bucket.pipe_file("/bucket/taken", b"x")
+    said = r"^memory://bucket/taken: a file; expected a folder, or a name that is free$"
+    with pytest.raises(FileExistsError, match=said):
+        convert("align-tiny", "hf", "memory://bucket/taken")
+    assert bucket.find("/bucket") == ["/bucket/taken"]
 
 
 def test_what_tells_that_all_is_there_is_sent_last_and_removed_first(tmp_path, bucket):

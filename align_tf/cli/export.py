@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    check_folder(arguments.output)
+    check_folder(place(arguments.output))
     if arguments.format == "saved_model":
         return _export_saved_model(arguments)
     if arguments.dtype:

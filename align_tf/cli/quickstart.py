@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from align_tf.addresses import place
 from align_tf.cli.common import (
     hint,
     import_tensorflow,
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     check_local(arguments.output or "")
-    check_folder(arguments.output or "")
+    check_folder(place(arguments.output or ""))
     import_tensorflow()
     from align_tf.export.saved_model import export_saved_model
     from align_tf.hub import BUNDLED
