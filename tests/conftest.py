@@ -15,6 +15,7 @@ import collections
 import contextlib
 import gc
 import pathlib
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -98,6 +99,14 @@ def own_state(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Has Ctrl-C come as in a terminal: a shell has its jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

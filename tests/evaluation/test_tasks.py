@@ -241,6 +241,7 @@ def test_the_command_prints_a_table_and_writes_json(capsys, classes, tmp_path):
     assert json.loads(capsys.readouterr().out) == report
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_it_writes_nothing(classes, tmp_path, monkeypatch, capsys):
     output = tmp_path / "figures.json"
     embed = Embedder.images
@@ -252,13 +253,8 @@ def test_interrupted_it_writes_nothing(classes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Embedder, "images", interrupted)
     arguments = ["evaluate", "--task", "zero-shot", "--data", str(classes)]
     code = None
-    # A shell has its background jobs ignore the signal, and Python then keeps to that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):  # which would end all tests
-            code = main([*arguments, "--output", str(output)])
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with contextlib.suppress(KeyboardInterrupt):  # which would end all tests
+        code = main([*arguments, "--output", str(output)])
     assert code == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "align-tf: stopped"
     assert not output.exists()

@@ -179,6 +179,7 @@ def test_weights_are_frozen_for_what_is_served_alone(tmp_path, monkeypatch, give
     assert layer(tf.ones((8, 64)))[0, 0] == 128
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_that_is_swallowed_while_it_starts_ends_it(monkeypatch, capsys):
     start = ModelServer.start
 
