@@ -105,11 +105,12 @@ def read_tensors(file: pathlib.Path, names: Iterable[str]) -> Iterator[tuple[str
 
 
 def _read_batch(file: pathlib.Path, waiting: collections.deque) -> collections.deque:
-    arrays = collections.deque()
+    arrays, size = collections.deque(), 0
     with _open(file) as get:
-        while waiting and sum(array.nbytes for _, array in arrays) < BYTES_PER_OPENING:
+        while waiting and size < BYTES_PER_OPENING:
             name = waiting.popleft()
             arrays.append((name, get(name)))
+            size += arrays[-1][1].nbytes
     return arrays
 
 
