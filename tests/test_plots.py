@@ -210,6 +210,7 @@ def test_what_no_font_has_is_told_in_one_line(panda_font, tmp_path, caplog, recw
 # --- the commands ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in LOG))
     output = tmp_path / "curves.svg"

@@ -99,6 +99,7 @@ def test_an_export_runs_in_plain_tensorflow(tiny_export):
     assert "Result for output key text_embeds:" in done.stdout, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_commands_of_search_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("faiss")
     section = README.read_text(encoding="utf-8").partition("## Search a collection")[2]

@@ -470,6 +470,7 @@ def test_evaluate_sees_what_is_wrong_before_it_loads_a_model(capsys, absent, arg
     assert expected in err.splitlines()[-1] and "Loading" not in err
 
 
+@pytest.mark.slow
 def test_embed_and_index_say_what_comes_next(capsys, tmp_path):
     pytest.importorskip("faiss")
     shards, index = tmp_path / "my photos", tmp_path / "my photos-index"
@@ -482,6 +483,7 @@ def test_embed_and_index_say_what_comes_next(capsys, tmp_path):
     assert (code, err.splitlines()[-1]) == (0, f"Next: align-tf search '{index}' 'a red car'")
 
 
+@pytest.mark.slow
 def test_export_prints_the_folder_alone(capsys, checkpoint, tmp_path):
     code, out, err = run(capsys, "export", "--model", checkpoint, "--output", tmp_path / "align")
     assert code == 0

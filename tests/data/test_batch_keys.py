@@ -3,6 +3,7 @@
 import pathlib
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from PIL import Image
 from png_reading import ImagesOfPng
@@ -12,6 +13,7 @@ from align_tf.data import make_dataset
 from align_tf.data.dataset import _fingerprint, batch_keys
 
 
+@pytest.mark.slow
 def test_the_keys_of_a_batch_are_those_of_its_pairs(processor, tmp_path):
     rng = np.random.default_rng(0)
     for index in range(10):

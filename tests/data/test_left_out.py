@@ -67,6 +67,7 @@ def test_a_pass_without_a_pair_is_an_error(batches, tmp_path, training):
     )
 
 
+@pytest.mark.slow
 def test_a_pass_of_unknown_length_without_a_pair_is_an_error(batches):
     def features():
         yield from ({"image": b"broken", "caption": "a picture"} for _ in range(3))
@@ -83,6 +84,7 @@ def test_one_pair_is_enough_where_any_number_may_be_left_out(batches, tmp_path):
     assert [batch["sample_weight"].sum() for batch in found] == [0, 0, 1] * 2
 
 
+@pytest.mark.slow
 def test_a_share_is_judged_at_the_end_of_a_small_pass(batches, tmp_path):
     write_folder(tmp_path, broken=("ant", "bee"))
     assert len(batches(tmp_path, max_errors="20%")) == 3

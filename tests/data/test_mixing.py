@@ -95,6 +95,7 @@ def test_weights_are_taken_as_they_are_written():
 # --- in which order --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_batch_is_drawn_by_seed_and_step_alone(place):
     """Of each kind one, one of them twice, and one smaller than a batch, from any step on."""
     sources = [*(str(place / name) for name in ("f", "t.tar", "r", "f")), unknown("uvwxyz")]
@@ -139,6 +140,7 @@ def small_processor(processor) -> AlignProcessor:
     return AlignProcessor(ImagesOfPng(do_resize=False, crop_size=16), processor.tokenizer)
 
 
+@pytest.mark.slow
 def test_workers_share_each_batch_and_a_pass_is_of_all_pairs(place, small_processor):
     sources, weights = [str(place / name) for name in ("f", "r", "t.tar")], [4, 1, 1]
 

@@ -71,6 +71,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_ways_to_evaluate_find_the_same_figures(model, processor, folder):
     options = argparse.Namespace(
         task="retrieval", data=str(folder), image_key=None, caption_key=None
@@ -86,6 +87,7 @@ def test_both_ways_to_evaluate_find_the_same_figures(model, processor, folder):
     assert callback.evaluate() == pytest.approx(report["metrics"])
 
 
+@pytest.mark.slow
 def test_rows_of_one_content_have_one_id(model, processor, folder):
     dataset = make_dataset(folder, processor, batch_size=3, length_buckets=(4, 16))
     embeds = Embedder(model).pairs(dataset)

@@ -17,6 +17,7 @@ from align_tf import export_litert, export_onnx, export_saved_model
 from align_tf.export import litert, onnx, saved_model
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_exported_as_it_computes(checkpoint, processor, tmp_path):
     model = AlignModel.from_pretrained(checkpoint)
     tokenizer = AlignTokenizer(processor.tokenizer.vocab, model_max_length=16)

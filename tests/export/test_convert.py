@@ -126,6 +126,7 @@ def test_the_dtype_of_a_keras_file(folder, file, pairs, tmp_path):
     np.testing.assert_allclose(logits(model, pairs), expected, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_saved_model(file, folder, tmp_path):
     import tensorflow as tf
 

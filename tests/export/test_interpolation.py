@@ -118,6 +118,7 @@ def test_a_sweep_stays_at_the_highest_mean(checkpoint, tuned):
     assert float(bias[0]) - start == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_sweeps(checkpoint, tuned, capsys, tmp_path):
     (tmp_path / "pairs").mkdir()
     for name in ("red", "green", "blue"):

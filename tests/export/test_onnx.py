@@ -225,6 +225,7 @@ def test_what_a_runtime_needs_is_beside_the_towers(folder, tiny):
     np.testing.assert_allclose(embeds, expected, atol=CLOSE, rtol=0)
 
 
+@pytest.mark.slow
 def test_int8_keeps_the_winning_labels_in_a_third_of_the_size(tiny, folder, tmp_path, capsys):
     command = ["export", "--format", "onnx", "--quantize", "int8", "--output", str(tmp_path)]
     assert main(command) == 0
@@ -284,6 +285,7 @@ def test_a_changed_layer_is_written_as_it_computes(tiny_config, processor, tmp_p
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.slow
 def test_weights_that_no_message_holds_are_in_a_file_beside(
     quantize, tiny_config, processor, tmp_path, monkeypatch
 ):

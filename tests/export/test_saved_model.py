@@ -561,6 +561,7 @@ def test_metadata_names_the_image_mode_and_the_dtype(folder):
     assert (metadata["image_mode"], metadata["dtype"]) == ("hf", "float32")
 
 
+@pytest.mark.slow
 def test_a_bfloat16_export_takes_and_gives_float32(model, processor, signatures, tmp_path):
     folder = export_saved_model(model, processor, tmp_path, dtype="bfloat16")
     loaded = tf.saved_model.load(os.fspath(folder)).signatures

@@ -99,6 +99,7 @@ def test_no_part_compares_all_pairs(accumulated):
     assert accumulated[1] == {(4, 8)}
 
 
+@pytest.mark.slow
 def test_accumulation_of_a_batch_that_does_not_divide(steady_config, of_five):
     """Five pairs, then three, in four parts."""
     found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4)
@@ -134,6 +135,7 @@ def test_rematerialised_blocks_take_the_same_accumulated_step(short_config, accu
     assert_equal(found, accumulated[0])
 
 
+@pytest.mark.slow
 def test_a_short_part_moves_batch_norm_by_pictures_of_the_batch(short_config):
     """Three rows in four parts: pictures of zeros would have it learn of what is not there."""
     model = AlignModel(short_config)

@@ -204,6 +204,7 @@ def test_a_batch_by_itself_is_taken_as_fit_takes_it(model, pairs):
             call({**pairs, "pixel_values": pairs["pixel_values"][:2]})
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(still, pairs):
     """Five pairs in batches of four: of the last, alone in its batch, the loss is 0."""
     filler = rows(pairs, [0, 1, 2, 3, 0, 0, 0, 0])
@@ -239,6 +240,7 @@ def test_an_epoch_from_which_nothing_can_be_learned_is_an_error(model, pairs):
     fit(pairs, batch_size=3)  # a last batch of one
 
 
+@pytest.mark.slow
 def test_fit_counts_its_batches(model, restart_two_steps, pairs):
     seen = []
     callback = keras.callbacks.LambdaCallback(
@@ -273,6 +275,7 @@ def test_keras_sample_weight_multiplies_the_one_in_the_batch(restart, padded):
     assert apart(other[-1], expected[-1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_weights_beside_a_validation_and_in_tuples_count(still, padded):
     """Keras drops the weight of (x, None, weight) in arrays."""
     import tensorflow as tf
@@ -455,6 +458,7 @@ def test_mixed_bfloat16(model, pairs, expected):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_a_model_all_of_a_small_dtype_trains_its_batch_norm(dtype, steady_config, pairs, kept):
     def moving_variance(dtype):
         keras.utils.set_random_seed(0)
@@ -473,6 +477,7 @@ def test_a_model_all_of_a_small_dtype_trains_its_batch_norm(dtype, steady_config
     np.testing.assert_allclose(found, expected, atol=1e-2)  # bfloat16 has 256 steps from 1 to 2
 
 
+@pytest.mark.slow
 def test_predict_joins_the_embeddings_of_batches(restart, restart_two_steps, pairs):
     many = rows(pairs, [0, 1, 2, 3, 0])
     for model in (restart(), restart_two_steps()):

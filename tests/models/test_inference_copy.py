@@ -263,6 +263,7 @@ def test_the_first_token_alone_has_the_state_it_has_among_the_others(kind, tiny_
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative_key", "relative_key_query"])
+@pytest.mark.slow
 def test_texts_without_their_padding_have_the_embeddings_they_have_with_it(kind, tiny_config):
     keras.utils.set_random_seed(1)
     text = dataclasses.replace(tiny_config.text_config, position_embedding_type=kind)

@@ -56,6 +56,7 @@ OUTPUTS = {
 @pytest.mark.parametrize(
     ("name", "sized"), [("align", False), ("text_model", True), ("vision_model", False)]
 )
+@pytest.mark.slow
 def test_export_of_a_model_never_called(name, sized, unchanged, pairs, tmp_path):
     import tensorflow as tf
 

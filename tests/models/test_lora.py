@@ -129,6 +129,7 @@ def test_a_tower_is_adapted_alone(tower, expected, checkpoint, pairs):
     assert moved(embeds(model, pairs), plain) == list(expected)
 
 
+@pytest.mark.slow
 def test_adapters_go_by_name(adapted, checkpoint, pairs, tmp_path):
     plain = embeds(AlignModel.from_pretrained(checkpoint), pairs)
     first = embeds(adapted, pairs)
@@ -256,6 +257,7 @@ def test_keras_weight_file_keeps_the_adapter_and_its_base(quantized, checkpoint,
         assert_same(embeds(again, pairs), embeds(model, pairs))
 
 
+@pytest.mark.slow
 def test_a_broken_off_fit_goes_on_with_its_adapter(checkpoint, pairs, tmp_path):
     class Broken(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

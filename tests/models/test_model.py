@@ -375,6 +375,7 @@ def test_a_batch_of_none(unchanged):
 # --- freezing ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_stays_and_the_other_trains_after_surgery(model, pairs):
     model.freeze("vision")
     assert not model.vision_model.trainable_weights
@@ -626,6 +627,7 @@ def test_keras_file(name, unchanged, pairs, tmp_path):
     assert not changed(values(part), values(again))
 
 
+@pytest.mark.slow
 def test_keras_file_keeps_what_was_set(tiny_config, pairs, tmp_path):
     model = AlignModel(
         tiny_config,

@@ -364,6 +364,7 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path, values):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_first_files_read_without_a_graph_have_the_pixels_of_the_others():
     names = sorted(FILES)[::9][:7]
     processor = AlignImageProcessor(size=40, crop_size=32)

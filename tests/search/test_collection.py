@@ -90,6 +90,7 @@ def test_the_columns_and_what_is_left_out(whole, folder):
     assert sorted(contents(output)) == ["_listing.npz", "_pictures.json", *shards]
 
 
+@pytest.mark.slow
 def test_a_collection_in_a_bucket_is_that_of_the_folder(
     whole, folder, one_model, name, tmp_path, capsys
 ):
@@ -194,6 +195,7 @@ def test_a_killed_run_goes_on_to_the_same_files(whole, folder, name, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_hole_in_the_middle_is_filled_and_a_whole_collection_is_left(
     whole, folder, name, tmp_path, capsys
 ):
@@ -238,6 +240,7 @@ def test_another_model_or_source_is_refused(whole, folder, tiny_config, processo
         embed([str(folder)] * 2, whole[0], model=name, **SIZES)
 
 
+@pytest.mark.slow
 def test_a_tf_data_set_of_unknown_length_in_float32(loaded, tmp_path):
     model, processor = loaded
     rng = np.random.default_rng(3)
@@ -261,6 +264,7 @@ def test_a_tf_data_set_of_unknown_length_in_float32(loaded, tmp_path):
     assert embeds.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_tar_of_pictures_that_pillow_chokes_on_is_embedded(loaded, tmp_path, capsys):
     model, processor = loaded
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01" + b"\xff" * 10  # of a kind that there is not

@@ -1,6 +1,6 @@
 """Requests of every kind: none ends the server, and what is refused is told by its input's name.
 
-    ALIGN_TF_FUZZ=20000 pytest tests/server/test_fuzz.py
+    ALIGN_TF_FUZZ=20000 pytest -m slow tests/server/test_fuzz.py
 
 takes so many by each way.
 """
@@ -30,6 +30,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+pytestmark = pytest.mark.slow
+
 COUNT = int(os.environ.get("ALIGN_TF_FUZZ", "25"))
 # What the graph says of another dtype is TensorFlow's own, which knows no names; the server does.
 OF_A_DTYPE = r"Expects arg\[\d\] to be "
@@ -54,7 +56,6 @@ def assert_told(code, message, request, words=INPUTS):
     assert re.search("|".join(words), message), (message, request)
 
 
-@pytest.mark.slow
 def test_the_session_outlives_every_request(tiny_export):
     """By TensorFlow's C++ alone, in a process of its own: a crash would be its end."""
     program = pathlib.Path(hostile.__file__)

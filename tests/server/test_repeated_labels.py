@@ -20,6 +20,8 @@ from align_tf.search.encoder import Encoder
 from align_tf.server import ModelServer
 from align_tf.server.batching import BatchingParameters
 
+pytestmark = pytest.mark.slow
+
 PICTURE = BUNDLED["align-tiny"] / "examples" / "panda.png"
 NO_LABEL = float(np.finfo(np.float32).min)
 LISTS = {

@@ -15,7 +15,7 @@ from align_tf.cli.main import main
 from align_tf.training.recipe import Recipe
 from align_tf.training.run import make_model
 
-pytestmark = pytest.mark.usefixtures("png_alone")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("png_alone")]
 
 # Is killed, as by kill -9, after the step behind the first checkpoint.
 KILLED = """
@@ -146,7 +146,6 @@ def test_a_model_that_has_changed_is_told(unbroken, place, capsys, tmp_path):
     assert "none of its checkpoints is whole; another output starts anew" in said
 
 
-@pytest.mark.slow  # the import and the first step of another process
 def test_a_training_that_is_killed_reaches_the_same_adapter(unbroken, place, capsys, tmp_path):
     output = tmp_path / "killed"
     process = subprocess.run([sys.executable, "-c", KILLED, *command(place, output)])

@@ -61,6 +61,7 @@ class Values(keras.callbacks.Callback):
         self.values.append((batch, logs.get(self.name)))
 
 
+@pytest.mark.slow
 def test_retrieval_of_each_epoch_is_in_the_history(model, pairs):
     history = fit(model, pairs, RetrievalEvaluation(pairs), epochs=3)
     assert set(history) >= RETRIEVAL
@@ -170,6 +171,7 @@ def new_model(small_config):
     return model
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_its_last_checkpoint(small_config, pairs, processor, tmp_path):
     unbroken = new_model(small_config)
     fit(unbroken, pairs, epochs=3, steps_per_epoch=2, steps=6)
@@ -202,6 +204,7 @@ def leaves_out_steps(small_config) -> AlignModel:
     return model
 
 
+@pytest.mark.slow
 def test_batches_are_counted_not_the_steps_of_the_optimizer(
     small_config, pairs, processor, tmp_path
 ):

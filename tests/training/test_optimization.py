@@ -222,6 +222,7 @@ class Steps(keras.callbacks.Callback):
         self.scales.append(float(optimizer.dynamic_scale))
 
 
+@pytest.mark.slow
 def test_fit_moves_each_tower_by_its_rate(small_config, pairs):
     """Under LAMB a rate of 1e-6 hardly moves the text tower."""
     keras.utils.set_random_seed(0)
@@ -249,6 +250,7 @@ def test_fit_takes_a_rate_that_is_no_schedule(optimizer_class):
     np.testing.assert_allclose(ops.convert_to_numpy(kernel)[:, 0], expected, atol=ATOL)
 
 
+@pytest.mark.slow
 def test_saved_model_goes_on_training_alike(small_config, pairs, tmp_path):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = dataclasses.replace(
@@ -271,6 +273,7 @@ def test_saved_model_goes_on_training_alike(small_config, pairs, tmp_path):
     assert any(np.any(value != before[path]) for path, value in expected.items())
 
 
+@pytest.mark.slow
 def test_mixed_float16_leaves_out_a_step_that_is_not_finite(small_config, pairs):
     """Neither count, rate nor average know of the second of four steps."""
     good, bad = ({**pairs, "sample_weight": np.full(4, w, "float32")} for w in (1.0, np.inf))

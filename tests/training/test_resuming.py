@@ -69,6 +69,7 @@ def test_a_training_that_breaks_off_goes_on_to_the_same_weights(settings, unbrok
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     settings, unbroken, when, capsys
 ):
@@ -161,6 +162,7 @@ def test_a_training_killed_in_a_checkpoint_reaches_the_same_weights(settings, un
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_signals_save_and_the_same_command_goes_on(settings, unbroken, when, capsys):
     """Ctrl-C, then SIGTERM, then none."""
     settings["save_every"] = STEPS  # so that a checkpoint before the end is the signal's
@@ -183,6 +185,7 @@ def test_signals_save_and_the_same_command_goes_on(settings, unbroken, when, cap
     assert_same_end(output, unbroken)
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_falls_back_to_the_one_before(settings, unbroken, capsys):
     output = pathlib.Path(settings["output"])
     shutil.copytree(unbroken, output)
