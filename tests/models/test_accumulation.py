@@ -9,6 +9,8 @@ import align_tf.models.contrastive
 from align_tf import AlignModel
 from align_tf.models.contrastive import similarities
 
+pytestmark = pytest.mark.slow
+
 
 class PartByPart(AlignModel):
     """The plain step on a forward pass that runs every second row, then the others."""
@@ -99,20 +101,17 @@ def test_no_part_compares_all_pairs(accumulated):
     assert accumulated[1] == {(4, 8)}
 
 
-@pytest.mark.slow
 def test_accumulation_of_a_batch_that_does_not_divide(steady_config, of_five):
     """Five pairs, then three, in four parts."""
     found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4)
     assert_equal(found, of_five)
 
 
-@pytest.mark.slow
 def test_accumulation_compiled_by_xla(steady_config, of_five):
     found = train(make(AlignModel, steady_config), batch_size=5, accumulation=4, jit_compile=True)
     assert_equal(found, of_five)
 
 
-@pytest.mark.slow  # two more steps to trace, as each of the following
 def test_accumulation_with_a_scaled_loss(steady_config):
     """Held to the plain step in float16, which leaves out the same steps."""
     options = {"dtype": "mixed_float16"}
@@ -123,19 +122,16 @@ def test_accumulation_with_a_scaled_loss(steady_config):
     assert_equal(found, expected, atol=0.01)
 
 
-@pytest.mark.slow
 def test_rematerialised_blocks_take_the_same_step(short_config):
     expected = train(make(AlignModel, short_config))
     assert_equal(train(make(AlignModel, short_config), remat=True), expected)
 
 
-@pytest.mark.slow
 def test_rematerialised_blocks_take_the_same_accumulated_step(short_config, accumulated):
     found = train(make(AlignModel, short_config), sigmoid=True, remat=True, accumulation=2)
     assert_equal(found, accumulated[0])
 
 
-@pytest.mark.slow
 def test_a_short_part_moves_batch_norm_by_pictures_of_the_batch(short_config):
     """Three rows in four parts: pictures of zeros would have it learn of what is not there."""
     model = AlignModel(short_config)

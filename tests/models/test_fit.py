@@ -222,6 +222,7 @@ def test_loss_is_the_mean_over_pairs_as_those_of_the_directions_are(still, pairs
         assert [metric.name for metric in model.metrics].count("loss") == 1
 
 
+@pytest.mark.slow
 def test_an_epoch_from_which_nothing_can_be_learned_is_an_error(model, pairs):
     absent = {**pairs, "sample_weight": np.zeros(4, "float32")}
     alone = {**pairs, "sample_weight": np.array([1, 0, 0, 1], "float32")}  # in batches of 2

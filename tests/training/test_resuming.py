@@ -18,7 +18,7 @@ from align_tf.cli.main import main
 from align_tf.files import CheckpointError
 from align_tf.training import Recipe, devices, read_recipe, train
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_once")]
 
 # Stops for good where the second checkpoint is written, but for its processor.
 HANGS = """
@@ -69,7 +69,6 @@ def test_a_training_that_breaks_off_goes_on_to_the_same_weights(settings, unbrok
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
-@pytest.mark.slow
 def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     settings, unbroken, when, capsys
 ):
@@ -97,7 +96,6 @@ def test_a_training_whose_pace_follows_its_steps_keeps_it_where_it_goes_on(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_a_training_in_a_bucket_goes_on_from_its_last_whole_checkpoint(
     settings, place, unbroken, when, capsys, tmp_path
 ):
@@ -140,7 +138,6 @@ def test_a_training_in_a_bucket_goes_on_from_its_last_whole_checkpoint(
     bucket.store.clear()
 
 
-@pytest.mark.slow  # the import and the first step of another process
 def test_a_training_killed_in_a_checkpoint_reaches_the_same_weights(settings, unbroken, capsys):
     output = pathlib.Path(settings["output"])
     command = [sys.executable, "-c", HANGS, "train", *flags(settings)]
@@ -162,7 +159,6 @@ def test_a_training_killed_in_a_checkpoint_reaches_the_same_weights(settings, un
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20]
 
 
-@pytest.mark.slow
 def test_signals_save_and_the_same_command_goes_on(settings, unbroken, when, capsys):
     """Ctrl-C, then SIGTERM, then none."""
     settings["save_every"] = STEPS  # so that a checkpoint before the end is the signal's
@@ -185,7 +181,6 @@ def test_signals_save_and_the_same_command_goes_on(settings, unbroken, when, cap
     assert_same_end(output, unbroken)
 
 
-@pytest.mark.slow
 def test_a_broken_checkpoint_falls_back_to_the_one_before(settings, unbroken, capsys):
     output = pathlib.Path(settings["output"])
     shutil.copytree(unbroken, output)
@@ -209,7 +204,6 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(settings, unbroken):
         train(Recipe(**settings))
 
 
-@pytest.mark.slow  # a step of its own to trace
 def test_a_training_goes_on_with_another_memory(settings, unbroken, capsys):
     output = pathlib.Path(settings["output"])
     shutil.copytree(unbroken, output)

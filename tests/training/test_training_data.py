@@ -12,10 +12,9 @@ from align_tf.data import counting, streams
 from align_tf.data.readers import list_files
 from align_tf.training import Recipe, train
 
-pytestmark = pytest.mark.usefixtures("traced_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_once")]
 
 
-@pytest.mark.slow
 def test_a_training_on_nothing_is_an_error(settings, place, tmp_path):
     """Each picture is there, and no caption beside it."""
     shutil.copytree(place / "pairs", tmp_path / "pairs")
@@ -27,7 +26,6 @@ def test_a_training_on_nothing_is_an_error(settings, place, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-@pytest.mark.slow
 def test_broken_data_end_the_training_in_one_line(settings, place, tmp_path, capsys):
     shutil.copytree(place / "pairs", tmp_path / "pairs")
     (tmp_path / "pairs" / "07.png").rename(tmp_path / "pairs" / "it's [7] ö.png")
@@ -71,7 +69,6 @@ def mixed(settings, place, tmp_path):
     return {**settings, "data": sources, "keep": 4}
 
 
-@pytest.mark.slow
 def test_a_training_on_weighted_sources_goes_on_to_the_same_weights(
     mixed, place, tmp_path, capsys, monkeypatch
 ):
