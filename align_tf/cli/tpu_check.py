@@ -65,7 +65,7 @@ def run(arguments: Any) -> int:
     for program in programs:
         if not program.fits:
             sizes = _size(program.taken_bytes), _size(program.chip_bytes)
-            raise ValueError(too_large(program.topology, *sizes))
+            raise ValueError(too_large(recipe, program.topology, *sizes))
     return 0
 
 

@@ -86,17 +86,24 @@ class Program:
         return self.taken_bytes <= self.chip_bytes
 
 
-def too_large(topology: str, taken: str, there: str) -> str:
-    """Says that no chip holds a step.
+def too_large(recipe: Recipe, topology: str, taken: str, there: str) -> str:
+    """Says that no chip holds a step, and what takes less.
 
     Args:
+        recipe: the settings.
         topology: such as `v5e:2x4`.
         taken: what the step takes of a chip, such as `20.1 GiB`.
         there: what a chip has.
     """
+    unused = [name for name in ("loop_blocks", "remat") if not getattr(recipe, name)]
+    if not recipe.shard_state and not topology.endswith(":1x1"):
+        unused.append("shard_state")
+    if recipe.dtype == "float32":
+        unused.append("dtype=mixed_bfloat16")
+    *ways, last = ["a smaller batch_size", "accumulation in more parts", *unused]
     return (
-        f"{topology}: the step takes {taken} of a chip's {there}; a smaller batch_size, "
-        "accumulation, loop_blocks or remat takes less"
+        f"{topology}: the step takes {taken} of a chip's {there}; {', '.join(ways)} or {last} "
+        "takes less"
     )
 
 
@@ -186,7 +193,7 @@ def _compile(
     state, batch, shardings = _arguments(model, recipe.batch_size, tokens, image_shape)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
     start = time.monotonic()
-    with _plain_errors(topology):
+    with _plain_errors(recipe, topology):
         traced = step.trace(state, batch)
         compiled = traced.lower().compile()
     seconds = time.monotonic() - start
@@ -266,7 +273,7 @@ def _arguments(
 
 
 @contextlib.contextmanager
-def _plain_errors(topology: str) -> Iterator[None]:
+def _plain_errors(recipe: Recipe, topology: str) -> Iterator[None]:
     """Has a program that does not fit a chip be one line."""
     import jax
 
@@ -277,4 +284,4 @@ def _plain_errors(topology: str) -> Iterator[None]:
         if found is None:
             raise
         taken, there = [value for value in found.groups() if value]
-        raise ValueError(too_large(topology, f"{taken}iB", f"{there}iB")) from error
+        raise ValueError(too_large(recipe, topology, f"{taken}iB", f"{there}iB")) from error

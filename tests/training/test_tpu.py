@@ -158,8 +158,12 @@ def test_a_program_that_no_chip_holds_is_told_as_one_that_the_compiler_refuses(t
     assert "16.00 GiB, too little" in out
     assert last == (
         "align-tf: error: v5e:1x1: the step takes 17.00 GiB of a chip's 16.00 GiB; a smaller "
-        "batch_size, accumulation, loop_blocks or remat takes less"
+        "batch_size, accumulation in more parts, loop_blocks, remat or dtype=mixed_bfloat16 takes "
+        "less"
     )
+    flags = ["--loop-blocks", "true", "--remat", "true", "--dtype", "mixed_bfloat16"]
+    _, _, last = told(lambda *_: iter([program(16 * GIB)]), *flags)
+    assert last.endswith("; a smaller batch_size or accumulation in more parts takes less")
     code, out, _ = told(lambda *_: iter([program(16 * GIB)]), "--json")
     assert (code, json.loads(out)[0]["fits"]) == (2, False)
     code, out, last = told(lambda *_: iter([program(17 * GIB)]))
