@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     recipe = read_settings(arguments, SILENT)
-    from align_tf.training.tpu import ENVIRONMENT, check_topology, too_large
+    from align_tf.training.tpu import ENVIRONMENT, UNREADABLE, check_topology, too_large
 
     check_topology(arguments.topology)
     os.environ.update(ENVIRONMENT)
@@ -58,7 +58,11 @@ def run(arguments: Any) -> int:
     else:
         for program in programs:
             _print(program)
-    foreign = sorted({name for program in programs for name in program.foreign})
+    if any(program.collectives is None for program in programs):
+        if arguments.program:
+            raise ValueError(f"{arguments.program}: not written: {UNREADABLE}")
+        say(f"Note: what goes between the chips is not told: {UNREADABLE}")
+    foreign = sorted({name for program in programs for name in program.foreign or []})
     if foreign:
         say(f"align-tf: error: the program holds {', '.join(foreign)}, which a TPU has not")
         return EXIT_USER_ERROR

@@ -47,6 +47,12 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
+UNREADABLE = (
+    "this JAX cannot read the program that this libtpu has compiled; "
+    "pip install -U 'jax[tpu]' brings two that go together"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What the compiler made of a step.
@@ -59,9 +65,10 @@ class Program:
         temporary_bytes: on each chip, beside them while the step runs.
         chip_bytes: what a chip has.
         flops_per_pair: floating-point operations of the step's products and convolutions, a pair.
-        collectives: what goes between the chips.
+        collectives: what goes between the chips; None where JAX cannot read the program, as that
+            of a libtpu newer than itself.
         seconds: that the compilation took.
-        foreign: what has no place on a TPU, such as float64; empty.
+        foreign: what has no place on a TPU, such as float64; empty, or None as above.
     """
 
     topology: str
@@ -71,9 +78,9 @@ class Program:
     temporary_bytes: int
     chip_bytes: int
     flops_per_pair: float
-    collectives: list[Collective]
+    collectives: list[Collective] | None
     seconds: float
-    foreign: list[str]
+    foreign: list[str] | None
 
     @property
     def taken_bytes(self) -> int:
@@ -197,8 +204,8 @@ def _compile(
         traced = step.trace(state, batch)
         compiled = traced.lower().compile()
     seconds = time.monotonic() - start
-    text = compiled.as_text()
-    if program_path is not None:
+    text = _text(compiled)
+    if program_path is not None and text is not None:
         from align_tf import files
 
         files.write_text(pathlib.Path(program_path), text)
@@ -211,10 +218,20 @@ def _compile(
         temporary_bytes=memory.temp_size_in_bytes,
         chip_bytes=MEMORY[topology.partition(":")[0]] * GIB,
         flops_per_pair=flops_of(traced.jaxpr.jaxpr) / recipe.batch_size,
-        collectives=collectives_of(text),
+        collectives=None if text is None else collectives_of(text),
         seconds=seconds,
-        foreign=foreign_parts(text),
+        foreign=None if text is None else foreign_parts(text),
     )
+
+
+def _text(compiled: Any) -> str | None:
+    """Returns a program's text; None where the compiler has put into it what JAX does not know."""
+    import jax
+
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _devices(topology: str) -> list:

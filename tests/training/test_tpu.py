@@ -1,5 +1,6 @@
 """The training step compiled for TPUs: the text of its program, and the step of align-tiny."""
 
+import dataclasses
 import faulthandler
 import json
 import os
@@ -122,8 +123,8 @@ def test_mistakes_are_told_before_anything_is_loaded(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def program(chip_bytes):
-    return tpu.Program(
+def program(chip_bytes, **figures):
+    made = tpu.Program(
         topology="v5e:1x1",
         chips=1,
         tokens=8,
@@ -135,6 +136,7 @@ def program(chip_bytes):
         seconds=1.0,
         foreign=[],
     )
+    return dataclasses.replace(made, **figures)
 
 
 @pytest.fixture
@@ -169,6 +171,21 @@ def test_a_program_that_no_chip_holds_is_told_as_one_that_the_compiler_refuses(t
     code, out, last = told(lambda *_: iter([program(17 * GIB)]))
     assert (code, last) == (0, "8 tokens: compiled in 1 s")
     assert "too little" not in out
+
+
+def test_a_program_that_jax_cannot_read_has_its_figures_all_the_same(told):
+    unread = program(17 * GIB, collectives=None, foreign=None)
+    code, out, last = told(lambda *_: iter([unread]))
+    assert (code, "12.00 GiB a chip" in out) == (0, True)
+    assert last == (
+        "Note: what goes between the chips is not told: this JAX cannot read the program that this "
+        "libtpu has compiled; pip install -U 'jax[tpu]' brings two that go together"
+    )
+    _, out, _ = told(lambda *_: iter([unread]), "--json")
+    assert json.loads(out)[0]["collectives"] is None
+    code, out, last = told(lambda *_: iter([unread]), "--program", "program.txt")
+    assert (code, "12.00 GiB a chip" in out) == (2, True)
+    assert last.startswith("align-tf: error: program.txt: not written: this JAX cannot read ")
 
 
 @pytest.mark.parametrize(
