@@ -75,7 +75,12 @@ def _begun(
     state = {name: ops.convert_to_numpy(value) for name, value in _variables(model).items()}
     with files.replacing(new / STATE_NAME) as path:  # for its file mode
         safetensors.numpy.save_file(state, path)
-    summary = {"step": step, "sha256": _sha256(new / STATE_NAME), **_base(model)}
+    summary = {
+        "step": step,
+        "devices": _count_devices(model),
+        "sha256": _sha256(new / STATE_NAME),
+        **_base(model),
+    }
     (new / SUMMARY_NAME).write_text(json.dumps(summary) + "\n", encoding="utf-8")
     return place
 
@@ -143,6 +148,7 @@ def restore(folder: addresses.Place, model: Any) -> int:
 
     Raises:
         CheckpointError: a file is missing, broken or of another model.
+        ValueError: it is of another number of devices, which makes a difference here.
     """
     try:
         with (
@@ -168,7 +174,31 @@ def _checked_step(summary: pathlib.Path, state: pathlib.Path, model: Any) -> int
         raise files.CheckpointError(
             f"{summary.parent}: an adapter of other weights than {model.name_or_path} holds"
         )
+    count, before = _count_devices(model), values.get("devices")
+    why = why_as_many_devices(model.vision_model.config.virtual_batch_size)
+    if before not in (None, count) and why is not None:
+        raise ValueError(
+            f"{summary.parent}: of a training on {before} devices, and here it is {count}, {why}; "
+            "expected as many devices, or another output"
+        )
     return values["step"]
+
+
+def why_as_many_devices(virtual_batch_size: int | None) -> str | None:
+    """Says why a training goes on with as many devices alone; None where it need not."""
+    if virtual_batch_size is not None:
+        return "and virtual_batch_size takes its parts of each device's images"
+    if keras.backend.backend() != "jax":
+        return f"and on {keras.backend.backend()} each device draws masks of dropout of its own"
+    return None
+
+
+def _count_devices(model: Any) -> int:
+    """How many devices share the batches of a model."""
+    if keras.backend.backend() == "tensorflow":
+        return model.distribute_strategy.num_replicas_in_sync
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.device_mesh.devices.size
 
 
 def _assign(path: pathlib.Path, variables: dict[str, keras.Variable]) -> None:
@@ -195,6 +225,7 @@ def restore_last(output: addresses.Place, model: Any) -> int:
 
     Raises:
         CheckpointError: there are some, and none is whole.
+        ValueError: as `restore` raises it.
     """
     hosts.by_first(lambda: clear_unfinished(output))
     found = list_checkpoints(output)

@@ -182,11 +182,8 @@ def _why_kept(setting: str, recipe: Recipe) -> str | None:
         return ", whose parts draw masks of dropout of their own (remat may change)"
     if setting != "devices":
         return ""
-    if recipe.virtual_batch_size is not None:
-        return ", and virtual_batch_size takes its parts of each device's images"
-    if keras.backend.backend() != "jax":
-        return f", and on {keras.backend.backend()} each device draws masks of dropout of its own"
-    return None
+    why = resume.why_as_many_devices(recipe.virtual_batch_size)
+    return None if why is None else f", {why}"
 
 
 def _check_seen(output: addresses.Place) -> None:

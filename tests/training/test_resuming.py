@@ -233,6 +233,20 @@ def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_checkpoint_of_another_number_of_devices_than_are_found_is_told(settings, unbroken):
+    output = pathlib.Path(settings["output"])
+    shutil.copytree(unbroken, output)
+    for folder in output.glob("checkpoint-*"):
+        summary = json.loads((folder / "training_state.json").read_text())
+        assert summary["devices"] == 1
+        (folder / "training_state.json").write_text(json.dumps(summary | {"devices": 2}))
+    if keras.backend.backend() == "jax":
+        train(Recipe(**settings))
+        return
+    with pytest.raises(ValueError, match=r"on 2 devices, and here it is 1, and on tensorflow each"):
+        train(Recipe(**settings))
+
+
 def test_parts_of_a_devices_images_are_of_as_many_devices(settings):
     output = pathlib.Path(settings["output"])
     (output / "checkpoint-6").mkdir(parents=True)
