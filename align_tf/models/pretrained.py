@@ -20,7 +20,7 @@ from align_tf.configuration.config_file import CONFIG_NAME
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.initialization import no_init_weights
 from align_tf.models.quantization import quantizations, quantize_again
-from align_tf.models.sharded_state import check_gathered, undistributed
+from align_tf.models.sharded_state import check_gathered, check_not_gathered, undistributed
 
 logger = logging.getLogger(__name__)
 
@@ -297,6 +297,19 @@ class Pretrained:
         self.get_config()
         with undistributed():
             super().save(filepath, overwrite=overwrite, zipped=zipped)
+
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **options: Any) -> None:
+        """As Keras's.
+
+        Raises:
+            ValueError: the model is gathered to be saved.
+        """
+        check_not_gathered(self)
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **options)
+
+    def set_weights(self, weights: list) -> None:
+        check_not_gathered(self)
+        super().set_weights(weights)
 
     def get_config(self) -> dict[str, Any]:
         # For copies and .keras files. A subclass may make its layers otherwise, and do so again.

@@ -22,6 +22,7 @@ LEAST = 2**16  # elements of a variable; smaller ones are whole everywhere
 # The ids of variables that are gathered for the first of several processes to save them. To compute
 # with them takes what the others have, so one process would wait for another.
 GATHERED: set[int] = set()
+AFTER = "after `with align_tf.training.gathered(model):`, in all processes"
 
 # Of JAX's error: the parts of a batch, and its rows.
 UNEVEN = re.compile(r"axis 0 is partitioned (\d+) times, but the dimension size is (\d+)")
@@ -260,7 +261,7 @@ def check_gathered(weights: Iterable[Any]) -> None:
 
 
 def check_not_gathered(model: keras.Model) -> None:
-    """Checks that a model can be computed with in all processes that share its state.
+    """Checks that all processes that share a model's state have it, to compute or to assign.
 
     Raises:
         ValueError: it is gathered for the first of them to save it.
@@ -268,8 +269,8 @@ def check_not_gathered(model: keras.Model) -> None:
     for variable in model.variables if GATHERED else ():
         if id(variable) in GATHERED:
             raise ValueError(
-                f"{variable.path}: gathered for the first process to save; expected to compute "
-                "after `with align_tf.training.gathered(model):`, in all processes"
+                f"{variable.path}: gathered for the first process to save; expected to compute and "
+                f"to assign {AFTER}"
             )
 
 

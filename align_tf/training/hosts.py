@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from align_tf.models.sharded_state import GATHERED, is_apart, state_of
+from align_tf.models.sharded_state import AFTER, GATHERED, is_apart, state_of
 from align_tf.terminal import say
 
 # What says that there are several processes: Keras's own, then what JAX finds out itself.
@@ -183,14 +183,18 @@ def readable(variables: Iterable[keras.Variable]) -> Iterator[None]:
     found = {id(variable): variable for variable in variables if is_apart(variable.value)}
     found = {key: variable for key, variable in found.items() if key not in GATHERED}
     held = {key: variable.value for key, variable in found.items()}
+    there = dict(held)
     GATHERED.update(found)
     try:
-        for variable in found.values():
+        for key, variable in found.items():
             value = read(variable)
             if is_first():
-                variable._value = value
+                variable._value = there[key] = value
             del value
         yield
+        for key, variable in found.items():
+            if variable._value is not there[key]:
+                raise ValueError(f"{variable.path}: assigned while gathered; expected it {AFTER}")
     finally:
         GATHERED.difference_update(found)
         for key, variable in found.items():
@@ -202,8 +206,8 @@ def gathered(model: keras.Model) -> Iterator[None]:
     """Gathers the state of a model over several processes, for the first of them to save it.
 
     To be entered in all of them; within it the others have their parts alone, as before, and what
-    computes with the model, such as `fit`, raises a ValueError in each. A model whose state no
-    process shares is as it was.
+    computes with the model or assigns its weights, such as `fit` and `load_weights`, raises a
+    ValueError in each. A model whose state no process shares is as it was.
 
     Args:
         model: an `AlignModel`; its optimizer's state is gathered with its weights.

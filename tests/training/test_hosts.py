@@ -95,6 +95,9 @@ def refuse_to_compute(model):
     calls += [functools.partial(model.test_on_batch, pairs)]
     calls += [functools.partial(model, pairs), functools.partial(model.text_model, texts)]
     calls += [functools.partial(Embedder(model).images, pixels)]
+    for one in (model, model.text_model):
+        calls += [functools.partial(one.load_weights, "a.weights.h5")]
+        calls += [functools.partial(one.set_weights, [])]
     for call in calls:
         with pytest.raises(ValueError, match="gathered for the first process to save; expected to"):
             call()
@@ -117,6 +120,12 @@ def checked(output, step, model, *rest):
                 model.save_pretrained(output / "by_hand")
                 model.save(output / "by_hand.keras")
                 model.save_weights(output / "by_hand.weights.h5")
+        if jax.process_count() > 1:
+            weight = next(v for v in model.variables if sharded_state.is_apart(v.value))
+            with pytest.raises(ValueError, match="assigned while gathered; expected it after"):
+                with gathered(model):
+                    weight.assign(numpy.zeros(weight.shape))
+            assert sharded_state.is_apart(weight.value)
     return save(output, step, model, *rest)
 
 if "true" in sys.argv[sys.argv.index("--shard-state"):][1]:
