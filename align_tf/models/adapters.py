@@ -18,7 +18,7 @@ from align_tf.configuration.checks import is_finite
 from align_tf.models import lora
 from align_tf.models.effective_weights import effective_weights
 from align_tf.models.freezing import KeepsFrozen
-from align_tf.models.sharded_state import check_gathered
+from align_tf.models.sharded_state import check_gathered, check_not_gathered
 
 Model = TypeVar("Model", bound="Adapters")
 
@@ -213,6 +213,7 @@ class Adapters(KeepsFrozen):
         Raises:
             ValueError: there is no such adapter.
         """
+        check_not_gathered(self)
         held = None if name is None else self._all.held[self._active_or(name)]
         self._park()
         self._activate(name, held)
@@ -242,6 +243,7 @@ class Adapters(KeepsFrozen):
         Raises:
             ValueError: no adapter is active, or a layer that it adapts is quantized.
         """
+        check_not_gathered(self)
         self._active_or(None)
         adapted = self._adapted()
         for layer in adapted.values():
@@ -337,6 +339,7 @@ class Adapters(KeepsFrozen):
         return super()._trains(layer) if flags is None else flags.trained(layer)
 
     def _check_free(self, name: str) -> None:
+        check_not_gathered(self)
         if not isinstance(name, str) or not name:
             raise ValueError(f"name={name!r}: expected a text, the name of an adapter")
         if name in self._all.held:

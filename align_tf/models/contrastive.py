@@ -27,7 +27,12 @@ from align_tf.models.loss import (
     sigmoid_rows,
     weighted_mean,
 )
-from align_tf.models.sharded_state import check_own_rows, on_devices, whole_beside
+from align_tf.models.sharded_state import (
+    check_not_gathered,
+    check_own_rows,
+    on_devices,
+    whole_beside,
+)
 from align_tf.models.surgery import open_for_change
 
 METRICS = ("loss", "loss_i2t", "loss_t2i", "accuracy_i2t", "accuracy_t2i", "temperature")
@@ -434,6 +439,7 @@ class ContrastiveTraining:
             ValueError: batch_size is not an integer of 2 or more; or LoRA is on, of which the bias
                 is no part.
         """
+        check_not_gathered(self)
         value = initial_logit_bias(batch_size)
         if self.base_frozen:
             raise ValueError(

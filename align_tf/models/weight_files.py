@@ -7,7 +7,7 @@ import numpy as np
 
 from align_tf.models import lora
 from align_tf.models.adapters import Adapters
-from align_tf.models.sharded_state import check_gathered, undistributed
+from align_tf.models.sharded_state import check_gathered, check_not_gathered, undistributed
 
 # Of an adapted layer what a file has, after its name: the two matrices, and the factor of both.
 PARTS = ("lora_a", "lora_b", "lora_scale")
@@ -68,8 +68,10 @@ class WeightFiles(Adapters):
             **options: as Keras takes them.
 
         Raises:
-            ValueError: the file has an adapter, and the model none like it.
+            ValueError: the file has an adapter, and the model none like it; or the model is
+                gathered to be saved.
         """
+        check_not_gathered(self)
         self._park()  # Keras empties it
         try:
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **options)

@@ -98,6 +98,10 @@ def refuse_to_compute(model):
     for one in (model, model.text_model):
         calls += [functools.partial(one.load_weights, "a.weights.h5")]
         calls += [functools.partial(one.set_weights, [])]
+    calls += [functools.partial(model.use_sigmoid_loss, 8), model.merge_adapter]
+    calls += [functools.partial(model.enable_lora, 2), functools.partial(model.load_adapter, "a")]
+    calls += [functools.partial(model.set_adapter, None)]
+    calls += [functools.partial(model.delete_adapter, None)] if model.active_adapter else []
     for call in calls:
         with pytest.raises(ValueError, match="gathered for the first process to save; expected to"):
             call()
