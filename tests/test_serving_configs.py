@@ -329,6 +329,7 @@ def exported(tiny_server):
     return found
 
 
+@pytest.mark.slow
 def test_panels_and_alerts_ask_for_what_the_server_exports(exported):
     promql_parser = pytest.importorskip("promql_parser")
     (scrape,) = yaml.safe_load((SERVING / "prometheus.yaml").read_text())["scrape_configs"]

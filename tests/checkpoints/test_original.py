@@ -106,6 +106,7 @@ def test_b3_gives_the_embeddings_of_the_original(b3):
     assert float(ops.convert_to_numpy(b3.temperature)) == arrays["temperature"].astype("float32")
 
 
+@pytest.mark.slow
 def test_b7_gives_the_embeddings_of_the_original(b7):
     arrays = expected(B7)
     errors = image_error(b7, arrays)
@@ -266,6 +267,7 @@ def test_what_is_left_out_is_named():
     assert len(original.hugging_face_names(index)) == 1395 - 830
 
 
+@pytest.mark.slow
 def test_the_published_layout_at_full_size():
     """B7 and BERT-base: each key of the object graph is one weight of the full-size model."""
     index = B7 / "model-weights.index"

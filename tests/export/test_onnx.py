@@ -127,7 +127,7 @@ absent_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
 )
 in_each_runtime = pytest.mark.parametrize(
-    "run", [in_onnxruntime, pytest.param(in_openvino, marks=absent_openvino)]
+    "run", [in_onnxruntime, pytest.param(in_openvino, marks=(absent_openvino, pytest.mark.slow))]
 )
 
 
