@@ -99,9 +99,12 @@ def place(path: str | os.PathLike) -> Place:
         A `pathlib.Path`; of an address a `upath.UPath`.
 
     Raises:
+        ValueError: the name is empty, which pathlib takes for the working directory.
         ValueError, ModuleNotFoundError: as `check`.
     """
     if not is_remote(path):
+        if path == "":
+            raise ValueError("'': an empty name; expected a path")
         return pathlib.Path(path)
     check(path)
     import upath

@@ -259,3 +259,10 @@ def test_an_adapter_goes_to_an_address_and_comes_back(checkpoint):
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_an_empty_name_is_not_the_working_directory(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^'': an empty name; expected a path$"):
+        tiny_config.save_pretrained("")
+    assert not any(tmp_path.iterdir())

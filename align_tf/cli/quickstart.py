@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: Any) -> int:
-    check_local(arguments.output or "")
-    check_folder(place(arguments.output or ""))
+    if arguments.output is not None:
+        check_local(arguments.output)
+        check_folder(place(arguments.output))
     import_tensorflow()
     from align_tf.export.saved_model import export_saved_model
     from align_tf.hub import BUNDLED
