@@ -42,7 +42,7 @@ def run(name: str, folder: pathlib.Path, **settings: str) -> dict:
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=None, resources={"metadata": {"path": str(folder)}}
     )
     environment = {key: value for key, value in os.environ.items() if key != "KERAS_BACKEND"}
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "MODEL": "align-tiny"}

@@ -33,7 +33,7 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> str:
     try:
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 0, out + err[-3000:]
