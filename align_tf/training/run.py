@@ -159,19 +159,27 @@ def _claim(recipe: Recipe) -> addresses.Place:
     path = output / RECIPE_NAME
     begun = addresses.content(path) is not None
     if begun and resume.list_checkpoints(output):
-        before = read_recipe(path)
-        for field in dataclasses.fields(Recipe):
-            old, new = getattr(before, field.name), getattr(recipe, field.name)
-            if old != new and (why := _why_kept(field.name, recipe)) is not None:
-                raise ValueError(
-                    f"{output}: belongs to a training with {field.name}={old!r}, this recipe has "
-                    f"{new!r}{why}; expected the same recipe to go on with it, or another output"
-                )
+        _check_same(read_recipe(path), recipe, output)
     elif not begun and addresses.names(output):
         raise ValueError(f"{output}: not empty and not of a training; expected another output")
     recipe.save(path)
     _check_data(recipe, output)
     return output
+
+
+def _check_same(before: Recipe, recipe: Recipe, output: addresses.Place) -> None:
+    """Checks that a training can go on, and tells all that differs: one setting may set others."""
+    theirs, ours = [], []
+    for field in dataclasses.fields(Recipe):
+        old, new = getattr(before, field.name), getattr(recipe, field.name)
+        if old != new and (why := _why_kept(field.name, recipe)) is not None:
+            theirs.append(f"{field.name}={old!r}")
+            ours.append(f"{new!r}{why}")
+    if theirs:
+        raise ValueError(
+            f"{output}: belongs to a training with {' and '.join(theirs)}, this recipe has "
+            f"{' and '.join(ours)}; expected the same recipe to go on with it, or another output"
+        )
 
 
 def _why_kept(setting: str, recipe: Recipe) -> str | None:

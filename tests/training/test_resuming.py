@@ -227,6 +227,11 @@ def test_a_folder_of_another_training_is_refused(settings, unbroken, tmp_path):
         other = {**settings, "output": str(unbroken), key: value}
         with pytest.raises(ValueError, match=f"belongs to a training with {said}"):
             train(Recipe(**other))
+    # By the command line one setting brings another's default.
+    other = {**settings, "output": str(unbroken), "learning_rate": 0.02, "weight_decay": 0.5}
+    said = r"learning_rate=0\.01 and weight_decay=.*, this recipe has 0\.02 and 0\.5; expected"
+    with pytest.raises(ValueError, match=said):
+        train(Recipe(**other))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and not of a training"):
         train(Recipe(**{**settings, "output": str(tmp_path)}))
