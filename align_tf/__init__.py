@@ -13,6 +13,7 @@ The house, from the top down; imports point down:
     preprocessing   images and texts to what the models take
     configuration   config.json, presets, the block table
     plots           pictures of similarities, embeddings and trainings
+    cards           the card of a model on the Hugging Face hub
     hub             the name of a checkpoint to a folder
     files, fonts, progress, addresses, terminal, interrupts, extras, graph_errors, keras_names   the
         ground

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+import align_tf
 
 # package: its names
 PUBLIC = {
@@ -35,6 +39,15 @@ def test_a_package_hands_its_names_on(package):
             assert getattr(module, name) is not None
     with pytest.raises(AttributeError, match=f"No {package} attribute nothing"):
         getattr(module, "nothing")  # noqa: B009
+
+
+def test_a_package_maps_its_rooms():
+    root = pathlib.Path(align_tf.__file__).parent
+    for init in root.rglob("__init__.py"):
+        rooms = {path.stem for path in init.parent.glob("[!_]*.py")}
+        rooms |= {path.parent.name for path in init.parent.glob("*/__init__.py")}
+        mapped = re.findall(r"\w+", init.read_text().split('"""')[1])
+        assert rooms - set(mapped) == set(), init
 
 
 def test_nothing_is_loaded_before_it_is_asked_for():

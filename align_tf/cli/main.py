@@ -60,7 +60,7 @@ COMMANDS = {
     "quickstart": (quickstart, "the main job, end to end, on the bundled checkpoint"),
     "classify": (classify, "zero-shot classification of image files"),
     "evaluate": (evaluate, "retrieval, zero-shot, kNN or linear-probe figures"),
-    "export": (export, "write a SavedModel for TensorFlow Serving, or for a phone"),
+    "export": (export, "write a SavedModel for TensorFlow Serving, or files for ONNX or LiteRT"),
     "convert": (convert, "convert a checkpoint into another format"),
     "interpolate": (interpolate, "a model between one and those fine-tuned from it"),
     "train": (train, "train by a recipe, or go on with a training"),

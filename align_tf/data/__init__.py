@@ -10,6 +10,7 @@ patterns        names with wildcards and braces
 sources         what a source of records is
 counting        how many records each shard holds, counted once
 listing         a source's files, and what has changed of them
+lengths         what texts of a batch are padded to
 label_files     the labels of classes
 left_out, limit records that are no pairs: why, and how many are too many
 writers         pairs into TFRecord files

@@ -4,6 +4,7 @@ processor           both halves; what they return is a batch_feature
 tokenization        texts to ids, over tokenizer_files and normalizer
 image_processing    pixels to pixel_values, over resampling and levels; image_input takes what
                     callers have
+apart               what a data set calls as it is
 decoding            encoded images to pixels, a file a format
 """
 
