@@ -242,8 +242,9 @@ def test_two_processes_take_the_steps_of_one(of_one, of_two):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_take_them_too(settings, of_one, tmp_path):
-    run(settings, tmp_path / "out", 2, devices=2)
+@pytest.mark.parametrize(("count", "devices"), [(4, 1), (2, 2)])
+def test_more_processes_and_devices_take_them_too(settings, of_one, tmp_path, count, devices):
+    run(settings, tmp_path / "out", count, devices)
     assert_alike(tmp_path / "out", of_one)
 
 
