@@ -1,4 +1,4 @@
-"""The public names: where they are, and that nothing is loaded before it is asked for."""
+"""The packages: their public names, loaded when they are asked for, and the maps of their rooms."""
 
 import importlib
 import json
